@@ -1,0 +1,71 @@
+"""The policy's prompt: one function for supervised training, RL, distillation and evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from exprl_jax.data.problems import Problem, Question
+from exprl_jax.data.tokenizer import Message, Tokenizer
+
+SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """A worked example: a problem that is not trained on, and its solution as an assistant should write it."""
+
+    question: Question
+    solution: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptStyle:
+    """What a policy prompt contains besides the problem.
+
+    Attributes:
+      system: the system message.
+      examples: earlier turns of the same chat.
+    """
+
+    system: str = SYSTEM
+    examples: tuple[Example, ...] = ()
+
+
+def worked_examples(problems: Sequence[Problem]) -> tuple[Example, ...]:
+    """Problems with their references as worked examples.  Never give it problems that a policy trains on.
+
+    Raises:
+      ValueError: a problem was read without its reference.
+    """
+    for problem in problems:
+        if problem.reference is None:
+            raise ValueError(f"problem {problem.id!r} was read without its reference: it cannot be a worked example")
+    return tuple(Example(problem.question, problem.reference) for problem in problems)
+
+
+def policy_messages(question: Question, style: PromptStyle) -> list[Message]:
+    """The chat that asks a policy to solve a problem.
+
+    It takes a `Question`, which has no reference and no answer, so neither can reach a policy.
+
+    Raises:
+      ValueError: the problem is one of the worked examples, whose solutions the prompt shows.
+    """
+    messages = [Message("system", style.system)]
+    for example in style.examples:
+        if example.question.text.strip() == question.text.strip():
+            raise ValueError(f"a problem is also a worked example of the prompt: {question.text!r:.60}; remove it from one")
+        messages += [Message("user", question_text(example.question)), Message("assistant", example.solution)]
+    return [*messages, Message("user", question_text(question))]
+
+
+def policy_prompt(tokenizer: Tokenizer, question: Question, style: PromptStyle) -> list[int]:
+    """The token ids of `policy_messages`, up to where the policy begins to write."""
+    return tokenizer.render(policy_messages(question, style))
+
+
+def question_text(question: Question) -> str:
+    """The problem's text, with its choices below it, one a line, as policy, judge and teacher see them."""
+    choices = "".join(f"\n{label}. {text}" for label, text in question.choices)
+    return question.text.strip() + ("\n" + choices if choices else "")
