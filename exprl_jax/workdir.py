@@ -1,0 +1,222 @@
+"""One run's folder: who may use it, and where everything in it lies.
+
+    config.json       the resolved config; its presence is what makes a folder a workdir
+    checkpoints/      see `checkpoint`
+    metrics.jsonl     one JSON object a step; see `metrics`
+    rollouts/         step_N.jsonl, a sample of the rows of step N
+    tensorboard/      event files
+    export/           the trained policy as a Hugging Face folder
+    lock              held by the training process as long as it lives
+
+Starting in a workdir that already has a `config.json` resumes its run.  Of the config only `steps` may differ then, so
+that a finished run can be extended: no number of an earlier step depends on it.  Everything else could change the
+numbers of the steps to come, and is refused.
+
+The folder is on a file system: local, NFS or a mounted bucket, shared by all processes of a multi-host run.  Bucket
+URLs are refused, because `metrics.jsonl` needs append and rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import socket
+from typing import Any, Callable, Iterator, Mapping
+
+from exprl_jax.config import differences
+
+# Keys of the resolved config that may differ when a run resumes.
+NEUTRAL_KEYS = ("steps",)
+_SHOWN_DIFFERENCES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """The paths of one run.
+
+    Attributes:
+      path: the folder itself, absolute.
+      resumed: whether it already held this run when it was opened.
+    """
+
+    path: pathlib.Path
+    resumed: bool
+
+    @property
+    def config(self) -> pathlib.Path:
+        return self.path / "config.json"
+
+    @property
+    def checkpoints(self) -> pathlib.Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> pathlib.Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def rollouts(self) -> pathlib.Path:
+        return self.path / "rollouts"
+
+    @property
+    def tensorboard(self) -> pathlib.Path:
+        return self.path / "tensorboard"
+
+    @property
+    def export(self) -> pathlib.Path:
+        return self.path / "export"
+
+
+@contextlib.contextmanager
+def open_workdir(
+    path: str | os.PathLike[str],
+    resolved_config: Mapping[str, Any],
+    *,
+    needed_bytes: int = 0,
+    process: int = 0,
+    barrier: Callable[[], None] = lambda: None,
+) -> Iterator[Workdir]:
+    """Creates a run's folder or re-enters it, and keeps other training processes out while the context is open.
+
+    Process 0 creates, locks and writes, and then passes the barrier, also when it fails; the others pass the barrier
+    and only read.
+
+    Args:
+      path: the folder; created with its parents if it is not there.
+      resolved_config: `config.to_dict` of the run.
+      needed_bytes: what the run will keep there in all; what its checkpoints already take up is deducted.
+      process: index of this process in a multi-host run.
+      barrier: returns once every process has called it.
+
+    Raises:
+      ValueError: the folder holds another config's run or something else, is in use by another process, cannot be
+        written to, or its disk is too small.
+    """
+    if "://" in str(path):
+        raise ValueError(f"--workdir {path}: expected a folder of a file system, got a URL; mount the bucket and pass the mount")
+    folder = pathlib.Path(path).expanduser().absolute()
+    config = json.loads(json.dumps(resolved_config))  # as it will be read back: tuples become lists
+    with contextlib.ExitStack() as held:
+        if process == 0:
+            try:
+                workdir = _enter(folder, config, needed_bytes, held)
+            finally:
+                barrier()
+        else:
+            barrier()
+            if not (folder / "config.json").exists():
+                raise ValueError(f"--workdir {folder}: process {process} sees no config.json there; it must be a folder that all hosts share")
+            workdir = Workdir(folder, resumed=True)
+            _refuse_other_config(folder, _read_config(workdir.config), config)
+        yield workdir
+
+
+def write_atomically(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a kill at any moment leaves the old content or the new, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: pathlib.Path) -> None:
+    """Makes renames and removals in a folder survive a power cut, not only a kill."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _enter(folder: pathlib.Path, config: dict[str, Any], needed_bytes: int, held: contextlib.ExitStack) -> Workdir:
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--workdir {folder}: expected a folder, got a file; choose another --workdir")
+        # A kill during the first start leaves the lock and a part of the config, which is still an empty workdir.
+        strange = sorted(set(_names(folder)) - {"lock", "config.json.tmp"})
+        if strange and "config.json" not in strange:
+            raise ValueError(
+                f"--workdir {folder}: not empty and not a workdir (it holds {strange[0]} but no config.json); choose another --workdir"
+            )
+        if "config.json" in strange:
+            _refuse_other_config(folder, _read_config(folder / "config.json"), config)
+        _check_space(folder, needed_bytes)
+        folder.mkdir(parents=True, exist_ok=True)
+        held.enter_context(_lock(folder))
+        workdir = Workdir(folder, resumed=(folder / "config.json").exists())
+        if workdir.resumed:  # read again: until the lock was held another process could write it
+            _refuse_other_config(folder, _read_config(workdir.config), config)
+        for each in (workdir.checkpoints, workdir.rollouts, workdir.tensorboard):
+            each.mkdir(exist_ok=True)
+        if not workdir.resumed or _read_config(workdir.config) != config:
+            write_atomically(workdir.config, json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"--workdir {folder}: cannot write there ({error.strerror or error}); choose another --workdir") from error
+    return workdir
+
+
+def _names(folder: pathlib.Path) -> list[str]:
+    return os.listdir(folder) if folder.exists() else []
+
+
+def _read_config(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error}); choose another --workdir") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(config).__name__}; choose another --workdir")
+    return config
+
+
+def _refuse_other_config(folder: pathlib.Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    neutral = dict.fromkeys(NEUTRAL_KEYS)
+    found = differences(ours | neutral, theirs | neutral)
+    if found:
+        more = f" and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
+        raise ValueError(
+            f"--workdir {folder} holds a run of another config (this start's value != the value there): "
+            f"{'; '.join(found[:_SHOWN_DIFFERENCES])}{more}; choose another --workdir"
+        )
+
+
+def _check_space(folder: pathlib.Path, needed_bytes: int) -> None:
+    standing = folder
+    while not standing.exists():
+        standing = standing.parent
+    taken = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file())
+    free = shutil.disk_usage(standing).free
+    if free + taken < needed_bytes:
+        raise ValueError(
+            f"--workdir {folder}: the run needs {needed_bytes / 1e9:.2f} GB there, its disk has {free / 1e9:.2f} GB free; "
+            "free some, keep fewer checkpoints (checkpoint.keep) or choose another --workdir"
+        )
+
+
+@contextlib.contextmanager
+def _lock(folder: pathlib.Path) -> Iterator[None]:
+    # A POSIX record lock, not flock: it belongs to the process, so a forked grader that outlives a killed trainer does
+    # not keep the workdir locked.  The kernel drops it however the process ends.
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process"
+            raise ValueError(f"--workdir {folder} is in use by {holder}; wait for it, end it, or choose another --workdir") from error
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+    finally:
+        os.close(descriptor)
