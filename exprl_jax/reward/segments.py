@@ -147,11 +147,11 @@ def _compile(pattern: str) -> re.Pattern[bytes]:
 
 
 def _delimiters(rule: SegmentRule, text: bytes) -> Iterator[tuple[int, int]]:
-    """Byte spans of the delimiters; an end of 0 could close no token."""
+    """Byte spans of the delimiters."""
     if rule.kind == "heading":
         return _headings(text)
     pattern = {"paragraph": _PARAGRAPH, "line": _LINE}.get(rule.kind) or _compile(rule.pattern)
-    return (match.span() for match in pattern.finditer(text) if match.end())
+    return (match.span() for match in pattern.finditer(text))
 
 
 def _headings(text: bytes) -> Iterator[tuple[int, int]]:
