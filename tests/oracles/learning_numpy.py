@@ -1,0 +1,93 @@
+"""Advantages, losses and one optimizer update in numpy and plain loops, written from the paper's equations.
+
+Nothing here imports the package; every function takes plain arrays and computes in float64.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+MISSING = None
+
+
+def grpo(rewards, std_normalise=True, eps=1e-6):
+    """One group's advantages; MISSING rewards give MISSING advantages."""
+    given = [r for r in rewards if r is not MISSING]
+    if len(given) < 2:
+        return [MISSING if r is MISSING else 0.0 for r in rewards]
+    mean = math.fsum(given) / len(given)
+    std = math.sqrt(math.fsum((r - mean) ** 2 for r in given) / (len(given) - 1))
+    if len(set(given)) == 1:
+        return [MISSING if r is MISSING else 0.0 for r in rewards]
+    return [MISSING if r is MISSING else (r - mean) / ((std + eps) if std_normalise else 1.0) for r in rewards]
+
+
+def delta_norm(scores):
+    """A_1 = s_1 − s_T, A_t = s_t − s_{t−1}; MISSING where a term is."""
+    return [_minus(s, scores[t - 1] if t else scores[-1]) for t, s in enumerate(scores)]
+
+
+def end_norm(scores):
+    """A_t = s_t − s_T, A_T = s_T."""
+    return [_minus(s, scores[-1]) for s in scores[:-1]] + [scores[-1]]
+
+
+def group_norm(group):
+    """A_t = s_t − mean over rollouts of the mean over steps; `group` is a list of score lists."""
+    means = [np.mean([s for s in scores if s is not MISSING]) for scores in group if any(s is not MISSING for s in scores)]
+    return [[_minus(s, float(np.mean(means)) if means else MISSING) for s in scores] for scores in group]
+
+
+def log_softmax(logits):
+    shifted = logits - logits.max(-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+
+
+def token_logprobs(hidden, table, targets, temperature):
+    """(log-probability of the target, entropy) with all logits at once."""
+    logp = log_softmax(np.asarray(hidden, np.float64) @ np.asarray(table, np.float64) / temperature)
+    return np.take_along_axis(logp, targets[..., None], -1)[..., 0], -(np.exp(logp) * logp).sum(-1)
+
+
+def token_loss(logp, old_logp, ref_logp, advantage, clip_low, clip_high, dual_clip, kl_coef):
+    """The loss of one token: (total, policy, k3)."""
+    ratio = math.exp(min(max(logp - old_logp, -20.0), 20.0))
+    clipped = min(max(ratio, 1 - clip_low), 1 + clip_high)
+    if advantage >= 0:
+        policy = -min(advantage * ratio, advantage * clipped)
+    else:
+        policy = min(max(-advantage * ratio, -advantage * clipped), -advantage * dual_clip)
+    d = min(max(ref_logp - logp, -20.0), 20.0)
+    k3 = min(max(math.exp(d) - d - 1, -10.0), 10.0)
+    return policy + kl_coef * k3, policy, k3
+
+
+def aggregate(losses, mask, how, max_tokens):
+    """One number from [row][token] losses."""
+    rows = [[x for x, m in zip(row, row_mask) if m] for row, row_mask in zip(losses, mask)]
+    tokens = [x for row in rows for x in row]
+    if not tokens:
+        return 0.0
+    if how == "token_mean":
+        return math.fsum(tokens) / len(tokens)
+    if how == "sequence_mean":
+        means = [math.fsum(row) / len(row) for row in rows if row]
+        return math.fsum(means) / len(means)
+    return math.fsum(tokens) / (len(rows) * max_tokens)
+
+
+def adamw(param, gradients, learning_rate, b1, b2, eps, weight_decay, clip_norm):
+    """The parameter after the given gradients, in turn, each clipped by its norm."""
+    m = v = np.zeros_like(param)
+    for t, gradient in enumerate(gradients, 1):
+        gradient = gradient * min(1.0, clip_norm / max(np.sqrt((gradient**2).sum()), 1e-300))
+        m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
+        step = (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + eps)
+        param = param - learning_rate * (step + weight_decay * param)
+    return param
+
+
+def _minus(a, b):
+    return MISSING if a is MISSING or b is MISSING else a - b
