@@ -73,14 +73,18 @@ class Rows:
 
 @flax.struct.dataclass
 class Draw:
-    """How each row is sampled; the row's identity, not its place in the batch, determines its random numbers.
+    """How rows are sampled; a row's identity, not its place in the batch, determines its random numbers.
 
     Attributes:
-      key_PG: one PRNG key a row.
+      seed: uint32 scalar, the run's seed.
+      step: int32 scalar, the RL step.
+      problem_P: uint32, the problem's identity; with the index within the group it is the row's.
       temperature_PG: float32; 0 means greedy.
     """
 
-    key_PG: Array
+    seed: Array
+    step: Array
+    problem_P: Array
     temperature_PG: Array
 
 

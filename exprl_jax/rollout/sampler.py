@@ -1,0 +1,108 @@
+"""The sampling loop: continues every row until it ends or its budget is spent."""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from exprl_jax.model import decoder
+from exprl_jax.model.cache import empty_cache
+from exprl_jax.model.config import Architecture, Execution
+from exprl_jax.records import Array, Draw, Prefix, Rollouts, Rows
+from exprl_jax.rollout.sampling import draw_tokens, row_keys
+
+
+@flax.struct.dataclass
+class Sampling:
+    """What the loop carries.
+
+    Attributes:
+      step: int32 scalar, tokens sampled so far by rows that have not ended.
+      token_PG: int32, the token to feed next.
+      ended_PG: bool, EOS was sampled.
+      cache: the rows' keys and values.
+      tokens_PGR, mask_PGR, logp_PGR: the responses so far, as in `Rollouts`.
+    """
+
+    step: Array
+    token_PG: Array
+    ended_PG: Array
+    cache: Any
+    tokens_PGR: Array
+    mask_PGR: Array
+    logp_PGR: Array
+
+
+def sample(
+    params: decoder.Params,
+    arch: Architecture,
+    how: Execution,
+    prefix: Prefix,
+    rows: Rows,
+    draw: Draw,
+    *,
+    max_tokens: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    constrain: Callable = decoder.identity,
+) -> Rollouts:
+    """Samples up to `max_tokens` tokens a row; stops early when every row has ended.
+
+    Args:
+      prefix: the contexts, prefilled once a problem.
+      rows: what each row starts with (for the policy the last prompt token, for a judge a trace and the closing
+        instruction).
+      draw: seeds, identities and temperatures.
+      eos_ids: any of these ends a row.
+    """
+    P, G, T = rows.tokens_PGT.shape
+    # Cast once, outside the loop; a no-op where parameters are held in the compute dtype.
+    params = jax.tree.map(lambda x: x.astype(how.compute_dtype), params)
+    table_DV, key_PG, eos = decoder.unembedding(params, arch), row_keys(draw), jnp.asarray(eos_ids, jnp.int32)
+
+    def feed(cache, tokens_PGT, slot):
+        return decoder.continue_rows(params, arch, how, prefix, cache, tokens_PGT, rows.start_PG, slot, constrain)
+
+    def more(s: Sampling):
+        return (s.step < max_tokens) & ~jnp.all(s.ended_PG)
+
+    def advance(s: Sampling) -> Sampling:
+        hidden_PG1D, cache = feed(s.cache, s.token_PG[..., None], T - 1 + s.step)
+        logits_PGV = decoder.logits(hidden_PG1D[:, :, 0], table_DV)
+        step_keys = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(0, None)), in_axes=(0, None))(key_PG, s.step)
+        token_PG, logp_PG = draw_tokens(step_keys, logits_PGV, draw.temperature_PG)
+        live_PG = ~s.ended_PG
+        token_PG = jnp.where(live_PG, token_PG, pad_id)
+
+        def record(into_PGR, value_PG):
+            return jax.lax.dynamic_update_slice(into_PGR, value_PG[..., None], (0, 0, s.step))
+
+        return Sampling(
+            step=s.step + 1,
+            token_PG=token_PG,
+            ended_PG=s.ended_PG | (live_PG & jnp.any(token_PG[..., None] == eos, axis=-1)),
+            cache=cache,
+            tokens_PGR=record(s.tokens_PGR, token_PG),
+            mask_PGR=record(s.mask_PGR, live_PG),
+            logp_PGR=record(s.logp_PGR, jnp.where(live_PG, logp_PG, 0.0)),
+        )
+
+    # The last slot's token is fed by the loop, so the cache needs no room for the last sampled one.
+    cache = empty_cache(arch, how, P, G, T - 1 + max_tokens)
+    if T > 1:
+        _, cache = feed(cache, rows.tokens_PGT[..., :-1], 0)
+    responses = (P, G, max_tokens)
+    start = Sampling(
+        step=jnp.int32(0),
+        token_PG=rows.tokens_PGT[..., -1],
+        ended_PG=jnp.zeros((P, G), bool),
+        cache=cache,
+        tokens_PGR=jnp.full(responses, pad_id, jnp.int32),
+        mask_PGR=jnp.zeros(responses, bool),
+        logp_PGR=jnp.zeros(responses, jnp.float32),
+    )
+    s = jax.lax.while_loop(more, advance, start)
+    return Rollouts(s.tokens_PGR, s.mask_PGR, s.logp_PGR, s.ended_PG)
