@@ -134,7 +134,7 @@ def train_step(
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state.params)
     gradient, (totals, summaries) = jax.lax.scan(accumulate, zeros, _slots(experience, weight_PGR, p, g))
 
-    total, norm = totals.sum(), optax.global_norm(gradient)
+    total, norm = totals.sum(), optax.tree.norm(gradient)
     finite = jnp.isfinite(total) & jnp.isfinite(norm)
     changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     new = (optax.apply_updates(state.params, changes), opt_state)
