@@ -1,0 +1,342 @@
+"""What a run says about itself: metrics.jsonl, TensorBoard events, rollout samples, and a line on stderr.
+
+`metrics.jsonl` is the record: one JSON object a step, `{"step": N, "<group>/<name>": number or null, …}`.  null means
+*not defined at this step* (a mean over nothing, for instance); there are no sentinel numbers and no NaN, because a
+metric that is not finite ends the run.  TensorBoard's events are rebuilt from it whenever a run resumes.
+
+Keys under `time/` hold everything that depends on the clock or on the state of compilation caches.  The rest of a row
+is a pure function of seed and config, so that an interrupted run ends with the same rows as an uninterrupted one.  For
+that a row is on disk before its step's checkpoint is saved, and a resume at step k first cuts off what is later than k
+(`truncate_after`).
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import math
+import os
+import pathlib
+import queue
+import re
+import shutil
+import sys
+import threading
+import time
+import types
+from typing import Any, Iterator, Mapping, Sequence, TextIO
+
+import jax
+
+from exprl_jax.workdir import Workdir, write_atomically
+
+Number = int | float | None
+
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_FOUND_IN_CACHE = "/jax/compilation_cache/cache_hits"
+
+
+class Metrics:
+    """Writes rows to metrics.jsonl and to TensorBoard; a context that ends when both are on disk.
+
+    Every process of a multi-host run makes the same calls; process 0 alone writes.
+    """
+
+    def __init__(self, workdir: Workdir):
+        """Opens a workdir's record, to go on after its last row; `truncate_after` comes before.
+
+        Raises:
+          ValueError: a line torn by a kill is still there.
+        """
+        self._writes = jax.process_index() == 0
+        if not self._writes:
+            return
+        rows, torn = _whole_rows(workdir.metrics)
+        if torn:
+            raise ValueError(f"{workdir.metrics}: its last line is torn; call truncate_after before writing more")
+        self._last = rows[-1]["step"] if rows else -1
+        self._file = open(workdir.metrics, "a", encoding="utf-8")
+        self._events = _Events(workdir.tensorboard, rows)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        if self._writes:
+            self._file.close()
+            self._events.close()
+
+    def write(self, step: int, row: Mapping[str, Any]) -> None:
+        """Appends one step's row; it is on disk when this returns.
+
+        Args:
+          step: later than every step written.
+          row: Python, NumPy or JAX scalars by name; None for what is not defined at this step.
+
+        Raises:
+          FloatingPointError: a value is NaN or infinite; the row is not written.
+          ValueError: the step is not later than the last.
+        """
+        numbers = {name: _number(value) for name, value in row.items()}
+        check_finite(step, numbers)
+        if not self._writes:
+            return
+        if step <= self._last:
+            raise ValueError(f"metrics of step {step}: expected a step after {self._last}, the last written")
+        line = {"step": step, **numbers}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._last = step
+        self._events.put(line)
+
+
+def check_finite(step: int, row: Mapping[str, Number]) -> None:
+    """Ends the run at the first number that is none.
+
+    Raises:
+      FloatingPointError: names the step and every metric that is NaN or infinite.
+    """
+    bad = [f"{name} = {value}" for name, value in row.items() if value is not None and not math.isfinite(value)]
+    if bad:
+        raise FloatingPointError(f"step {step}: {', '.join(bad)}; the run stops, its checkpoints before this step stand")
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl in order; a last line torn by a kill is left out; no file is no rows.
+
+    Raises:
+      ValueError: a line other than the last is not a row, or steps do not increase.
+    """
+    rows, _ = _whole_rows(pathlib.Path(path))
+    return rows
+
+
+def truncate_after(workdir: Workdir, step: int) -> None:
+    """Removes what a run wrote after its last checkpoint: rows and rollouts of later steps, and a torn last line.
+
+    Args:
+      step: of the checkpoint that the run resumes from; 0 if there is none.
+    """
+    if jax.process_index() != 0:
+        return
+    rows, torn = _whole_rows(workdir.metrics)
+    kept = [row for row in rows if row["step"] <= step]
+    if torn or len(kept) < len(rows):
+        write_atomically(workdir.metrics, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
+    for path in workdir.rollouts.glob("step_*"):
+        match = re.fullmatch(r"step_(\d+)\.jsonl(\.tmp)?", path.name)
+        if match and (int(match[1]) > step or match[2]):
+            path.unlink()
+
+
+def write_rollouts(workdir: Workdir, step: int, rows: Sequence[Mapping[str, Any]]) -> pathlib.Path:
+    """Writes a sample of a step's rollouts, one JSON object a row, to `rollouts/step_N.jsonl` (N in six digits)."""
+    path = workdir.rollouts / f"step_{step:06d}.jsonl"
+    if jax.process_index() == 0:
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+class Clock:
+    """Seconds and tokens by phase of a step.
+
+    Wall-clock of the host: a phase has to end with a result on the host for its seconds to be the device's too.
+    """
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = collections.defaultdict(float)
+        self._start = time.perf_counter()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Adds the time spent inside to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[name] += time.perf_counter() - start
+
+    def report(self, tokens: Mapping[str, int]) -> dict[str, float]:
+        """The phases since the last report, which then start from zero.
+
+        Args:
+          tokens: how many tokens a phase has worked on, for the phases that have a rate.
+
+        Returns:
+          `time/<phase>_seconds` of each, `time/<phase>_tokens_per_second` of those with tokens, and
+          `time/step_seconds`, the time from report to report.
+        """
+        now = time.perf_counter()
+        row = {f"time/{name}_seconds": seconds for name, seconds in self._seconds.items()}
+        for name, count in tokens.items():
+            row[f"time/{name}_tokens_per_second"] = count / self._seconds[name]
+        row["time/step_seconds"] = now - self._start
+        self._seconds.clear()
+        self._start = now
+        return row
+
+
+class CompileLedger:
+    """Counts XLA compilations while its context is open.
+
+    Attributes:
+      compiled: times each program was compiled, by its name: `jit(<function>)`.
+      cached: times each was found in the persistent compilation cache instead.
+      seconds: spent on both.
+    """
+
+    def __init__(self) -> None:
+        self.compiled: collections.Counter[str] = collections.Counter()
+        self.cached: collections.Counter[str] = collections.Counter()
+        self.seconds = 0.0
+        self._thread = threading.local()
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> CompileLedger:
+        jax.monitoring.register_event_listener(self._on_event)
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        jax.monitoring.unregister_event_listener(self._on_event)
+        jax.monitoring.unregister_event_duration_listener(self._on_duration)
+
+    def report(self) -> dict[str, float]:
+        """`time/compilations`, `time/compilations_cached` and `time/compile_seconds` since the context was entered."""
+        with self._lock:
+            return {
+                "time/compilations": self.compiled.total(),
+                "time/compilations_cached": self.cached.total(),
+                "time/compile_seconds": self.seconds,
+            }
+
+    def _on_event(self, event: str, **_: str | int) -> None:
+        if event == _FOUND_IN_CACHE:
+            self._thread.found = True  # the duration that this thread reports next includes the look-up
+
+    def _on_duration(self, event: str, seconds: float, **about: str | int) -> None:
+        if event == _COMPILED:
+            name = str(about.get("fun_name", "?"))
+            with self._lock:
+                (self.cached if getattr(self._thread, "found", False) else self.compiled)[name] += 1
+                self.seconds += seconds
+            self._thread.found = False
+
+
+class Progress:
+    """One line on stderr: redrawn in place on a terminal, one a step elsewhere."""
+
+    def __init__(self, total: int, done: int, stream: TextIO | None = None):
+        """Starts at `done` of `total` steps; ETA is from the mean of the last ten steps."""
+        self._total = total
+        self._stream = sys.stderr if stream is None else stream
+        self._redraws = self._stream.isatty()
+        self._marks = collections.deque([(time.monotonic(), done)], maxlen=11)
+        self._open_line = False
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._open_line:
+            print(file=self._stream, flush=True)
+
+    def show(self, step: int, reward: float | None, tokens_per_second: float) -> None:
+        """Says that a step is done; reward None means that it is not defined at this step."""
+        if jax.process_index() != 0:
+            return
+        now = time.monotonic()
+        then, before = self._marks[0]
+        self._marks.append((now, step))
+        left = (now - then) / max(step - before, 1) * (self._total - step)
+        shown = "–" if reward is None else f"{reward:.3f}"
+        line = f"step {step}/{self._total}  reward {shown}  {tokens_per_second:.0f} tokens/s  ETA {_duration(left)}"
+        if self._redraws:
+            filled = round(20 * step / self._total)
+            line = f"\r\x1b[K[{'█' * filled}{'·' * (20 - filled)}] {line}"
+        print(line, end="" if self._redraws else "\n", file=self._stream, flush=True)
+        self._open_line = self._redraws
+
+
+class _Events:
+    """TensorBoard's event files, written by CLU in a thread of their own.
+
+    CLU's writer imports TensorFlow, which takes seconds: the thread does that while the first programs compile, and
+    rows wait in a queue.
+    """
+
+    def __init__(self, folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        self._folder = folder
+        self._queue: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
+        self._failure: Exception | None = None
+        for row in rows:
+            self._queue.put(row)
+        self._thread = threading.Thread(target=self._run, name="tensorboard events", daemon=True)
+        self._thread.start()
+
+    def put(self, row: Mapping[str, Any]) -> None:
+        self._queue.put(row)
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+        if self._failure is not None:
+            raise RuntimeError(f"TensorBoard events in {self._folder} are incomplete: {self._failure}") from self._failure
+
+    def _run(self) -> None:
+        try:
+            writer = _open_event_writer(self._folder)
+            while (row := self._queue.get()) is not None:
+                writer.write_scalars(row["step"], {k: v for k, v in row.items() if k != "step" and v is not None})
+                writer.flush()
+            writer.close()
+        except Exception as error:
+            self._failure = error  # raised by `close`: the run does not depend on its plots
+
+
+def _open_event_writer(folder: pathlib.Path) -> Any:
+    # TensorFlow greets on stderr unless told not to before its import.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    from clu import metric_writers
+    import tensorflow as tf
+
+    tf.config.set_visible_devices([], "GPU")  # a TensorFlow with GPU support would take the memory that JAX needs
+    return metric_writers.SummaryWriter(str(folder))
+
+
+def _number(value: Any) -> Number:
+    if value is None or type(value) in (int, float):
+        return value
+    return value.item()
+
+
+def _whole_rows(path: pathlib.Path) -> tuple[list[dict[str, Any]], bool]:
+    """The rows, and whether a torn last line follows them."""
+    if not path.exists():
+        return [], False
+    lines = path.read_bytes().split(b"\n")
+    torn = lines.pop() != b""  # every whole line ends in a newline
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            step = row["step"]
+            if rows and step <= rows[-1]["step"]:
+                raise ValueError(f"step {step} follows step {rows[-1]['step']}")
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path}, line {number}: expected a row of metrics, got {line[:80]!r} ({error})") from error
+        rows.append(row)
+    return rows, torn
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
