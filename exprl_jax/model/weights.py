@@ -170,7 +170,7 @@ def export_folder(
     """Writes a Hugging Face model folder: config.json, safetensors and the tokenizer's files.
 
     The folder appears complete or not at all, and replaces an earlier export.  Every process must call this (sharded
-    parameters are gathered, one tensor at a time); process 0 writes.
+    parameters are gathered, one tensor at a time); process 0 writes.  The stacked layer axis must not be sharded.
 
     Args:
       dtype: of the tensors in the file, `float32` or `bfloat16`.
@@ -192,19 +192,14 @@ def export_folder(
     try:
         scratch.mkdir(parents=True)
         for name, stored in files.items():
-            _write_safetensors(scratch / name, dtype, [leaf for leaf, _, _ in stored], (
-                leaf.store(_gather(params, how, (leaf, key, layer))) for leaf, key, layer in stored
-            ))
+            arrays = (entry[0].store(_gather(params, how, entry)) for entry in stored)
+            _write_safetensors(scratch / name, dtype, [leaf for leaf, _, _ in stored], arrays)
         if len(files) > 1:
-            weight_map = {leaf.name: name for name, stored in files.items() for leaf, _, _ in stored}
-            _write_json(
-                scratch / _INDEX,
-                {"metadata": {"total_size": arch.parameters * dtype.itemsize}, "weight_map": weight_map},
-            )
-        _write_json(
-            scratch / "config.json",
-            hf_layout.render_config(arch, dtype.name, tokenizer.eos_ids, tokenizer.pad_id),
-        )
+            places = {leaf.name: name for name, stored in files.items() for leaf, _, _ in stored}
+            sizes = {"total_size": arch.parameters * dtype.itemsize}
+            _write_json(scratch / _INDEX, {"metadata": sizes, "weight_map": places})
+        config = hf_layout.render_config(arch, dtype.name, tokenizer.eos_ids, tokenizer.pad_id)
+        _write_json(scratch / "config.json", config)
         tokenizer.save(scratch)
         _replace_folder(folder, scratch)
     except OSError as error:
@@ -292,7 +287,9 @@ def _open_safetensors(path: pathlib.Path, source: ModelSource) -> dict[str, np.n
     try:
         header = json.loads(bytes(data[8 : 8 + length]))
     except ValueError as error:
-        raise ValueError(f"model {source.name}: {path.name} has no readable safetensors header; fetch it again") from error
+        raise ValueError(
+            f"model {source.name}: {path.name} has no readable safetensors header; fetch it again"
+        ) from error
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
