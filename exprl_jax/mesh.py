@@ -1,0 +1,175 @@
+"""The device mesh, the one table of parameter rules, and every PartitionSpec in the package.
+
+Two axes: `data` shards batch rows and, as FSDP does, each parameter; `model` shards heads, feed-forward and
+vocabulary.  Batch arrays are sharded along their first dimension, the problems.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from exprl_jax import config
+from exprl_jax.model.config import Architecture, Execution
+
+DATA, MODEL = "data", "model"
+
+
+def make_mesh(how: config.Mesh) -> Mesh:
+    """A `data` × `model` mesh over all devices of all processes.
+
+    Raises:
+      ValueError: the axes' product is not the number of devices.
+    """
+    devices = jax.device_count()
+    data = devices // how.model if how.data == -1 else how.data
+    if data * how.model != devices:
+        raise ValueError(
+            f"config.mesh: got data {how.data} x model {how.model}, expected a product of {devices}, the number of "
+            "devices; use data=-1 to take all that model leaves"
+        )
+    return Mesh(mesh_utils.create_device_mesh((data, how.model)), (DATA, MODEL))
+
+
+def parameter_rules(arch: Architecture) -> tuple[tuple[str, PartitionSpec], ...]:
+    """(pattern of a parameter's name, its dims' axes), first match wins; stacked layers get a leading None."""
+    rules = [
+        (r"embed", PartitionSpec(MODEL, DATA)),
+        (r"final_norm|attn_norm|ffn_norm", PartitionSpec(None)),
+        (r"q|k|v", PartitionSpec(DATA, MODEL, None)),
+        (r"o", PartitionSpec(MODEL, None, DATA)),
+        (r"gate|up", PartitionSpec(DATA, MODEL)),
+        (r"down", PartitionSpec(MODEL, DATA)),
+    ]
+    if not arch.tied:
+        rules.append((r"unembed", PartitionSpec(DATA, MODEL)))
+    if arch.qkv_bias:
+        rules.append((r"q_bias|k_bias|v_bias", PartitionSpec(MODEL, None)))
+    if arch.qk_norm:
+        rules.append((r"q_norm|k_norm", PartitionSpec(None)))
+    return tuple(rules)
+
+
+def shard_parameters(tree: Any, arch: Architecture, how: Execution, mesh: Mesh) -> Any:
+    """Shardings for a tree of parameters, or for any tree that mirrors it (gradients, Adam's moments, a TrainState).
+
+    A leaf is matched by the last key of its path; scalars are replicated.  An axis that does not divide its dimension
+    (3 heads over 2 devices) is left out: that dimension is replicated.
+
+    Raises:
+      ValueError: a leaf that no rule matches, or a rule that matches no leaf (names it).
+    """
+    rules, used = parameter_rules(arch), set()
+
+    def place(path, leaf):
+        if leaf.ndim == 0:
+            return NamedSharding(mesh, PartitionSpec())
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
+        for pattern, spec in rules:
+            if keys and re.fullmatch(pattern, keys[-1]):
+                used.add(pattern)
+                stacked = (None,) if "layers" in keys and how.scan_layers else ()
+                return NamedSharding(mesh, _fit((*stacked, *spec), leaf.shape, mesh))
+        raise ValueError(f"no parameter rule matches {jax.tree_util.keystr(path)} of shape {leaf.shape}")
+
+    shardings = jax.tree_util.tree_map_with_path(place, tree)
+    unused = [pattern for pattern, _ in rules if pattern not in used]
+    if unused:
+        raise ValueError(f"parameter rule {unused[0]!r} matches no parameter of this {arch.family} model")
+    return shardings
+
+
+def _fit(spec: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    return PartitionSpec(
+        *(axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(spec, shape, strict=True))
+    )
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+    """Of every batch array: problems over `data`."""
+    return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Of scalars and of what every device needs whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain_rows(mesh: Mesh):
+    """Keeps the residual [P, ...] of a forward sharded by problems."""
+    sharding = rows_sharding(mesh)
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def constrain_mapped(mesh: Mesh):
+    """The same inside a `vmap` over problems with `spmd_axis_name="data"`, where the problem axis is not seen."""
+    sharding = replicated(mesh)
+    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+
+
+def local_problems(mesh: Mesh, problems: int) -> np.ndarray:
+    """Which of a batch's problems have their rows on this process's devices, ascending.
+
+    Raises:
+      ValueError: the problems cannot be divided over the `data` axis.
+    """
+    if problems % mesh.shape[DATA]:
+        raise ValueError(
+            f"config.rollout.wave: got {problems} problems, expected a multiple of the mesh's data axis "
+            f"{mesh.shape[DATA]}; set config.rollout.wave or config.mesh.data"
+        )
+    indices = rows_sharding(mesh).addressable_devices_indices_map((problems,)).values()
+    return np.unique(np.concatenate([np.arange(problems)[index] for index in indices]))
+
+
+def put_rows(mesh: Mesh, tree: Any, problems: int) -> Any:
+    """Places host arrays, whose first dimension is this process's problems, as global batch arrays.
+
+    Scalars are replicated; every process must pass the same.
+    """
+
+    def put(x):
+        x = np.asarray(x)
+        if x.ndim == 0:
+            return jax.make_array_from_process_local_data(replicated(mesh), x, x.shape)
+        return jax.make_array_from_process_local_data(rows_sharding(mesh), x, (problems, *x.shape[1:]))
+
+    return jax.tree.map(put, tree)
+
+
+def fetch_rows(tree: Any) -> Any:
+    """The inverse of `put_rows`: this process's problems, in order, as numpy."""
+
+    def fetch(x):
+        parts = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
+        return np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)])
+
+    return jax.tree.map(fetch, tree)
+
+
+def gather_rows(table: dict[str, np.ndarray], place_P: np.ndarray) -> dict[str, np.ndarray]:
+    """Joins every process's rows of host arrays into the whole batch, in the batch's order.
+
+    Args:
+      table: arrays whose first dimension is this process's problems.
+      place_P: where those problems stand in the batch; processes that share devices' rows pass the same places.
+    """
+    if jax.process_count() == 1:
+        return table
+    joined = multihost_utils.process_allgather({"place": place_P, **table}, tiled=True)
+    _, first = np.unique(joined.pop("place"), return_index=True)
+    return {name: np.asarray(x)[first] for name, x in joined.items()}
+
+
+def bytes_per_device(abstract: Any, shardings: Any) -> int:
+    """Bytes that a tree of arrays takes on each device."""
+    sizes = jax.tree.map(
+        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, abstract, shardings
+    )
+    return sum(jax.tree.leaves(sizes))

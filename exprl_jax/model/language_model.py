@@ -1,0 +1,88 @@
+"""A language model of the config: its architecture, its tokenizer, and, when asked for, its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from exprl_jax import config
+from exprl_jax.data.tokenizer import Tokenizer, load_tokenizer
+from exprl_jax.model import weights
+from exprl_jax.model.config import Architecture, Execution
+from exprl_jax.model.decoder import Params, init_params
+from exprl_jax.model.sources import ModelSource, resolve_model
+
+# Architectures of `random:<family>`; the vocabulary is the byte tokenizer's.
+RANDOM = "random:"
+_TINY = dict(
+    width=64, ffn=128, layers=2, heads=4, kv_heads=2, head_size=16, rope_theta=10_000.0, rope_scaling=None,
+    norm_eps=1e-6, tied=True, max_positions=4096,
+)  # fmt: skip
+
+# Published architectures, so that a dry run needs no network.  A real run reads the model's own config.json.
+_QWEN3 = dict(
+    family="qwen3", vocab_size=151_936, layers=36, heads=32, kv_heads=8, head_size=128, rope_scaling=None, norm_eps=1e-6
+)
+PUBLISHED = {
+    "Qwen/Qwen3-4B-Instruct-2507": Architecture(
+        width=2560, ffn=9728, rope_theta=5e6, tied=True, max_positions=262_144, **_QWEN3
+    ),
+    "Qwen/Qwen3-8B": Architecture(width=4096, ffn=12_288, rope_theta=1e6, tied=False, max_positions=40_960, **_QWEN3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model that is known but not loaded.
+
+    Attributes:
+      how: where its weights come from and how it runs.
+      source: its files; None for `random:`.
+    """
+
+    how: config.Model
+    arch: Architecture
+    tokenizer: Tokenizer
+    source: ModelSource | None
+
+    @property
+    def execution(self) -> Execution:
+        return self.how.execution
+
+
+def open_model(how: config.Model) -> LanguageModel:
+    """Finds the model's files (fetching them if need be) and reads architecture and tokenizer.
+
+    Raises:
+      ValueError: nothing there, an unsupported architecture, or a tokenizer that does not fit.
+    """
+    if how.weights.startswith(RANDOM):
+        family, tokenizer = how.weights.removeprefix(RANDOM), load_tokenizer("byte")
+        if family not in ("llama", "qwen2", "qwen3"):
+            raise ValueError(f"model {how.weights!r}: expected random:llama, random:qwen2 or random:qwen3")
+        return LanguageModel(how, Architecture(family, tokenizer.vocab_size, **_TINY), tokenizer, None)
+    source = resolve_model(how.weights)
+    arch, tokenizer = weights.read_architecture(source), load_tokenizer(source.path)
+    weights.check_vocabulary(arch, tokenizer)
+    weights.check_tensors(source, arch)
+    return LanguageModel(how, arch, tokenizer, source)
+
+
+def published_architecture(how: config.Model) -> Architecture:
+    """The architecture without fetching anything, where that is possible (dry runs)."""
+    if how.weights in PUBLISHED:
+        return PUBLISHED[how.weights]
+    return open_model(how).arch
+
+
+def load(model: LanguageModel, shardings: Any, seed: int) -> Params:
+    """The model's parameters on the mesh; `random:` ones depend on the seed alone."""
+    dtype = model.how.param_dtype
+    if model.source is None:
+        initialise = jax.jit(
+            lambda: init_params(model.arch, model.execution, dtype, jax.random.key(seed)), out_shardings=shardings
+        )
+        return initialise()
+    return weights.load_params(model.source, model.arch, model.execution, dtype, shardings)
