@@ -21,7 +21,7 @@ def how(estimator, **changes):
 
 
 def pack(groups):
-    """[problem][rollout][segment] scores, None where missing → (score_PGN with NaN in all holes, valid_PGN, count_PG)."""
+    """[problem][rollout][segment] scores, None where missing → (score_PGN, NaN in all holes; valid_PGN; count_PG)."""
     N = max(len(scores) for group in groups for scores in group)
     score = np.full((len(groups), len(groups[0]), N), np.nan)
     for p, group in enumerate(groups):
@@ -180,7 +180,10 @@ def test_assign_follows_permutation_within_a_group(groups, random):
         np.testing.assert_array_equal(moved.counted_PGN, plain.counted_PGN[:, order])
 
 
-@given(hnp.arrays(np.float64, (2, 3, 5), elements=st.floats(0, 1)), hnp.arrays(np.int64, (2, 3), elements=st.integers(1, 5)))
+@given(
+    hnp.arrays(np.float64, (2, 3, 5), elements=st.floats(0, 1)),
+    hnp.arrays(np.int64, (2, 3), elements=st.integers(1, 5)),
+)
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_delta_norm_sums_to_zero(score, count):
     advantage, _ = advantages.delta_norm(score, np.ones(score.shape, bool), count)
@@ -253,7 +256,11 @@ def test_overlong_rules_on_outcomes(rule, advantage, counted):
 
 @pytest.mark.parametrize(
     "estimator, zero, others",
-    [("delta_norm", [0, 0], [-0.5, 0.5]), ("end_norm", [0, 0], [-0.5, 1]), ("group_norm", [-0.375, -0.375], [0.125, 0.625])],
+    [
+        ("delta_norm", [0, 0], [-0.5, 0.5]),
+        ("end_norm", [0, 0], [-0.5, 1]),
+        ("group_norm", [-0.375, -0.375], [0.125, 0.625]),
+    ],
 )
 def test_overlong_rules_on_steps(estimator, zero, others):
     packed = pack([[(0.5, 1), (0.25, MISSING)]])

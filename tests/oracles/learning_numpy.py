@@ -36,8 +36,10 @@ def end_norm(scores):
 
 def group_norm(group):
     """A_t = s_t − mean over rollouts of the mean over steps; `group` is a list of score lists."""
-    means = [np.mean([s for s in scores if s is not MISSING]) for scores in group if any(s is not MISSING for s in scores)]
-    return [[_minus(s, float(np.mean(means)) if means else MISSING) for s in scores] for scores in group]
+    given = [[s for s in scores if s is not MISSING] for scores in group]
+    means = [float(np.mean(scores)) for scores in given if scores]
+    baseline = float(np.mean(means)) if means else MISSING
+    return [[_minus(s, baseline) for s in scores] for scores in group]
 
 
 def log_softmax(logits):
