@@ -145,7 +145,7 @@ def test_sharded_load_is_the_unsharded_load(folder, shape, how, shard_layers):
     mesh = jax.make_mesh(shape, ("data", "model"))
     arch, whole = read(folder, how)
     shardings = mesh_shardings(arch, how, mesh, shard_layers)
-    assert sum(not sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings)) > 8
+    assert sum(not sharding.is_fully_replicated for sharding in jax.tree.leaves(shardings)) > 4
     _, sharded = read(folder, how, shardings=shardings)
     jax.tree.map(np.testing.assert_array_equal, sharded, whole)
     assert jax.tree.map(lambda x: x.sharding, sharded) == shardings
