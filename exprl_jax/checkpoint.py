@@ -72,6 +72,8 @@ class Checkpoints:
         self._first_process = jax.process_index() == 0
         if self._first_process:
             _remove_unfinished(self._folder)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("unfinished checkpoints removed")
         self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
         self._manager = self._open()
         self._recording: threading.Thread | None = None
@@ -111,9 +113,10 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
-        """Starts saving, and returns once the state is copied: its buffers may be donated from then on.
+        """Starts saving, and returns once the state's buffers may be donated.
 
-        A save still under way is waited for first.
+        They have been copied by then, or (on CPU) are referenced, in which case JAX answers a donation with a copy.  A
+        save still under way is waited for first.
 
         Args:
           step: RL steps taken; must be later than every step saved.

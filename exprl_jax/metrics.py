@@ -28,6 +28,7 @@ import types
 from typing import Any, Iterator, Mapping, Sequence, TextIO
 
 import jax
+from absl import logging
 
 from exprl_jax.workdir import Workdir, write_atomically
 
@@ -55,8 +56,9 @@ class Metrics:
         rows, torn = _whole_rows(workdir.metrics)
         if torn:
             raise ValueError(f"{workdir.metrics}: its last line is torn; call truncate_after before writing more")
+        self._workdir = workdir
         self._last = rows[-1]["step"] if rows else -1
-        self._file = open(workdir.metrics, "a", encoding="utf-8")
+        self._file = os.open(workdir.metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         self._events = _Events(workdir.tensorboard, rows)
 
     def __enter__(self) -> Metrics:
@@ -66,8 +68,10 @@ class Metrics:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
         if self._writes:
-            self._file.close()
-            self._events.close()
+            os.close(self._file)
+            failure = self._events.close()
+            if failure is not None:
+                logging.error("TensorBoard events in %s are incomplete: %s", self._workdir.tensorboard, failure)
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Appends one step's row; it is on disk when this returns.
@@ -78,7 +82,7 @@ class Metrics:
 
         Raises:
           FloatingPointError: a value is NaN or infinite; the row is not written.
-          ValueError: the step is not later than the last.
+          ValueError: the step is not later than the last, or the row could not be written (disk full).
         """
         numbers = {name: _number(value) for name, value in row.items()}
         check_finite(step, numbers)
@@ -87,9 +91,16 @@ class Metrics:
         if step <= self._last:
             raise ValueError(f"metrics of step {step}: expected a step after {self._last}, the last written")
         line = {"step": step, **numbers}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        left = (json.dumps(line, allow_nan=False) + "\n").encode()
+        try:
+            while left:  # a disk that fills up takes a part first
+                left = left[os.write(self._file, left) :]
+            os.fsync(self._file)
+        except OSError as error:
+            raise ValueError(
+                f"metrics of step {step} could not be written to {self._workdir.metrics} ({error.strerror}); "
+                "free some disk space and start again"
+            ) from error
         self._last = step
         self._events.put(line)
 
@@ -283,11 +294,11 @@ class _Events:
     def put(self, row: Mapping[str, Any]) -> None:
         self._queue.put(row)
 
-    def close(self) -> None:
+    def close(self) -> Exception | None:
+        """Waits until everything is written; returns what prevented that."""
         self._queue.put(None)
         self._thread.join()
-        if self._failure is not None:
-            raise RuntimeError(f"TensorBoard events in {self._folder} are incomplete: {self._failure}") from self._failure
+        return self._failure
 
     def _run(self) -> None:
         try:
@@ -297,7 +308,7 @@ class _Events:
                 writer.flush()
             writer.close()
         except Exception as error:
-            self._failure = error  # raised by `close`: the run does not depend on its plots
+            self._failure = error  # told when the run ends: it does not depend on its plots
 
 
 def _open_event_writer(folder: pathlib.Path) -> Any:

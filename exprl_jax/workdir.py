@@ -118,14 +118,23 @@ def open_workdir(
 
 
 def write_atomically(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that a kill at any moment leaves the old content or the new, never a part."""
+    """Writes a file so that a kill at any moment leaves the old content or the new, never a part.
+
+    Raises:
+      ValueError: it could not be written, for instance because the disk is full; the old content stands.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        raise ValueError(
+            f"{path} could not be written ({error.strerror}); free some disk space or mend the cause, and start again"
+        ) from error
 
 
 def sync_folder(folder: pathlib.Path) -> None:

@@ -5,9 +5,11 @@ import json
 import os
 import pathlib
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 
 import jax
 import jax.numpy as jnp
@@ -243,3 +245,81 @@ def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
     assert refusal.startswith("checkpoint of step 2 could not be written") and "free some disk space" in refusal
     assert restored == "1 10.0"
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
+
+
+KILLED = """
+import sys
+import jax.numpy as jnp, jax
+from exprl_jax.checkpoint import Checkpoints
+with Checkpoints(sys.argv[1], 2, {}) as checkpoints:
+    found = checkpoints.restore({"w": jax.ShapeDtypeStruct((50_000,), jnp.float32)})
+    step = found.step if found else 0
+    assert found is None or found.position == {"step": step} and bool((found.state["w"] == step).all())
+    print(step, flush=True)
+    while True:
+        step += 1
+        checkpoints.save(step, {"w": jnp.full(50_000, step, jnp.float32)}, {"step": step})
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_of_a_save_it_goes_on_from_an_intact_one(tmp_path):
+    moments, last = np.random.default_rng(0), 0
+    for _ in range(12):
+        with subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        ) as run:
+            step = run.stdout.readline()
+            time.sleep(moments.uniform(0.05, 0.6))
+            run.kill()
+            report = run.stderr.read()
+        assert step and int(step) >= last and "damaged" not in report, report
+        last = int(step)
+    assert last > 12
+
+
+PROCESS = """
+import pathlib, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+jax.config.update("jax_num_cpu_devices", 4)
+folder, port, process = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(f"127.0.0.1:{port}", 2, process)
+from exprl_jax.checkpoint import Checkpoints
+rows, both = (NamedSharding(Mesh(np.array(jax.devices()).reshape(shape), ("data", "model")), spec)
+              for shape, spec in (((8, 1), PartitionSpec("data")), ((2, 4), PartitionSpec("model", "data"))))
+w = np.arange(6400.0, dtype=np.float32).reshape(64, 100)
+state = {"w": jax.make_array_from_callback(w.shape, rows, lambda index: w[index])}
+with Checkpoints(folder, 3, {}) as checkpoints:
+    assert checkpoints.restore(state) is None
+    for step in (1, 2):
+        checkpoints.save(step, state, {"step": step})
+multihost_utils.sync_global_devices("saved")
+if process == 0:
+    largest = max((folder / "2" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(bytes(largest.stat().st_size))
+with Checkpoints(folder, 3, {}) as checkpoints:
+    found = checkpoints.restore({"w": jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=both)})
+    assert found.step == 1 and found.position == {"step": 1}
+    for shard in found.state["w"].addressable_shards:
+        np.testing.assert_array_equal(shard.data, w[shard.index])
+print("agreed", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_save_together_and_agree_on_what_is_damaged(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(tmp_path), port, str(process)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for process in range(2)
+    ]  # fmt: skip
+    outputs = [run.communicate(timeout=180)[0] for run in runs]
+    assert all("agreed" in output for output in outputs), outputs
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.corrupt"]

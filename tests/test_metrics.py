@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -80,16 +81,24 @@ def test_opening_does_not_wait_for_the_event_writer(workdir, monkeypatch):
     assert events_of(workdir) == {"a": [(1, 1.0)]}
 
 
-def test_a_failure_of_the_event_writer_is_told_at_the_end(workdir, monkeypatch):
+def test_a_failure_of_the_event_writer_is_told_and_does_not_end_the_run(workdir, monkeypatch, caplog):
     def broken(folder):
         raise ImportError("no TensorFlow")
 
     monkeypatch.setattr(metrics_room, "_open_event_writer", broken)
-    metrics = Metrics(workdir)
-    metrics.write(1, {"a": 1.0})
-    with pytest.raises(RuntimeError, match="events .* incomplete: no TensorFlow"):
-        metrics.__exit__(None, None, None)
+    with Metrics(workdir) as metrics:
+        metrics.write(1, {"a": 1.0})
+    assert "are incomplete: no TensorFlow" in caplog.text
     assert read_metrics(workdir.metrics) == [{"step": 1, "a": 1.0}]
+
+
+def test_a_full_disk_is_one_line(workdir):
+    with Metrics(workdir) as metrics:
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, metrics._file)
+        os.close(full)
+        with pytest.raises(ValueError, match=r"^metrics of step 1 could not be written .*No space left on device"):
+            metrics.write(1, {"a": 1.0})
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

@@ -170,5 +170,11 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         write_atomically(path, "new \ud800")  # fails half-way, as a full disk would
     assert path.read_text() == "old"
+    (tmp_path / "rows.tmp").unlink()
+    (tmp_path / "rows.tmp").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match="rows could not be written .No space left on device"):
+        write_atomically(path, "new")
+    assert path.read_text() == "old"
+    (tmp_path / "rows.tmp").unlink()
     write_atomically(path, "new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["rows"]
