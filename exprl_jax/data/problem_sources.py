@@ -21,6 +21,8 @@ class Row(NamedTuple):
 def read_rows(source: str, split: str) -> Iterator[Row]:
     """The rows of a source (see `read_problems`), lazily."""
     kind, _, name = source.partition(":")
+    if kind in ("hf", "tfds") and not name:
+        raise ValueError(f"{source!r} names no data set: expected {kind}:<name>")
     if kind == "hf":
         yield from _hugging_face(name, split)
     elif kind == "tfds":
@@ -83,7 +85,10 @@ def _parquet(path: Path) -> Iterator[Row]:
 
 def _hugging_face(name: str, split: str) -> Iterator[Row]:
     import datasets
+    import huggingface_hub
 
+    # Every retry would be a warning of its own; the error below says it once.
+    huggingface_hub.utils.logging.set_verbosity_error()
     try:
         if Path(name, "dataset_info.json").is_file() or Path(name, "dataset_dict.json").is_file():
             loaded = datasets.load_from_disk(name)
@@ -107,7 +112,15 @@ def _tensorflow_datasets(name: str, split: str) -> Iterator[Row]:
         # array_record files are read without TensorFlow.
         builder.download_and_prepare(file_format=tfds.core.FileFormat.ARRAY_RECORD)
         examples = builder.as_data_source(split=split)
-    except (OSError, ValueError, KeyError, NotImplementedError, AssertionError, tfds.core.DatasetNotFoundError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ImportError,
+        NotImplementedError,
+        AssertionError,
+        tfds.core.DatasetNotFoundError,
+    ) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"cannot load split {split!r} of the TFDS data set {name!r}: {reason}; check name, split, TFDS_DATA_DIR and"

@@ -89,10 +89,10 @@ class Tokenizer:
           ValueError: as `render`, or the marker is not there exactly once.
         """
         found = messages[-1].content.count(marker) if messages and messages[-1].role == "user" else 0
-        if not marker or found != 1:
+        if not marker or marker != marker.strip() or found != 1:
             raise ValueError(
                 f"the last message must be a user message that contains the marker {marker!r} once, got {found} times:"
-                " choose a marker that occurs in no problem"
+                " choose a marker without outer spaces that occurs in no problem"
             )
         text, contents = self._template(messages)
         hole = list(contents)[-1]
@@ -119,12 +119,12 @@ class Tokenizer:
             if message.role not in ("system", "user", "assistant"):
                 raise ValueError(f"message role must be system, user or assistant, got {message.role!r}")
             # A template may strip contents, so the outer whitespace stays visible to it.
-            core = message.content.strip()
-            left, _, right = message.content.partition(core) if core else (message.content, "", "")
-            placeholder = _fresh() if core else ""
+            content, core = message.content, message.content.strip()
             if core:
+                placeholder = _fresh()
                 contents[placeholder] = core
-            shielded.append({"role": message.role, "content": left + placeholder + right})
+                content = content.replace(core, placeholder)
+            shielded.append({"role": message.role, "content": content})
         text = _render(self._library, shielded, generate=True)
         for placeholder, content in contents.items():
             if text.count(placeholder) != 1:
@@ -184,14 +184,15 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
         r"\s*" * token.lstrip + f"(?P<t{index}>{re.escape(content)})" + r"\s*" * token.rstrip
         for content, (index, token) in sorted(added.items(), key=lambda item: -len(item[0]))
     )
-    opening, following = _plain_encoders(json.loads(backend.to_str()), frozenset(added))
+    serialized = json.loads(backend.to_str())
+    token_bytes = _token_bytes(backend, serialized["decoder"] or {})
+    opening, following = _plain_encoders(serialized, frozenset(added))
     for content, (index, _) in added.items():
         if index in _ids(opening, content) or index in _ids(following, content):
             raise ValueError(f"{source.name} encodes the plain text {content!r} as its control token {index}: unsupported")
     eos_ids = tuple(dict.fromkeys([*source.eos_ids, *_turn_end(library, re.compile(pattern or "(?!)"), added)]))
     if not eos_ids:
         raise ValueError(f"{source.name} has no end-of-sequence token: set eos_token in its tokenizer_config.json")
-    token_bytes = _token_bytes(backend)
     return Tokenizer(
         name=source.name,
         vocab_size=len(token_bytes),
@@ -247,39 +248,32 @@ def _turn_end(library: Any, pattern: re.Pattern[str], added: Mapping[str, tuple[
     return [] if control is None else [added[control][0]]
 
 
-def _plain_encoders(spec: dict[str, Any], added: frozenset[str]) -> tuple[Any, Any]:
+def _plain_encoders(serialized: dict[str, Any], added: frozenset[str]) -> tuple[Any, Any]:
     """Two copies of a tokenizer without its added tokens: for the beginning of a text, and for what follows.
 
     They differ for sentencepiece only, which puts a space before the first piece of a text.
     """
     from tokenizers import Tokenizer as Backend
 
-    spec |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    model = spec["model"]
+    model, splitter = serialized["model"], serialized["pre_tokenizer"] or {}
     if "merges" in model:
         # Sentencepiece lists its control tokens as pieces, and converters derive merges from pieces.
         pairs = (merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"])
-        model["merges"] = [pair for pair in pairs if "".join(pair) not in added]
-    opening = Backend.from_str(json.dumps(spec))
-    if (spec["pre_tokenizer"] or {}).get("prepend_scheme") != "first":
+        model = model | {"merges": [pair for pair in pairs if "".join(pair) not in added]}
+    plain = serialized | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None, "model": model}
+    opening = Backend.from_str(json.dumps(plain))
+    if splitter.get("prepend_scheme") != "first":
         return opening, opening
-    spec["pre_tokenizer"]["prepend_scheme"] = "never"
-    return opening, Backend.from_str(json.dumps(spec))
+    return opening, Backend.from_str(json.dumps(plain | {"pre_tokenizer": splitter | {"prepend_scheme": "never"}}))
 
 
-def _token_bytes(backend: Any) -> tuple[bytes, ...]:
+def _token_bytes(backend: Any, decoder: Mapping[str, Any]) -> tuple[bytes, ...]:
     """The bytes of every id: byte-level BPE, or sentencepiece (`▁` is a space, `<0x41>` a byte)."""
-    decoder = json.loads(backend.to_str())["decoder"] or {}
     kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
     if "ByteLevel" in kinds:
-        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
-        # A piece outside the alphabet stands for its own characters.
-        of_piece = lambda piece: bytes(map(byte_of.get, piece)) if byte_of.keys() >= set(piece) else piece.encode()
+        bytes_of = _byte_level_bytes
     elif kinds & {"Metaspace", "Replace"}:
-        escape = re.compile(r"<0x([0-9A-F]{2})>")
-        of_piece = lambda piece: (
-            bytes.fromhex(found[1]) if (found := escape.fullmatch(piece)) else piece.replace("▁", " ").encode()
-        )
+        bytes_of = _sentencepiece_bytes
     else:
         raise ValueError(
             f"tokenizer decodes with {sorted(kinds) or 'nothing'}: only byte-level BPE and sentencepiece are supported"
@@ -289,7 +283,20 @@ def _token_bytes(backend: Any) -> tuple[bytes, ...]:
     added = backend.get_added_tokens_decoder()
     for piece, index in vocabulary.items():
         if index not in added:
-            table[index] = of_piece(piece)
+            table[index] = bytes_of(piece)
         elif not added[index].special:
             table[index] = piece.encode()
     return tuple(table)
+
+
+_BYTE_OF = {character: byte for byte, character in enumerate(byte_characters())}
+
+
+def _byte_level_bytes(piece: str) -> bytes:
+    # A piece with a character outside the alphabet stands for its own characters.
+    return bytes(_BYTE_OF[character] for character in piece) if _BYTE_OF.keys() >= set(piece) else piece.encode()
+
+
+def _sentencepiece_bytes(piece: str) -> bytes:
+    escaped = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+    return bytes.fromhex(escaped[1]) if escaped else piece.replace("▁", " ").encode()

@@ -133,7 +133,6 @@ def _gguf_source(path: Path) -> Source:
             f" {', '.join(sorted(_SPLITS))}: convert it to a folder with tokenizer.json"
         )
     tokens, types = read("tokenizer.ggml.tokens"), read("tokenizer.ggml.token_type")
-    of_type = lambda wanted: [token for token, kind in zip(tokens, types, strict=True) if kind == wanted]
     roles = {}
     for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
         if f"tokenizer.ggml.{key}_token_id" in fields:
@@ -142,8 +141,8 @@ def _gguf_source(path: Path) -> Source:
         {token: index for index, token in enumerate(tokens)},
         merges=[tuple(merge.split(" ")) for merge in read("tokenizer.ggml.merges")],
         splits=splits,
-        special=of_type(_CONTROL),
-        added=of_type(_USER_DEFINED),
+        special=[token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL],
+        added=[token for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED],
         template=read("tokenizer.chat_template") if "tokenizer.chat_template" in fields else FALLBACK_TEMPLATE,
         roles=roles,
     )
