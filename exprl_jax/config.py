@@ -107,6 +107,7 @@ class Judge:
       logits_value: for `logits`: the `expected` digit or the `argmax`.
       max_tokens: budget of a `text` judgement.
       max_context_tokens: budget of rubric + problem + reference; problems beyond it are dropped and counted.
+      max_trace_tokens: budget of a trace in the judge's own tokens; a longer one gets no score.
     """
 
     model: Model
@@ -115,6 +116,7 @@ class Judge:
     logits_value: Literal["expected", "argmax"]
     max_tokens: int
     max_context_tokens: int
+    max_trace_tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,6 +339,7 @@ def _check(c: Config) -> None:
         "rollout.prompts": c.rollout.prompts, "rollout.group": c.rollout.group, "rollout.wave": c.rollout.wave,
         "rollout.max_tokens": c.rollout.max_tokens, "segments.max_segments": c.segments.max_segments,
         "judge.max_tokens": c.judge.max_tokens, "judge.max_context_tokens": c.judge.max_context_tokens,
+        "judge.max_trace_tokens": c.judge.max_trace_tokens,
         "update.per_batch": c.update.per_batch, "update.microbatch": c.update.microbatch,
         "update.logp_chunk": c.update.logp_chunk, "checkpoint.every": c.checkpoint.every,
         "checkpoint.keep": c.checkpoint.keep, "grader.workers": c.grader.workers, "grader.seconds": c.grader.seconds,

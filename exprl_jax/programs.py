@@ -79,10 +79,13 @@ def build(config: Config, mesh: Mesh, policy: LanguageModel, judge: LanguageMode
             functools.partial(init_state, optimizer=make_optimizer(config.optimizer), dtype=policy.how.param_dtype),
             out_shardings=state_shardings,
         ),
-        prefill=_jit("prefill", functools.partial(decoder.prefill, arch=policy.arch, how=policy.execution, **forward)),
+        prefill=_jit(
+            "prefill", lambda params, context: decoder.prefill(params, policy.arch, policy.execution, context, **forward)
+        ),
         sample=_jit("sample", lambda params, prefix, own, draw: sampling(params, prefix=prefix, rows=own, draw=draw), rows),
         judge_prefill=_jit(
-            "judge_prefill", functools.partial(decoder.prefill, arch=judge.arch, how=judge.execution, **forward)
+            "judge_prefill",
+            lambda params, context: decoder.prefill(params, judge.arch, judge.execution, context, **forward),
         ),
         judge=_jit(
             "judge",

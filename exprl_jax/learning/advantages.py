@@ -127,11 +127,15 @@ def assign(
       how: estimator and rules.
 
     Raises:
-      ValueError: shapes or counts that do not fit, a valid score that is not finite, `grpo` with N > 1.
+      ValueError: counts that do not fit, a valid score that is not finite, `grpo` with N > 1.
     """
     score, valid, count, overlong = map(np.asarray, (score_PGN, valid_PGN, count_PG, overlong_PG))
-    _check(score, valid, count, overlong, how)
-    real = np.arange(score.shape[-1]) < count[..., None]
+    N = score.shape[-1]
+    if (count < 0).any() or (count > N).any():
+        raise ValueError(f"assign: got segment counts from {count.min()} to {count.max()}, expected 0 to {N}")
+    if how.estimator == "grpo" and N != 1:
+        raise ValueError(f"assign: got {N} scores a rollout, expected 1 with advantage.estimator = 'grpo'")
+    real = np.arange(N) < count[..., None]
     valid, overlong = valid & real, overlong[..., None]
     if not np.isfinite(score[valid]).all():
         raise ValueError("assign: a score marked valid is not finite; mark scores that were not given as not valid")
@@ -193,19 +197,6 @@ def to_tokens(
     loss_mask_PGR = mask_PGR & np.take_along_axis(counted, segment_PGR, -1)
     advantage_PGR = np.where(loss_mask_PGR, np.take_along_axis(advantage, segment_PGR, -1), np.float32(0))
     return advantage_PGR, loss_mask_PGR
-
-
-def _check(score, valid, count, overlong, how):
-    P, G, N = score.shape
-    for name, array, shape in (
-        ("valid", valid, (P, G, N)), ("count", count, (P, G)), ("overlong", overlong, (P, G)),
-    ):  # fmt: skip
-        if array.shape != shape:
-            raise ValueError(f"assign: got {name} of shape {array.shape}, expected {shape} from the scores")
-    if (count < 0).any() or (count > N).any():
-        raise ValueError(f"assign: got segment counts from {count.min()} to {count.max()}, expected 0 to {N}")
-    if how.estimator == "grpo" and N != 1:
-        raise ValueError(f"assign: got {N} scores a rollout, expected 1 with advantage.estimator = 'grpo'")
 
 
 def _above_lowest(score, valid):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ METRICS: Mapping[str, str] = {
 
 
 def make_optimizer(how: config.Optimizer) -> optax.GradientTransformation:
-    """Global-norm clip, then AdamW with a constant rate and weight decay on every parameter, as in the released code."""
+    """Global-norm clip, then AdamW with a constant rate and weight decay on every parameter (the released settings)."""
     return optax.chain(
         optax.clip_by_global_norm(how.clip_norm),
         optax.adamw(how.learning_rate, b1=how.b1, b2=how.b2, eps=how.eps, weight_decay=how.weight_decay),

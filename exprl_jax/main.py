@@ -1,0 +1,74 @@
+"""The door: `python -m exprl_jax.main --config=configs/stage1.py --workdir=...`.
+
+Whatever cannot work ends with one line on stderr and exit status 1 (2 for a wrong command line); the traceback of a
+fault in this program itself is printed.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/, optionally with :arm.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; starting again in it resumes.")
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the config resolves to and what it needs, and exit.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for a run of several processes.")
+_PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.", lower_bound=1)
+_PROCESS = flags.DEFINE_integer("process", None, "This process's index.", lower_bound=0)
+
+
+def main(argv: list[str]) -> int:
+    """Parses the command line, runs the experiment and returns the exit status."""
+    try:
+        rest = flags.FLAGS(argv)[1:]
+        if rest:
+            raise ValueError(f"unexpected argument {rest[0]!r}; every option is --name=value")
+        if _CONFIG.value is None:
+            raise ValueError("--config is missing; for instance --config=configs/smoke.py")
+        if _WORKDIR.value is None and not _DRY_RUN.value:
+            raise ValueError("--workdir is missing; for instance --workdir=runs/smoke")
+        if len({_COORDINATOR.value is None, _PROCESSES.value is None, _PROCESS.value is None}) > 1:
+            raise ValueError("--coordinator, --processes and --process go together; give all three or none")
+    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError, ImportError) as error:
+        return _complain(error, 2)
+
+    # Only now the slow imports, so that a typing error is answered at once.
+    import jax
+
+    from exprl_jax.config import resolve
+    from exprl_jax.model.sources import default_cache_dir
+
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    try:
+        config = resolve(_CONFIG.value)
+        if _DRY_RUN.value:
+            from exprl_jax.plan import describe
+
+            print(describe(config))
+            return 0
+        if _COORDINATOR.value is not None:
+            jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+        from exprl_jax.train import train
+
+        train(config, _WORKDIR.value)
+    except (ValueError, FloatingPointError) as error:
+        return _complain(error, 1)
+    except KeyboardInterrupt:
+        return _complain("interrupted; the last checkpoint stands", 130)
+    return 0
+
+
+def _complain(error: object, status: int) -> int:
+    text = " ".join(str(error).split())
+    print(f"exprl_jax: {text}", file=sys.stderr, flush=True)
+    return status
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.getcwd())
+    sys.exit(main(sys.argv))

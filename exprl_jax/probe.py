@@ -1,0 +1,59 @@
+"""A look at the first judged batch, before anything is learned from it: silent failures said aloud, with their cure."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+
+import jax
+
+from exprl_jax.config import Config
+
+
+def look(row: Mapping[str, float | None], config: Config) -> None:
+    """Warns on stderr about a batch that has little to learn from.
+
+    Args:
+      row: the first step's `reward.statistics.summarise`.
+
+    Raises:
+      ValueError: there is something to warn of and `probe.strict` is set.
+    """
+    found = warnings(row, config)
+    if found and config.probe.strict:
+        raise ValueError(f"probe: {'; '.join(found)} (config.probe.strict is set)")
+    if jax.process_index() == 0:
+        for warning in found:
+            print(f"warning: probe: {warning}", file=sys.stderr, flush=True)
+
+
+def warnings(row: Mapping[str, float | None], config: Config) -> list[str]:
+    """One line for each fault of the batch, naming the cure."""
+
+    def value(name: str) -> float:
+        return row[name] if row[name] is not None else 0.0
+
+    found = []
+    if value("response/overlong") > 0.5:
+        found.append(
+            f"{value('response/overlong'):.0%} of the rollouts were cut at rollout.max_tokens = {config.rollout.max_tokens} "
+            "and get no judge score: raise it, or show shorter solutions in data.worked_examples"
+        )
+    if value("advantage/live_groups") < 0.5:
+        found.append(
+            f"only {value('advantage/live_groups'):.0%} of the groups have any advantage: raise rollout.group, lower "
+            "advantage.min_spread, set judge.logits_value to 'expected', or take problems of another difficulty"
+        )
+    if value("judge/asked") and value("judge/parsed") < 0.5:
+        cure = (
+            "raise judge.max_tokens, set judge.readout to 'logits', or take a larger judge"
+            if config.judge.readout == "text"
+            else "raise judge.max_trace_tokens"
+        )
+        found.append(f"only {value('judge/parsed'):.0%} of the judge's answers held a score: {cure}")
+    if value("reward/std") == 0:
+        found.append(
+            "all scores are equal: look at rollouts/step_000001.jsonl, and take a judge that tells these rollouts apart "
+            "or set judge.logits_value to 'expected'"
+        )
+    return found

@@ -1,0 +1,125 @@
+"""What a batch of rollouts says about policy, judge and signal: numpy in, named scalars out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from exprl_jax import config
+from exprl_jax.reward.judge_prompts import DIGITS
+from exprl_jax.reward.verifiers.math import Verdict
+
+VERDICTS = tuple(Verdict)
+
+METRICS: Mapping[str, str] = {
+    "reward/mean": "mean normalised judge score of whole rollouts (their last prefix), overlong ones counted as 0 under zero_score",
+    "reward/std": "standard deviation of the same over the batch",
+    "solve/accuracy": "fraction of rollouts whose boxed answer is correct",
+    "solve/none": "fraction of prompts with no correct rollout (unsolved prompts)",
+    "solve/some": "fraction of prompts with some correct rollouts",
+    "solve/all": "fraction of prompts with all rollouts correct",
+    "solve/no_answer": "fraction of rollouts without a boxed answer",
+    "solve/timed_out": "fraction of rollouts whose comparison hit the grader's time limit",
+    "response/length_mean": "tokens a rollout, EOS included",
+    "response/length_max": "longest rollout",
+    "response/overlong": "fraction of rollouts that reached max_tokens without EOS",
+    "segments/mean": "segments a rollout",
+    "segments/max": "most segments of a rollout",
+    "advantage/mean": "mean advantage over counted segments",
+    "advantage/std": "standard deviation of the same",
+    "advantage/max": "largest",
+    "advantage/min": "smallest",
+    "advantage/counted": "fraction of segments that carry a loss",
+    "advantage/live_groups": "fraction of prompts with any advantage other than 0",
+    "judge/asked": "scores wanted of the judge",
+    "judge/parsed": "fraction of them that came back as a score",
+    "judge/truncated": "fraction of them whose answer reached its budget or whose trace did not fit",
+    **{f"judge/score_{digit}": f"fraction of scores that round to {digit}" for digit in DIGITS},
+    "judge/group_spread": "mean over prompts of the standard deviation of their rollouts' rewards",
+    "judge/length_correlation": "Pearson correlation of reward and response length",
+    "judge/correct_correlation": "Pearson correlation of reward and correctness",
+    "judge/correct_auroc": "probability that a correct rollout has a higher reward than a wrong one, ties half",
+}
+"""Every key of `summarise` and what it is; null where it is not defined (a mean over nothing, no spread)."""
+
+
+def summarise(rows: Mapping[str, np.ndarray], advantage: config.Advantage) -> dict[str, float | None]:
+    """The metrics of one step.
+
+    Args:
+      rows: of the whole batch: length_PG, ended_PG, verdict_PG (index into `VERDICTS`), score_PGN, valid_PGN,
+        asked_PGN, cut_PGN, count_PG, advantage_PGN, counted_PGN, live_P.
+      advantage: for what an overlong rollout is worth.
+    """
+    length, ended, verdict = (rows[name].astype(np.int64) for name in ("length_PG", "ended_PG", "verdict_PG"))
+    score, valid, asked, cut = (rows[name] for name in ("score_PGN", "valid_PGN", "asked_PGN", "cut_PGN"))
+    counted, advantages = rows["counted_PGN"], rows["advantage_PGN"]
+    overlong, correct = ended == 0, verdict == VERDICTS.index(Verdict.correct)
+
+    last = np.maximum(rows["count_PG"] - 1, 0)[..., None]
+    reward, given = (np.take_along_axis(x, last, -1)[..., 0] for x in (score, valid))
+    if advantage.overlong == "zero_score":
+        reward, given = np.where(overlong, 0.0, reward), given | overlong
+    real = np.arange(score.shape[-1]) < rows["count_PG"][..., None]
+    judged = reward[valid.any(-1)], length[valid.any(-1)], correct[valid.any(-1)]
+    solved = correct.mean(1)
+    likert = np.rint(score[valid] * 4 + 1)
+    values = advantages[counted]
+    spread = [r[g].std() for r, g in zip(reward, given) if g.sum() > 1]
+
+    summary = {
+        "reward/mean": _mean(reward[given]),
+        "reward/std": _std(reward[given]),
+        "solve/accuracy": _mean(correct),
+        "solve/none": _mean(solved == 0),
+        "solve/some": _mean((solved > 0) & (solved < 1)),
+        "solve/all": _mean(solved == 1),
+        "solve/no_answer": _mean(verdict == VERDICTS.index(Verdict.no_answer)),
+        "solve/timed_out": _mean(verdict == VERDICTS.index(Verdict.timed_out)),
+        "response/length_mean": _mean(length),
+        "response/length_max": float(length.max()),
+        "response/overlong": _mean(overlong),
+        "segments/mean": _mean(rows["count_PG"]),
+        "segments/max": float(rows["count_PG"].max()),
+        "advantage/mean": _mean(values),
+        "advantage/std": _std(values),
+        "advantage/max": float(values.max()) if values.size else None,
+        "advantage/min": float(values.min()) if values.size else None,
+        "advantage/counted": _mean(counted[real]),
+        "advantage/live_groups": _mean(rows["live_P"]),
+        "judge/asked": float(asked.sum()),
+        "judge/parsed": _mean(valid[asked]),
+        "judge/truncated": _mean(cut[asked]),
+        **{f"judge/score_{digit}": _mean(likert == digit) for digit in DIGITS},
+        "judge/group_spread": _mean(spread),
+        "judge/length_correlation": _correlation(judged[0], judged[1]),
+        "judge/correct_correlation": _correlation(judged[0], judged[2]),
+        "judge/correct_auroc": auroc(judged[0], judged[2]),
+    }
+    return summary
+
+
+def auroc(score: np.ndarray, positive: np.ndarray) -> float | None:
+    """P(score of a positive > score of a negative) + half of P(equal); None without both kinds."""
+    high, low = score[positive], score[~positive]
+    if not high.size or not low.size:
+        return None
+    above = (high[:, None] > low).mean() + 0.5 * (high[:, None] == low).mean()
+    return float(above)
+
+
+def _mean(x: object) -> float | None:
+    x = np.asarray(x, np.float64)
+    return float(x.mean()) if x.size else None
+
+
+def _std(x: np.ndarray) -> float | None:
+    return float(x.std()) if x.size else None
+
+
+def _correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.size < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    return float(np.corrcoef(x, y)[0, 1])
