@@ -41,7 +41,8 @@ def compare(boxed: str, answer: str) -> str:
     """
     import math_verify
 
-    boxed, answer = _bare(boxed), _bare(answer)
+    # math-verify sees through dollar signs and boxes around an answer, but not through a full stop.
+    boxed, answer = (text.strip().removesuffix(".").strip() for text in (boxed, answer))
     if not boxed or not answer:
         return "unparsable"
     if boxed == answer:
@@ -58,17 +59,6 @@ def compare(boxed: str, answer: str) -> str:
     if not got or not expected:
         return "unparsable"
     return "correct" if math_verify.verify(expected, got, timeout_seconds=None) else "wrong"
-
-
-def _bare(text: str) -> str:
-    """Without the marks of mathematics mode, a box, and a full stop around it."""
-    text = text.strip()
-    for left, right in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("\\boxed{", "}"), ("$", "$")):
-        text = text.removesuffix(".")
-        inner = text[len(left) : -len(right)]
-        if text == left + inner + right and left not in inner:
-            text = inner.strip()
-    return text
 
 
 def _words(text: str) -> str:
