@@ -95,10 +95,7 @@ def normaliser(
     elif aggregate == "sequence_mean":
         tokens_PG1 = mask_PGR.sum(-1, keepdims=True)
         count = tokens_PG1.astype(jnp.float32) * (tokens_PG1 > 0).sum()
-    elif aggregate == "constant":
-        count = jnp.asarray(mask_PGR.shape[0] * mask_PGR.shape[1] * max_tokens)
     else:
-        raise ValueError(
-            f"normaliser: got aggregate {aggregate!r}, expected 'token_mean', 'sequence_mean' or 'constant'"
-        )
-    return jnp.where(mask_PGR, 1.0 / jnp.maximum(count, 1).astype(jnp.float32), 0.0)
+        count = jnp.asarray(mask_PGR.shape[0] * mask_PGR.shape[1] * max_tokens)
+    # Where the mask is True the count is at least 1.
+    return jnp.where(mask_PGR, 1.0 / count.astype(jnp.float32), 0.0)

@@ -277,7 +277,6 @@ def test_overlong_rules_on_steps(estimator, zero, others):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda s, v, c, o: (s, v[..., :1], c, o), "valid of shape"),
         (lambda s, v, c, o: (s, v, c + 5, o), "expected 0 to 2"),
         (lambda s, v, c, o: (s * np.nan, v, c, o), "not finite"),
     ],
