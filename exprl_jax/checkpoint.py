@@ -188,7 +188,8 @@ class Checkpoints:
                 # process that fails alone cannot decide for the others.
                 if recorded or jax.process_count() > 1:
                     raise ValueError(
-                        f"checkpoint of step {step} in {self._folder} does not restore into this run's state: {_one_line(error)}"
+                        f"checkpoint of step {step} in {self._folder} does not restore into this run's state: "
+                        f"{_one_line(error)}; choose another --workdir"
                     ) from error
                 self._set_aside(step, _one_line(error))
                 self._manager.reload()

@@ -113,7 +113,7 @@ def check_finite(step: int, row: Mapping[str, Number]) -> None:
     """
     bad = [f"{name} = {value}" for name, value in row.items() if value is not None and not math.isfinite(value)]
     if bad:
-        raise FloatingPointError(f"step {step}: {', '.join(bad)}; the run stops, its checkpoints before this step stand")
+        raise FloatingPointError(f"step {step}: {', '.join(bad)}; the run stops, its earlier checkpoints stand")
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -342,7 +342,7 @@ def _whole_rows(path: pathlib.Path) -> tuple[list[dict[str, Any]], bool]:
             if rows and step <= rows[-1]["step"]:
                 raise ValueError(f"step {step} follows step {rows[-1]['step']}")
         except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{path}, line {number}: expected a row of metrics, got {line[:80]!r} ({error})") from error
+            raise ValueError(f"{path}, line {number}: expected a row of metrics, got {line[:60]!r}: {error}") from error
         rows.append(row)
     return rows, torn
 

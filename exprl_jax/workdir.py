@@ -99,7 +99,7 @@ def open_workdir(
         written to, or its disk is too small.
     """
     if "://" in str(path):
-        raise ValueError(f"--workdir {path}: expected a folder of a file system, got a URL; mount the bucket and pass the mount")
+        raise ValueError(f"--workdir {path}: expected a folder, got a URL; mount the bucket and pass the mount's path")
     folder = pathlib.Path(path).expanduser().absolute()
     config = json.loads(json.dumps(resolved_config))  # as it will be read back: tuples become lists
     with contextlib.ExitStack() as held:
@@ -111,7 +111,9 @@ def open_workdir(
         else:
             barrier()
             if not (folder / "config.json").exists():
-                raise ValueError(f"--workdir {folder}: process {process} sees no config.json there; it must be a folder that all hosts share")
+                raise ValueError(
+                    f"--workdir {folder}: process {process} sees no config.json; pass a folder that all hosts share"
+                )
             workdir = Workdir(folder, resumed=True)
             _refuse_other_config(folder, _read_config(workdir.config), config)
         yield workdir
@@ -154,7 +156,8 @@ def _enter(folder: pathlib.Path, config: dict[str, Any], needed_bytes: int, held
         strange = sorted(set(_names(folder)) - {"lock", "config.json.tmp"})
         if strange and "config.json" not in strange:
             raise ValueError(
-                f"--workdir {folder}: not empty and not a workdir (it holds {strange[0]} but no config.json); choose another --workdir"
+                f"--workdir {folder}: not empty and not a workdir (it holds {strange[0]} but no config.json); "
+                "choose another --workdir"
             )
         if "config.json" in strange:
             _refuse_other_config(folder, _read_config(folder / "config.json"), config)
@@ -169,7 +172,7 @@ def _enter(folder: pathlib.Path, config: dict[str, Any], needed_bytes: int, held
         if not workdir.resumed or _read_config(workdir.config) != config:
             write_atomically(workdir.config, json.dumps(config, indent=2) + "\n")
     except OSError as error:
-        raise ValueError(f"--workdir {folder}: cannot write there ({error.strerror or error}); choose another --workdir") from error
+        raise ValueError(f"--workdir {folder}: cannot write there ({error.strerror}); choose another") from error
     return workdir
 
 
@@ -206,7 +209,7 @@ def _check_space(folder: pathlib.Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(standing).free
     if free + taken < needed_bytes:
         raise ValueError(
-            f"--workdir {folder}: the run needs {needed_bytes / 1e9:.2f} GB there, its disk has {free / 1e9:.2f} GB free; "
+            f"--workdir {folder}: the run needs {needed_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
             "free some, keep fewer checkpoints (checkpoint.keep) or choose another --workdir"
         )
 
@@ -223,7 +226,9 @@ def _lock(folder: pathlib.Path) -> Iterator[None]:
             if error.errno not in (errno.EACCES, errno.EAGAIN):
                 raise
             holder = os.read(descriptor, 200).decode("utf-8", "replace").strip() or "another process"
-            raise ValueError(f"--workdir {folder} is in use by {holder}; wait for it, end it, or choose another --workdir") from error
+            raise ValueError(
+                f"--workdir {folder} is in use by {holder}; wait for it, end it, or choose another --workdir"
+            ) from error
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield

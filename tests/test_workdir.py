@@ -53,7 +53,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match="holds thesis.tex but no config.json"), open_workdir(tmp_path, CONFIG):
         pass
     assert os.listdir(tmp_path) == ["thesis.tex"]
-    with pytest.raises(ValueError, match="expected a folder, got a file"), open_workdir(tmp_path / "thesis.tex", CONFIG):
+    with pytest.raises(ValueError, match="folder, got a file"), open_workdir(tmp_path / "thesis.tex", CONFIG):
         pass
 
 
@@ -72,7 +72,7 @@ def test_a_garbled_config_is_refused(tmp_path, content):
 
 
 def test_no_room_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match=r"needs 1000000000.00 GB there, its disk has"), open_workdir(
+    with pytest.raises(ValueError, match=r"needs 1000000000.00 GB, the disk has"), open_workdir(
         tmp_path / "run", CONFIG, needed_bytes=10**18
     ):
         pass
@@ -120,7 +120,7 @@ def test_a_second_process_is_refused_and_kill_9_opens_the_door(tmp_path):
     with holder:
         worker = int(holder.stdout.readline())
         try:
-            with pytest.raises(ValueError, match=f"is in use by process {holder.pid} on "), open_workdir(tmp_path, CONFIG):
+            with pytest.raises(ValueError, match=f"in use by process {holder.pid} "), open_workdir(tmp_path, CONFIG):
                 pass
             holder.kill()
             holder.wait()
