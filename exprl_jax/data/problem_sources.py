@@ -42,7 +42,7 @@ def _paths(source: str) -> list[Path]:
             )
         paths += map(Path, found)
     if not paths:
-        raise ValueError(f"no problems named: expected .jsonl or .parquet files, hf:<id> or tfds:<name>, got {source!r}")
+        raise ValueError(f"{source!r} names no problems: expected .jsonl or .parquet files, hf:<id> or tfds:<name>")
     return paths
 
 

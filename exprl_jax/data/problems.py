@@ -57,8 +57,8 @@ def read_problems(source: str, *, split: str = "train", references: bool = True)
     """Reads problems.
 
     Args:
-      source: `.jsonl` or `.parquet` files (paths, globs, or several separated by commas), `hf:<dataset id or folder>` or
-        `tfds:<name or folder>`.
+      source: `.jsonl` or `.parquet` files (paths, globs, or several separated by commas), `hf:<dataset id or folder>`
+        or `tfds:<name or folder>`.
       split: of a `hf:` or `tfds:` data set; files have none.
       references: True requires a reference solution in every row; False leaves references out, for programs that must
         not have them.

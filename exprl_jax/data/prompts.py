@@ -55,7 +55,7 @@ def policy_messages(question: Question, style: PromptStyle) -> list[Message]:
     messages = [Message("system", style.system)]
     for example in style.examples:
         if example.question.text.strip() == question.text.strip():
-            raise ValueError(f"a problem is also a worked example of the prompt: {question.text!r:.60}; remove it from one")
+            raise ValueError(f"a problem is also a worked example, remove it from one: {question.text!r:.60}")
         messages += [Message("user", question_text(example.question)), Message("assistant", example.solution)]
     return [*messages, Message("user", question_text(question))]
 

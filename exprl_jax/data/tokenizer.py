@@ -129,8 +129,8 @@ class Tokenizer:
         for placeholder, content in contents.items():
             if text.count(placeholder) != 1:
                 raise ValueError(
-                    f"the chat template of {self.name} puts the message {content[:40]!r} {text.count(placeholder)} times"
-                    " into the prompt, expected once: it cannot be used here"
+                    f"the chat template of {self.name} writes the message {content[:40]!r}"
+                    f" {text.count(placeholder)} times, expected once: it cannot be used here"
                 )
         return text, contents
 
@@ -189,7 +189,10 @@ def load_tokenizer(spec: str | Path) -> Tokenizer:
     opening, following = _plain_encoders(serialized, frozenset(added))
     for content, (index, _) in added.items():
         if index in _ids(opening, content) or index in _ids(following, content):
-            raise ValueError(f"{source.name} encodes the plain text {content!r} as its control token {index}: unsupported")
+            raise ValueError(
+                f"{source.name} encodes the plain text {content!r} as its control token {index}: contents could"
+                " then pose as control tokens, so it cannot be used here"
+            )
     eos_ids = tuple(dict.fromkeys([*source.eos_ids, *_turn_end(library, re.compile(pattern or "(?!)"), added)]))
     if not eos_ids:
         raise ValueError(f"{source.name} has no end-of-sequence token: set eos_token in its tokenizer_config.json")
@@ -260,7 +263,8 @@ def _plain_encoders(serialized: dict[str, Any], added: frozenset[str]) -> tuple[
         # Sentencepiece lists its control tokens as pieces, and converters derive merges from pieces.
         pairs = (merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"])
         model = model | {"merges": [pair for pair in pairs if "".join(pair) not in added]}
-    plain = serialized | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None, "model": model}
+    plain = serialized | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    plain |= {"model": model}
     opening = Backend.from_str(json.dumps(plain))
     if splitter.get("prepend_scheme") != "first":
         return opening, opening

@@ -65,7 +65,7 @@ def _transformers() -> Any:
 
 def _hub_folder(spec: str) -> Path:
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec) or spec.startswith("."):
-        raise ValueError(f"no tokenizer at {spec!r}: no such folder, expected `byte`, a .gguf file, a folder or a hub id")
+        raise ValueError(f"no tokenizer at {spec!r}: no such folder; expected byte, a .gguf file, a folder or a hub id")
     import huggingface_hub
 
     try:
@@ -73,8 +73,8 @@ def _hub_folder(spec: str) -> Path:
     except (OSError, ValueError) as error:
         reason = str(error).split("\n")[0]
         raise ValueError(
-            f"no tokenizer {spec!r}: not a folder here, and the hub does not give it ({reason}): check name and network, or"
-            " download it and name the folder"
+            f"no tokenizer {spec!r}: not a folder here, and the hub does not give it ({reason}): check name and"
+            " network, or download it and name the folder"
         ) from error
 
 
@@ -175,7 +175,8 @@ def _wrap(
         backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), by_words])
     elif splits == "qwen2":
         backend.normalizer = normalizers.NFC()
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN2_WORDS), "isolated"), by_bytes])
+        by_pattern = pre_tokenizers.Split(Regex(_QWEN2_WORDS), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([by_pattern, by_bytes])
     else:
         backend.pre_tokenizer = by_bytes
     backend.decoder = decoders.ByteLevel()

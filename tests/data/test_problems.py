@@ -228,10 +228,10 @@ def test_parquet_rows_are_named(tmp_path):
     with pytest.raises(ValueError, match="p.parquet row 1: no answer"):
         read_problems(source)
     with pytest.raises(ValueError, match="holds no problems"):
-        read_problems(write_parquet(tmp_path / "none.parquet", pyarrow.Table.from_pylist(PLAIN).slice(0, 0).to_pylist()))
+        read_problems(write_parquet(tmp_path / "none.parquet", []))
 
 
-@pytest.mark.parametrize("source", ["/no/such.jsonl", "nowhere*.parquet", "", ",", "hf:", "tfds:", "hf:/no/such/folder"])
+@pytest.mark.parametrize("source", ["/no/such.jsonl", "no*where.parquet", "", ",", "hf:", "tfds:", "hf:/no/such"])
 def test_sources_that_are_not_there_are_named(source):
     with pytest.raises(ValueError, match="expected|cannot load"):
         read_problems(source)
@@ -252,7 +252,7 @@ def test_a_hub_data_set_without_network_is_one_clear_line(monkeypatch):
         raise ConnectionError("Couldn't reach 'x/y' on the Hub\nlong story")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
-    with pytest.raises(ValueError, match="data set 'x/y': Couldn't reach 'x/y' on the Hub; check name, split and network"):
+    with pytest.raises(ValueError, match="data set 'x/y': Couldn't reach 'x/y' on the Hub; check .* network"):
         read_problems("hf:x/y")
 
 
