@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
+
 from exprl_jax.model import weights
 from exprl_jax.model.config import Execution
 from exprl_jax.model.decoder import abstract_params, forward_logits
@@ -14,7 +15,7 @@ TOKENS = np.random.default_rng(3).integers(0, 97, (2, 80), dtype=np.int32)
 
 
 class FakeTokenizer:
-    vocab_size, pad_id, eos_ids, bos_id = 90, 3, (3, 5), None
+    vocab_size, pad_id, eos_ids = 90, 3, (3, 5)
 
     def save(self, folder):
         (folder / "tokenizer_config.json").write_text("{}")

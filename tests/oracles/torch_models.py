@@ -32,7 +32,9 @@ FAMILIES = {
     "qwen3": ("qwen3", dict(num_attention_heads=6, num_key_value_heads=2, head_dim=12, rope_parameters=_PLAIN)),
     "qwen3_tied": (
         "qwen3",
-        dict(num_attention_heads=3, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True, rope_parameters=_PLAIN),
+        dict(
+            num_attention_heads=3, num_key_value_heads=1, head_dim=8, tie_word_embeddings=True, rope_parameters=_PLAIN
+        ),
     ),
     "qwen2": ("qwen2", dict(num_attention_heads=4, num_key_value_heads=2, rope_parameters=_PLAIN)),
     "qwen2_tied": (
