@@ -48,7 +48,7 @@ def base() -> ConfigDict:
                 missing="drop_segment",
             ),
             loss=dict(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.001, aggregate="token_mean"),
-            update=dict(per_batch=2, microbatch=4, logp_chunk=4096),
+            updates=dict(per_batch=2, microbatch=4, logp_chunk=4096),
             optimizer=dict(learning_rate=1e-6, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=1.0),
             checkpoint=dict(every=10, keep=2),
             log=dict(rollouts=16),

@@ -19,7 +19,7 @@ def get_config(arm: str = "outcome"):
         config.rollout.group = 16
         config.judge.unit = "prefix"
         config.advantage.estimator = "delta_norm"
-        config.update.per_batch = 1
+        config.updates.per_batch = 1
         config.loss.clip_high = 0.26
     elif arm != "outcome":
         raise ValueError(f"configs/stage1.py:{arm}: expected outcome or process")

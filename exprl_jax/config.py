@@ -162,7 +162,7 @@ class Loss:
 
 
 @dataclasses.dataclass(frozen=True)
-class Update:
+class Updates:
     """How a batch of rollouts becomes optimizer updates.
 
     Attributes:
@@ -253,7 +253,7 @@ class Config:
     segments: Segments
     advantage: Advantage
     loss: Loss
-    update: Update
+    updates: Updates
     optimizer: Optimizer
     checkpoint: Checkpoint
     log: Log
@@ -340,8 +340,8 @@ def _check(c: Config) -> None:
         "rollout.max_tokens": c.rollout.max_tokens, "segments.max_segments": c.segments.max_segments,
         "judge.max_tokens": c.judge.max_tokens, "judge.max_context_tokens": c.judge.max_context_tokens,
         "judge.max_trace_tokens": c.judge.max_trace_tokens,
-        "update.per_batch": c.update.per_batch, "update.microbatch": c.update.microbatch,
-        "update.logp_chunk": c.update.logp_chunk, "checkpoint.every": c.checkpoint.every,
+        "updates.per_batch": c.updates.per_batch, "updates.microbatch": c.updates.microbatch,
+        "updates.logp_chunk": c.updates.logp_chunk, "checkpoint.every": c.checkpoint.every,
         "checkpoint.keep": c.checkpoint.keep, "grader.workers": c.grader.workers, "grader.seconds": c.grader.seconds,
         "rollout.temperature": c.rollout.temperature, "optimizer.clip_norm": c.optimizer.clip_norm,
         "optimizer.eps": c.optimizer.eps,
@@ -365,14 +365,14 @@ def _check(c: Config) -> None:
 
     waves = c.rollout.prompts / c.rollout.wave
     require(waves.is_integer(), "rollout.wave", c.rollout.wave, f"a divisor of rollout.prompts = {c.rollout.prompts}")
-    share = c.rollout.prompts / c.update.per_batch
+    share = c.rollout.prompts / c.updates.per_batch
     require(
-        share.is_integer(), "update.per_batch", c.update.per_batch, f"a divisor of rollout.prompts = {c.rollout.prompts}"
+        share.is_integer(), "updates.per_batch", c.updates.per_batch, f"a divisor of rollout.prompts = {c.rollout.prompts}"
     )
     rows = int(share) * c.rollout.group
     require(
-        rows % c.update.microbatch == 0, "update.microbatch", c.update.microbatch,
-        f"a divisor of the {rows} rows of one update (rollout.prompts / update.per_batch · rollout.group)",
+        rows % c.updates.microbatch == 0, "updates.microbatch", c.updates.microbatch,
+        f"a divisor of the {rows} rows of one update (rollout.prompts / updates.per_batch · rollout.group)",
     )  # fmt: skip
     if c.advantage.estimator == "grpo":
         require(c.rollout.group > 1, "rollout.group", c.rollout.group, "at least 2: grpo compares within a group")

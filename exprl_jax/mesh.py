@@ -21,20 +21,31 @@ from exprl_jax.model.config import Architecture, Execution
 DATA, MODEL = "data", "model"
 
 
-def make_mesh(how: config.Mesh) -> Mesh:
-    """A `data` × `model` mesh over all devices of all processes.
+def fit_mesh(how: config.Mesh, devices: int | None = None) -> tuple[int, int]:
+    """The sizes of `data` and `model`; `devices` None takes the config's word, or this machine's count for data −1.
 
     Raises:
       ValueError: the axes' product is not the number of devices.
     """
-    devices = jax.device_count()
+    if how.data != -1 and devices is None:
+        return how.data, how.model
+    devices = jax.device_count() if devices is None else devices
     data = devices // how.model if how.data == -1 else how.data
     if data * how.model != devices:
         raise ValueError(
             f"config.mesh: got data {how.data} x model {how.model}, expected a product of {devices}, the number of "
             "devices; use data=-1 to take all that model leaves"
         )
-    return Mesh(mesh_utils.create_device_mesh((data, how.model)), (DATA, MODEL))
+    return data, how.model
+
+
+def make_mesh(how: config.Mesh) -> Mesh:
+    """A `data` × `model` mesh over all devices of all processes.
+
+    Raises:
+      ValueError: the axes' product is not the number of devices.
+    """
+    return Mesh(mesh_utils.create_device_mesh(fit_mesh(how, jax.device_count())), (DATA, MODEL))
 
 
 def parameter_rules(arch: Architecture) -> tuple[tuple[str, PartitionSpec], ...]:

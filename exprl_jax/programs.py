@@ -16,6 +16,7 @@ from exprl_jax.learning.logprobs import token_logprobs
 from exprl_jax.learning.update import make_optimizer, microbatch_shape, train_step
 from exprl_jax.mesh import DATA, constrain_mapped, constrain_rows, replicated, rows_sharding, shard_parameters
 from exprl_jax.model import decoder
+from exprl_jax.model.config import Architecture
 from exprl_jax.model.language_model import LanguageModel
 from exprl_jax.records import Array, Context, Rows, TrainState
 from exprl_jax.reward.judge_prompts import digit_token_ids
@@ -49,9 +50,9 @@ class Programs:
 def build(config: Config, mesh: Mesh, policy: LanguageModel, judge: LanguageModel) -> Programs:
     """Binds a config's static choices to the programs; compiles nothing yet."""
     rows, scalars = rows_sharding(mesh), replicated(mesh)
-    problems = config.rollout.prompts // config.update.per_batch
+    problems = config.rollout.prompts // config.updates.per_batch
     token_logp = functools.partial(token_logp_and_entropy, config=config, mesh=mesh, policy=policy)
-    shape = microbatch_shape(problems, config.rollout.group, config.update.microbatch, mesh.shape[DATA])
+    shape = microbatch_shape(problems, config.rollout.group, config.updates.microbatch, mesh.shape[DATA])
     state_shardings = shard_state(config, mesh, policy)
     forward = {"constrain": constrain_rows(mesh)}
 
@@ -71,7 +72,7 @@ def build(config: Config, mesh: Mesh, policy: LanguageModel, judge: LanguageMode
     )  # fmt: skip
     updating = functools.partial(
         train_step, token_logp_fn=token_logp, optimizer=make_optimizer(config.optimizer), loss=config.loss,
-        microbatch=config.update.microbatch, data_shards=mesh.shape[DATA], on_policy=config.update.per_batch == 1,
+        microbatch=config.updates.microbatch, data_shards=mesh.shape[DATA], on_policy=config.updates.per_batch == 1,
         max_tokens=config.rollout.max_tokens,
     )  # fmt: skip
     return Programs(
@@ -107,18 +108,17 @@ def init_state(params: decoder.Params, *, optimizer: optax.GradientTransformatio
     return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
 
 
-def abstract_state(config: Config, policy: LanguageModel) -> TrainState:
+def abstract_state(config: Config, arch: Architecture) -> TrainState:
     """Shapes and dtypes of a run's state; allocates nothing."""
-    params = decoder.abstract_params(policy.arch, policy.execution, policy.how.param_dtype)
-    initialise = functools.partial(
-        init_state, optimizer=make_optimizer(config.optimizer), dtype=policy.how.param_dtype
-    )
+    how = config.policy
+    params = decoder.abstract_params(arch, how.execution, how.param_dtype)
+    initialise = functools.partial(init_state, optimizer=make_optimizer(config.optimizer), dtype=how.param_dtype)
     return jax.eval_shape(initialise, params)
 
 
 def shard_state(config: Config, mesh: Mesh, policy: LanguageModel) -> Any:
     """Shardings of a run's state: the one parameter table for parameters and moments, scalars everywhere."""
-    return shard_parameters(abstract_state(config, policy), policy.arch, policy.execution, mesh)
+    return shard_parameters(abstract_state(config, policy.arch), policy.arch, policy.execution, mesh)
 
 
 def token_logp_and_entropy(
@@ -133,7 +133,7 @@ def token_logp_and_entropy(
     fed = Rows(jnp.concatenate([first, tokens_PGR[..., :-1]], axis=-1), jnp.zeros((P, G), jnp.int32))
     hidden = decoder.hidden_states(params, arch, how, prefix, fed, constrain)
     table = decoder.unembedding(params, arch)
-    return token_logprobs(hidden, table, tokens_PGR, config.rollout.temperature, config.update.logp_chunk)
+    return token_logprobs(hidden, table, tokens_PGR, config.rollout.temperature, config.updates.logp_chunk)
 
 
 def microbatched_logp(

@@ -23,7 +23,7 @@ from exprl_jax.data.problems import Problem, batch_indices, drop_overlong, read_
 from exprl_jax.data.prompts import PromptStyle, policy_prompt, worked_examples
 from exprl_jax.learning.advantages import Assigned, assign, to_tokens
 from exprl_jax.mesh import (
-    DATA, bytes_per_device, fetch_rows, gather_rows, local_problems, make_mesh, put_rows, shard_parameters,
+    DATA, fetch_rows, gather_rows, local_problems, make_mesh, put_rows, shard_parameters,
 )  # fmt: skip
 from exprl_jax.metrics import Clock, CompileLedger, Metrics, Progress, truncate_after, write_rollouts
 from exprl_jax.model import decoder
@@ -97,7 +97,7 @@ def train(config: Config, workdir_path: str) -> None:
     state_shardings = programs_room.shard_state(config, run.mesh, run.policy)
     abstract = jax.tree.map(
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        programs_room.abstract_state(config, run.policy),
+        programs_room.abstract_state(config, run.policy.arch),
         state_shardings,
     )
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
@@ -183,7 +183,7 @@ def train(config: Config, workdir_path: str) -> None:
 def prepare(config: Config) -> Run:
     """Opens models and data, and checks that they fit the config and one another."""
     mesh = make_mesh(config.mesh)
-    check_layout(config, mesh)
+    check_layout(config, mesh.shape[DATA])
     models = {how: open_model(how) for how in {config.policy, config.reference, config.judge.model}}
     policy, judge, reference = models[config.policy], models[config.judge.model], models[config.reference]
     if reference.arch.vocab_size != policy.arch.vocab_size:
@@ -225,16 +225,16 @@ def prepare(config: Config) -> Run:
     )
 
 
-def check_layout(config: Config, mesh: Mesh) -> None:
+def check_layout(config: Config, shards: int) -> None:
     """Checks that every device gets a whole part of every wave and of every update.
 
     Raises:
       ValueError: names the keys to change.
     """
-    shards, per_batch = mesh.shape[DATA], config.update.per_batch
+    per_batch = config.updates.per_batch
     if config.rollout.wave % (shards * per_batch):
         raise ValueError(
-            f"config.rollout.wave: got {config.rollout.wave}, expected a multiple of mesh.data x update.per_batch = "
+            f"config.rollout.wave: got {config.rollout.wave}, expected a multiple of mesh.data x updates.per_batch = "
             f"{shards} x {per_batch}, so that each update has an equal part of each device's problems"
         )
 
@@ -312,7 +312,7 @@ def _trace(run: Run, wave: Wave, i: int, g: int, n: int) -> str:
 
 def experiences(run: Run, waves: Sequence[tuple[Wave, Judgements, Assigned, Sequence[Verdict]]]) -> list[Experience]:
     """The step's updates: every `per_batch`-th problem of each wave, so that each device has a part of each."""
-    how = run.config.update
+    how = run.config.updates
     made = []
     for update in range(how.per_batch):
         parts = []
@@ -340,7 +340,7 @@ def with_logp(run: Run, params: decoder.Params, experience: Experience) -> Exper
     """Adds the log-probs that the loss compares with: of the old policy where the batch is used more than once (else
     they are the update's own), and of the reference where the loss has a KL."""
     arguments = experience.context, experience.last_P, experience.tokens_PGR
-    if run.config.update.per_batch > 1:
+    if run.config.updates.per_batch > 1:
         experience = experience.replace(old_logp_PGR=run.programs.token_logp(params, *arguments))
     if run.config.loss.kl_coef > 0:
         experience = experience.replace(ref_logp_PGR=run.programs.token_logp(run.reference, *arguments))

@@ -66,6 +66,9 @@ def open_model(how: config.Model) -> LanguageModel:
     source = resolve_model(how.weights)
     arch, tokenizer = weights.read_architecture(source), load_tokenizer(source.path)
     weights.check_vocabulary(arch, tokenizer)
+    # An embedding may have more rows than the tokenizer has ids; one of those sampled stands for no text.
+    padding = (b"",) * (arch.vocab_size - tokenizer.vocab_size)
+    tokenizer = dataclasses.replace(tokenizer, token_bytes=tokenizer.token_bytes + padding)
     weights.check_tensors(source, arch)
     return LanguageModel(how, arch, tokenizer, source)
 

@@ -1,0 +1,154 @@
+"""What a run would be, without running it: resolved config, derived numbers, sharding table, memory."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh
+
+from exprl_jax.config import Config, Model, to_dict
+from exprl_jax.learning.update import microbatch_shape
+from exprl_jax.mesh import DATA, MODEL, bytes_per_device, fit_mesh, shard_parameters
+from exprl_jax.model import decoder
+from exprl_jax.model.cache import empty_cache, empty_context
+from exprl_jax.model.config import Architecture
+from exprl_jax.model.language_model import published_architecture
+from exprl_jax.programs import abstract_state
+from exprl_jax.train import check_layout, segment_rule
+
+_GIB = 1024**3
+
+
+def describe(config: Config) -> str:
+    """The report of `--dry_run`.  Allocates nothing and needs no devices: a mesh of another machine will do.
+
+    Budgets stand in for what a run measures from its data (prompt widths), so sizes are upper bounds.
+
+    Raises:
+      ValueError: as a run would, for what can be known without its data.
+    """
+    data, model = fit_mesh(config.mesh)
+    mesh = AbstractMesh((data, model), (DATA, MODEL))
+    check_layout(config, data)
+    segment_rule(config)
+    archs = {how: published_architecture(how) for how in (config.policy, config.reference, config.judge.model)}
+    policy = archs[config.policy]
+    state = abstract_state(config, policy)
+    shardings = shard_parameters(state, policy, config.policy.execution, mesh)
+    problems = config.rollout.prompts // config.updates.per_batch
+    p, g = microbatch_shape(problems, config.rollout.group, config.updates.microbatch, data)
+
+    sections = [("resolved config", json.dumps(to_dict(config), indent=2))]
+    derived = {
+        "mesh": f"data {data} x model {model} = {data * model} devices",
+        "policy parameters": f"{policy.parameters:,}",
+        "rollouts a step": config.rollout.prompts * config.rollout.group,
+        "waves a step": config.rollout.prompts // config.rollout.wave,
+        "rows a wave": config.rollout.wave * config.rollout.group,
+        "updates a step": config.updates.per_batch,
+        "rows an update": problems * config.rollout.group,
+        "microbatches an update": problems * config.rollout.group // config.updates.microbatch,
+        "microbatch": f"{p} contexts x {g} rows",
+        "optimizer updates in all": config.steps * config.updates.per_batch,
+        "frozen copies": f"{len(_frozen(config))} ({', '.join(sorted({how.weights for how in _frozen(config)}))})",
+        "sequence": f"{config.data.max_prompt_tokens} + {config.rollout.max_tokens} tokens",
+    }
+    sections.append(("derived", _table([(name, value) for name, value in derived.items()])))
+
+    rows = []
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state.params):
+        sharding = _at(shardings.params, path)
+        name = "/".join(key.key for key in path)
+        if name.startswith("layer_") and not name.startswith("layer_0/"):
+            continue  # all layers alike
+        rows.append((name, str(leaf.shape), leaf.dtype.name, str(sharding.spec), str(sharding.shard_shape(leaf.shape))))
+    title = "parameters: shape, dtype, axes, shape on a device" + ("" if config.policy.execution.scan_layers else " (layer_0 for all layers)")
+    sections.append((title, _table(rows)))
+
+    memory = _memory(config, archs, mesh, state, shardings)
+    listed = [(name, f"{size / _GIB:.3f} GiB") for name, size in memory.items()]
+    sampling = sum(v for k, v in memory.items() if k.startswith(("resident", "sampling")))
+    judging = sum(v for k, v in memory.items() if k.startswith(("resident", "judging")))
+    training = sum(v for k, v in memory.items() if k.startswith(("resident", "training")))
+    listed += [
+        ("= while sampling", f"{sampling / _GIB:.3f} GiB"),
+        ("= while judging", f"{judging / _GIB:.3f} GiB"),
+        ("= while training", f"{training / _GIB:.3f} GiB"),
+    ]
+    sections.append(("memory a device (by arithmetic; temporaries of single operations come on top)", _table(listed)))
+    return "\n\n".join(f"== {title}\n{body}" for title, body in sections)
+
+
+def _memory(config: Config, archs: dict[Model, Architecture], mesh: Any, state: Any, shardings: Any) -> dict[str, float]:
+    policy, judge = archs[config.policy], archs[config.judge.model]
+    data, model = mesh.shape[DATA], mesh.shape[MODEL]
+    how, judge_how = config.policy.execution, config.judge.model.execution
+    compute = jnp.dtype(how.compute_dtype).itemsize
+
+    def cache(arch, execution, contexts, context_tokens, rows, slots):
+        """Keys and values on a device: problems over `data`, heads over `model` where they divide."""
+        heads = model if arch.kv_heads % model == 0 else 1
+        group = rows // contexts
+        own = jax.eval_shape(lambda: empty_cache(arch, execution, contexts, group, slots))
+        shared = jax.eval_shape(lambda: empty_context(arch, execution, contexts))
+        token = sum(math.prod(x.shape[:-2]) * x.shape[-1] * x.dtype.itemsize for x in jax.tree.leaves(shared))
+        total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(own)) + token * context_tokens
+        return total / data / heads
+
+    def cast(arch, model_how):
+        """The compute-dtype copy that sampling and scoring make, where parameters are held in another."""
+        if model_how.param_dtype == model_how.execution.compute_dtype:
+            return 0
+        abstract = decoder.abstract_params(arch, model_how.execution, model_how.execution.compute_dtype)
+        return bytes_per_device(abstract, shard_parameters(abstract, arch, model_how.execution, mesh))
+
+    wave, group = config.rollout.wave, config.rollout.group
+    text = config.judge.readout == "text"
+    answer = config.judge.max_tokens if text else 0
+    tokens = config.updates.microbatch / data * (config.rollout.max_tokens + config.data.max_prompt_tokens)
+    if how.remat:  # the residual at every layer, and one layer's insides
+        residuals = tokens * policy.width * compute * (policy.layers + 2 + 3 * policy.ffn / policy.width / model)
+    else:
+        layer = 4 * policy.width + (2 * policy.heads + 2 * policy.kv_heads) * policy.head_size + 4 * policy.ffn
+        residuals = tokens * layer * compute * policy.layers
+    frozen = 0
+    for model_how in _frozen(config):
+        arch = archs[model_how]
+        abstract = decoder.abstract_params(arch, model_how.execution, model_how.param_dtype)
+        frozen += bytes_per_device(abstract, shard_parameters(abstract, arch, model_how.execution, mesh))
+    return {
+        "resident: policy": bytes_per_device(state.params, shardings.params),
+        "resident: Adam": bytes_per_device(state.opt_state, shardings.opt_state),
+        "resident: frozen": frozen,
+        "sampling: policy cast": cast(policy, config.policy),
+        "sampling: KV cache": cache(
+            policy, how, wave, config.data.max_prompt_tokens, wave * group, config.rollout.max_tokens
+        ),
+        "judging: judge cast": cast(judge, config.judge.model),
+        "judging: KV cache": cache(
+            judge, judge_how, wave, config.judge.max_context_tokens, wave * group, config.judge.max_trace_tokens + answer
+        ),
+        "training: gradients": bytes_per_device(state.params, shardings.params) * 4 / state.params["embed"].dtype.itemsize,
+        "training: activations": residuals,
+        "training: logits": 2 * 4 * min(config.updates.logp_chunk, tokens * data) * policy.vocab_size / data / model,
+    }  # fmt: skip
+
+
+def _frozen(config: Config) -> set[Model]:
+    return {config.reference, config.judge.model}
+
+
+def _at(tree: Any, path: Any) -> Any:
+    for key in path:
+        tree = tree[key.key]
+    return tree
+
+
+def _table(rows: list[tuple[Any, ...]]) -> str:
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
