@@ -71,8 +71,9 @@ def _forward(hidden_PGRD, table_DV, targets_PGR, temperature, chunk):
         weight = jnp.exp(centred)
         total, moment = _sum_pair(weight, weight * centred)
         log_total = jnp.log(total)
-        target = jnp.take_along_axis(centred, targets[..., None], axis=-1)[..., 0]
-        return None, (target - log_total, log_total - moment / total, top + log_total)
+        # From the logits, which exist as an array; `centred` never has to.
+        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return None, (target - top - log_total, log_total - moment / total, top + log_total)
 
     pieces = (_cut(hidden_PGRD, number, length), _cut(targets_PGR, number, length))
     _, (logp, entropy, log_normaliser) = jax.lax.scan(score, None, pieces)
@@ -110,7 +111,7 @@ _token_logprobs.defvjp(_forward, _backward)
 
 def _logits(hidden, table, temperature):
     product = jax.lax.dot_general(hidden, table, (((3,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return product / temperature
+    return product * (1.0 / temperature)  # every pass over the logits repeats this, and a division costs more
 
 
 def _sum_pair(a, b):
