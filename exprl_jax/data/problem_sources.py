@@ -12,7 +12,7 @@ import numpy as np
 
 
 class Row(NamedTuple):
-    """One row: where it stands (for messages), and its values by column; null stands for absent."""
+    """One row: where it stands (lines count from 1, rows from 0), and its values by column; null means absent."""
 
     where: str
     columns: Mapping[str, Any]
