@@ -17,7 +17,7 @@ from tests.oracles import learning_numpy as oracle
 P, G, R, V, D = 4, 4, 5, 7, 3
 LOSS = config.Loss(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.1, aggregate="token_mean")
 NO_KL = config.Loss(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.0, aggregate="token_mean")
-ADAMW = config.Optimizer(learning_rate=0.05, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=1.0)
+ADAMW = config.Optimizer(learning_rate=0.05, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.2, clip_norm=1.0)
 PLAIN = config.Optimizer(learning_rate=0.05, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.0, clip_norm=1.0)
 
 
@@ -149,7 +149,7 @@ def test_two_updates_match_the_oracle(aggregate):
         assert float(metrics["loss/total"]) == pytest.approx(objective(table), rel=1e-4)
         # The clip is by the norm over all parameters; the differences here are of one of them.
         gradients.append(gradient * min(1.0, 1.0 / float(metrics["grad/norm"])))
-    expected = oracle.adamw(start, gradients, 0.05, 0.9, 0.999, 1e-8, 0.01, clip_norm=np.inf)
+    expected = oracle.adamw(start, gradients, 0.05, 0.9, 0.999, 1e-8, 0.2, clip_norm=np.inf)
     np.testing.assert_allclose(state.params["table"], expected, rtol=1e-3, atol=1e-4)
 
 
