@@ -1,0 +1,139 @@
+"""The decoder's ways to compute one thing: shared context, cache, scan, remat and padding change nothing.
+
+`forward_logits` is the reference here; test_families holds it to transformers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from exprl_jax.model.cache import empty_cache
+from exprl_jax.model.decoder import continue_rows, forward_logits, hidden_states, logits, prefill, unembedding
+from exprl_jax.records import Context, Rows
+from tests.oracles.tiny_decoder import QWEN3, architecture, execution, random_params
+
+P, G, C, T, V = 2, 3, 5, 4, QWEN3.vocab_size
+RANDOM = np.random.default_rng(5)
+CONTEXT = Context(RANDOM.integers(0, V, (P, C), dtype=np.int32), np.array([3, 5], np.int32))
+ROWS = Rows(RANDOM.integers(0, V, (P, G, T), dtype=np.int32), np.array([[0, 2, 3], [1, 0, 0]], np.int32))
+LAYOUTS = [("llama", False), ("qwen2", True), ("qwen3", False), ("qwen3", True)]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def shared_logits(params, arch, how, context, rows):
+    """[P, G, T, V] through one prefill a problem."""
+    hidden = hidden_states(params, arch, how, prefill(params, arch, how, context), rows)
+    return logits(hidden, unembedding(params, arch))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def plain_logits(params, arch, how, tokens_BT):
+    return forward_logits(params, arch, how, tokens_BT)
+
+
+def concatenated(context, rows):
+    """Each row's whole sequence, right-padded (harmless to a causal forward), and where its own tokens begin."""
+    count, first = rows.tokens_PGT.shape[:2], []
+    whole = np.zeros((*count, context.tokens_PC.shape[1] + rows.tokens_PGT.shape[2]), np.int32)
+    for p, g in np.ndindex(count):
+        sequence = [*context.tokens_PC[p, : context.length_P[p]], *rows.tokens_PGT[p, g, rows.start_PG[p, g] :]]
+        whole[p, g, : len(sequence)] = sequence
+        first.append(context.length_P[p])
+    return whole.reshape(-1, whole.shape[-1]), np.array(first).reshape(count)
+
+
+def assert_real_equal(got_PGTX, expected_BTX, rows, first_PG, atol=2e-5):
+    """Compares a layout of contexts and rows with whole sequences, where rows are not padding."""
+    got, expected = np.asarray(got_PGTX), np.asarray(expected_BTX).reshape(*first_PG.shape, *expected_BTX.shape[1:])
+    assert np.isfinite(got).all()
+    for p, g in np.ndindex(first_PG.shape):
+        start, first = rows.start_PG[p, g], first_PG[p, g]
+        own = got[p, g, start:]
+        np.testing.assert_allclose(own, expected[p, g, first : first + len(own)], atol=atol)
+
+
+@pytest.mark.parametrize("family, scan", LAYOUTS)
+def test_context_and_rows_are_the_plain_forward_of_their_concatenation(family, scan):
+    arch, how = architecture(family), execution(scan)
+    params = random_params(arch, how)
+    sequences, first = concatenated(CONTEXT, ROWS)
+    expected = plain_logits(params, arch, how, sequences)
+    assert 1 < expected.std() < 5
+    assert_real_equal(shared_logits(params, arch, how, CONTEXT, ROWS), expected, ROWS, first)
+
+
+@pytest.mark.parametrize("family, scan", [("qwen2", True), ("qwen3", False)])
+def test_token_by_token_through_a_cache_is_the_forward_at_once(family, scan):
+    arch, how = architecture(family), execution(scan)
+    params = random_params(arch, how)
+    prefix = jax.jit(prefill, static_argnums=(1, 2))(params, arch, how, CONTEXT)
+    whole = jax.jit(hidden_states, static_argnums=(1, 2))(params, arch, how, prefix, ROWS)
+    step = jax.jit(continue_rows, static_argnums=(1, 2))
+    cache, hidden = empty_cache(arch, how, P, G, T + 2), []
+    for t in range(T):
+        out, cache = step(params, arch, how, prefix, cache, ROWS.tokens_PGT[..., t : t + 1], ROWS.start_PG, t)
+        hidden.append(out)
+    real = np.arange(T) >= ROWS.start_PG[..., None]
+    np.testing.assert_allclose(np.concatenate(hidden, 2)[real], np.asarray(whole)[real], atol=2e-5)
+
+
+@functools.cache
+def value_and_gradient(scan, remat, separate=False):
+    """Of a smooth function of all real hidden states, in the unrolled layout; `separate` repeats contexts a row each."""
+    arch, how = QWEN3, execution(scan, remat)
+    context, rows = CONTEXT, ROWS
+    if separate:
+        context = jax.tree.map(lambda x: np.repeat(x, G, axis=0), context)
+        rows = jax.tree.map(lambda x: x.reshape(P * G, 1, *x.shape[2:]), rows)
+    weight = np.random.default_rng(6).standard_normal((P, G, T, arch.width)).astype(np.float32)
+    weight *= (np.arange(T) >= ROWS.start_PG[..., None])[..., None]
+
+    def objective(params):
+        hidden = hidden_states(params, arch, how, prefill(params, arch, how, context), rows)
+        return (weight * jnp.sin(hidden.reshape(weight.shape))).sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(objective))(random_params(arch, how))
+    if scan:
+        stacked = gradient.pop("layers")
+        gradient |= {f"layer_{i}": jax.tree.map(lambda x: x[i], stacked) for i in range(arch.layers)}
+    return value, gradient
+
+
+@pytest.mark.parametrize("other", [(False, True), (True, True), (False, False, True)])
+def test_scan_remat_and_a_context_a_row_give_the_same_value_and_gradient(other):
+    value, gradient = value_and_gradient(False, False)
+    other_value, other_gradient = value_and_gradient(*other)
+    np.testing.assert_allclose(other_value, value, rtol=1e-5)
+    gradient.pop("unembed", None), other_gradient.pop("unembed", None)  # not part of the hidden states
+    for path, g in jax.tree_util.tree_leaves_with_path(gradient):
+        assert np.abs(g).max() > 1e-3, path
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max()), other_gradient, gradient)
+
+
+def test_padding_width_changes_nothing():
+    params, how = random_params(QWEN3, execution()), execution()
+    narrow = np.asarray(shared_logits(params, QWEN3, how, CONTEXT, ROWS))
+    garbage = np.random.default_rng(7).integers(0, V, (P, G, 3), dtype=np.int32)
+    context = Context(np.concatenate([CONTEXT.tokens_PC, garbage[:, 0]], 1), CONTEXT.length_P)
+    rows = Rows(np.concatenate([garbage, ROWS.tokens_PGT], 2), ROWS.start_PG + 3)
+    wide = np.asarray(shared_logits(params, QWEN3, how, context, rows))[:, :, 3:]
+    real = np.arange(T) >= ROWS.start_PG[..., None]
+    np.testing.assert_allclose(wide[real], narrow[real], atol=2e-5)
+
+
+def test_scanned_layers_are_the_unrolled_ones():
+    arch, tokens = architecture("qwen2"), CONTEXT.tokens_PC
+    scanned, unrolled = (plain_logits(random_params(arch, h), arch, h, tokens) for h in (execution(True), execution()))
+    np.testing.assert_allclose(scanned, unrolled, atol=2e-5)
+
+
+@pytest.mark.parametrize("slots", [0, C])
+def test_context_of_no_tokens(slots):
+    params, how = random_params(QWEN3, execution()), execution()
+    context = Context(CONTEXT.tokens_PC[:, :slots], np.zeros(P, np.int32))
+    sequences, first = concatenated(context, ROWS)
+    expected = plain_logits(params, QWEN3, how, sequences)
+    assert_real_equal(shared_logits(params, QWEN3, how, context, ROWS), expected, ROWS, first)

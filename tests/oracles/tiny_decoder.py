@@ -1,0 +1,53 @@
+"""Decoders small enough for a test, with weights large enough that every part of them shows in the logits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from exprl_jax.model.config import Architecture, Execution
+from exprl_jax.model.decoder import abstract_params
+
+FAMILIES = ("llama", "qwen2", "qwen3")
+
+QWEN3 = Architecture(
+    family="qwen3", vocab_size=61, width=16, ffn=24, layers=2, heads=4, kv_heads=2, head_size=8, rope_theta=10_000.0,
+    rope_scaling=None, norm_eps=1e-6, tied=False, max_positions=128,
+)  # fmt: skip
+
+
+def architecture(family: str) -> Architecture:
+    """Qwen2 is the tied one."""
+    return dataclasses.replace(QWEN3, family=family, tied=family == "qwen2")
+
+
+def execution(scan_layers: bool = False, remat: bool = False, dtype: str = "float32") -> Execution:
+    return Execution(scan_layers=scan_layers, compute_dtype=dtype, remat=remat)
+
+
+def random_params(arch: Architecture, how: Execution, seed: int = 0):
+    """The same weights in both layouts; norms and biases random too, logits of deviation about 2."""
+    unrolled = abstract_params(arch, dataclasses.replace(how, scan_layers=False), "float32")
+    random = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name, noise = path[-1].key, random.standard_normal(leaf.shape).astype(np.float32)
+        if name.endswith("norm"):
+            return 1 + 0.3 * noise
+        if name == "embed":
+            return 2 / arch.width**0.5 * noise
+        if name.endswith("bias"):
+            return 0.5 * noise
+        inputs = leaf.shape[0] * (leaf.shape[1] if name == "o" else 1)
+        return 2 / inputs**0.5 * noise
+
+    params = jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(draw, unrolled))
+    return stack_layers(params, arch) if how.scan_layers else params
+
+
+def stack_layers(params, arch: Architecture):
+    """From a subtree a layer to the scanned layout."""
+    layers = [params[f"layer_{i}"] for i in range(arch.layers)]
+    rest = {name: x for name, x in params.items() if not name.startswith("layer_")}
+    return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
