@@ -21,7 +21,7 @@ def get_config(arm: str = "outcome"):
     )
     config.mesh = dict(data=-1, model=1)
     config.rollout = dict(prompts=8, group=4, max_tokens=24, temperature=0.8, wave=8)
-    config.judge.update(readout="logits", max_tokens=16, max_context_tokens=1024, max_trace_tokens=96)
+    config.judge.update(readout="logits", max_tokens=16, max_context_tokens=2048, max_trace_tokens=96)
     config.segments = dict(rule="stride:8", max_segments=3)
     config.updates = dict(per_batch=1, microbatch=16, logp_chunk=256)
     config.optimizer.learning_rate = 1e-3

@@ -370,10 +370,13 @@ def _fitting_problems(config: Config, policy: LanguageModel, judge: LanguageMode
     examples = read_problems(config.data.worked_examples) if config.data.worked_examples else []
     style = PromptStyle(examples=worked_examples(examples))
     prompts = {p.id: policy_prompt(policy.tokenizer, p.question, style) for p in problems}
-    kept, dropped = drop_overlong(problems, [len(prompts[p.id]) for p in problems], config.data.max_prompt_tokens)
+    kept, dropped = _within(
+        "data.max_prompt_tokens", config.data.max_prompt_tokens, problems, [len(prompts[p.id]) for p in problems]
+    )
     judge_prompts = {p.id: split_prompt(config.judge, judge.tokenizer, p) for p in kept}
-    heads = [len(judge_prompts[p.id].head) for p in kept]
-    kept, dropped_for_judge = drop_overlong(kept, heads, config.judge.max_context_tokens)
+    kept, dropped_for_judge = _within(
+        "judge.max_context_tokens", config.judge.max_context_tokens, kept, [len(judge_prompts[p.id].head) for p in kept]
+    )
     _say(
         f"{len(kept)} problems; dropped {dropped} with prompts over {config.data.max_prompt_tokens} tokens and "
         f"{dropped_for_judge} with judge prompts over {config.judge.max_context_tokens}"
@@ -383,6 +386,13 @@ def _fitting_problems(config: Config, policy: LanguageModel, judge: LanguageMode
             f"config.rollout.prompts: got {config.rollout.prompts}, expected at most {len(kept)}, the problems that are left"
         )
     return kept, {p.id: prompts[p.id] for p in kept}, {p.id: judge_prompts[p.id] for p in kept}
+
+
+def _within(key: str, limit: int, problems: Sequence[Problem], lengths: Sequence[int]) -> tuple[list[Problem], int]:
+    try:
+        return drop_overlong(problems, lengths, limit)
+    except ValueError as error:
+        raise ValueError(f"config.{key}: {error}") from error
 
 
 def _parameter_shardings(model: LanguageModel, mesh: Mesh) -> Any:
