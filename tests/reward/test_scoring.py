@@ -1,0 +1,60 @@
+"""The scoring pass: the five digits' probabilities of the plain forward, on any mesh."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+
+from exprl_jax import config, mesh
+from exprl_jax.model.decoder import abstract_params, forward_logits, identity, prefill
+from exprl_jax.records import Context, Rows
+from exprl_jax.reward.scoring import score
+from tests.oracles.tiny_decoder import QWEN3, execution, random_params
+
+P, J, C, T, V = 8, 3, 5, 4, QWEN3.vocab_size
+DIGITS = (7, 50, 3, 21, 60)
+RANDOM = np.random.default_rng(11)
+CONTEXT = Context(RANDOM.integers(0, V, (P, C), dtype=np.int32), RANDOM.integers(0, C + 1, P, dtype=np.int32))
+ROWS = Rows(RANDOM.integers(0, V, (P, J, T), dtype=np.int32), RANDOM.integers(0, T, (P, J), dtype=np.int32))
+
+
+@functools.partial(jax.jit, static_argnames=("how", "constrain", "mapped"))
+def scores(params, context, rows, how=execution(), constrain=identity, mapped=identity):
+    prefix = prefill(params, QWEN3, how, context, constrain)
+    return score(params, QWEN3, how, prefix, rows, digit_ids=DIGITS, constrain=mapped)
+
+
+@functools.cache
+def unsharded():
+    return np.asarray(scores(random_params(QWEN3, execution()), CONTEXT, ROWS))
+
+
+def test_scores_are_the_softmax_of_the_plain_forward_over_five_digits():
+    whole, last = np.zeros((P, J, C + T), np.int32), np.zeros((P, J), int)
+    for p, j in np.ndindex(P, J):
+        sequence = [*CONTEXT.tokens_PC[p, : CONTEXT.length_P[p]], *ROWS.tokens_PGT[p, j, ROWS.start_PG[p, j] :]]
+        whole[p, j, : len(sequence)], last[p, j] = sequence, len(sequence) - 1
+    params = random_params(QWEN3, execution())
+    logits = np.asarray(jax.jit(lambda p: forward_logits(p, QWEN3, execution(), whole.reshape(P * J, -1)))(params))
+    digits = logits[np.arange(P * J), last.ravel()][:, DIGITS].astype(np.float64)
+    expected = np.exp(digits) / np.exp(digits).sum(-1, keepdims=True)
+    assert expected.std() > 0.1
+    np.testing.assert_allclose(unsharded().reshape(P * J, 5), expected, atol=1e-5)
+
+
+def test_permuted_queries_permute_the_scores():
+    order = np.array([2, 0, 1])
+    rows = jax.tree.map(lambda x: x[:, order], ROWS)
+    got = scores(random_params(QWEN3, execution()), CONTEXT, rows)
+    np.testing.assert_allclose(got, unsharded()[:, order], atol=1e-6)
+
+
+@pytest.mark.parametrize("data, model, scan", [(1, 8, True), (2, 4, False), (8, 1, True)])
+def test_the_mesh_and_the_layout_change_nothing(data, model, scan):
+    how, over = execution(scan), mesh.make_mesh(config.Mesh(data, model))
+    shardings = mesh.shard_parameters(abstract_params(QWEN3, how, "float32"), QWEN3, how, over)
+    params = jax.device_put(random_params(QWEN3, how), shardings)
+    placed = mesh.put_rows(over, (CONTEXT, ROWS), P)
+    got = scores(params, *placed, how=how, constrain=mesh.constrain_rows(over), mapped=mesh.constrain_mapped(over))
+    np.testing.assert_allclose(np.asarray(got), unsharded(), atol=1e-5)
