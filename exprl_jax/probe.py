@@ -51,7 +51,7 @@ def warnings(row: Mapping[str, float | None], config: Config) -> list[str]:
             else "raise judge.max_trace_tokens"
         )
         found.append(f"only {value('judge/parsed'):.0%} of the judge's answers held a score: {cure}")
-    if value("reward/std") == 0:
+    if row["reward/std"] == 0:
         found.append(
             "all scores are equal: look at rollouts/step_000001.jsonl, and take a judge that tells these rollouts apart "
             "or set judge.logits_value to 'expected'"

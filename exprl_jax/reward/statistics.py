@@ -37,8 +37,8 @@ METRICS: Mapping[str, str] = {
     "judge/truncated": "fraction of them whose answer reached its budget or whose trace did not fit",
     **{f"judge/score_{digit}": f"fraction of scores that round to {digit}" for digit in DIGITS},
     "judge/group_spread": "mean over prompts of the standard deviation of their rollouts' rewards",
-    "judge/length_correlation": "Pearson correlation of reward and response length",
-    "judge/correct_correlation": "Pearson correlation of reward and correctness",
+    "judge/length_correlation": "Pearson correlation of the judge's reward and response length",
+    "judge/correct_correlation": "Pearson correlation of the judge's reward and correctness",
     "judge/correct_auroc": "probability that a correct rollout has a higher reward than a wrong one, ties half",
 }
 """Every key of `summarise` and what it is; null where it is not defined (a mean over nothing, no spread)."""
@@ -59,14 +59,14 @@ def summarise(rows: Mapping[str, np.ndarray], advantage: config.Advantage) -> di
 
     last = np.maximum(rows["count_PG"] - 1, 0)[..., None]
     reward, given = (np.take_along_axis(x, last, -1)[..., 0] for x in (score, valid))
+    judged = reward[given], length[given], correct[given]
     if advantage.overlong == "zero_score":
         reward, given = np.where(overlong, 0.0, reward), given | overlong
     real = np.arange(score.shape[-1]) < rows["count_PG"][..., None]
-    judged = reward[valid.any(-1)], length[valid.any(-1)], correct[valid.any(-1)]
     solved = correct.mean(1)
     likert = np.rint(score[valid] * 4 + 1)
     values = advantages[counted]
-    spread = [r[g].std() for r, g in zip(reward, given) if g.sum() > 1]
+    spread = [_std(r[g]) for r, g in zip(reward, given) if g.sum() > 1]
 
     summary = {
         "reward/mean": _mean(reward[given]),
@@ -115,7 +115,8 @@ def _mean(x: object) -> float | None:
 
 
 def _std(x: np.ndarray) -> float | None:
-    return float(x.std()) if x.size else None
+    # In float64, where the mean of equal float32 numbers is that number, so that no spread is exactly 0.
+    return float(np.asarray(x, np.float64).std()) if x.size else None
 
 
 def _correlation(x: np.ndarray, y: np.ndarray) -> float | None:

@@ -1,0 +1,71 @@
+"""The look at the first batch: each silent failure is said, with its cure, and a healthy batch is left in peace."""
+
+import dataclasses
+
+import pytest
+
+from configs import tiny
+from exprl_jax import config, probe
+from exprl_jax.reward.statistics import METRICS
+
+HEALTHY = {name: 0.5 for name in METRICS} | {"response/overlong": 0.1, "advantage/live_groups": 0.9, "judge/parsed": 1.0}
+
+
+def settings(strict=False, **judge):
+    resolved = config.resolve(tiny.get_config())
+    return dataclasses.replace(
+        resolved, probe=config.Probe(strict), judge=dataclasses.replace(resolved.judge, **judge)
+    )
+
+
+def test_a_healthy_batch_is_left_in_peace(capsys):
+    probe.look(HEALTHY, settings(strict=True))
+    assert capsys.readouterr() == ("", "")
+
+
+FAULTS = [
+    ({"response/overlong": 0.6}, {}, ["60% of the rollouts were cut", "rollout.max_tokens = 24", "raise it"]),
+    ({"advantage/live_groups": 0.25}, {}, ["only 25% of the groups have any advantage", "raise rollout.group"]),
+    ({"judge/parsed": 0.1}, dict(readout="text"), ["10% of the judge's answers", "raise judge.max_tokens"]),
+    ({"judge/parsed": 0.1}, dict(readout="logits"), ["10% of the judge's answers", "raise judge.max_trace_tokens"]),
+    ({"reward/std": 0.0}, {}, ["all scores are equal", "rollouts/step_000001.jsonl"]),
+]
+
+
+@pytest.mark.parametrize("fault, judge, words", FAULTS)
+def test_each_fault_is_one_line_with_its_cure(fault, judge, words, capsys):
+    how = settings(**judge)
+    probe.look(HEALTHY | fault, how)
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("warning: probe: ") and err.count("\n") == 1
+    assert all(word in err for word in words)
+    with pytest.raises(ValueError, match="probe: .*config.probe.strict is set") as raised:
+        probe.look(HEALTHY | fault, dataclasses.replace(how, probe=config.Probe(strict=True)))
+    assert words[0] in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_several_faults_are_several_lines_and_one_error(capsys):
+    bad = HEALTHY | {"response/overlong": 1.0, "advantage/live_groups": 0.0}
+    probe.look(bad, settings())
+    assert capsys.readouterr().err.count("warning: probe: ") == 2
+    with pytest.raises(ValueError, match="100% of the rollouts .*; only 0% of the groups"):
+        probe.look(bad, settings(strict=True))
+
+
+def test_keys_that_the_lines_name_exist():
+    worst = {name: 0.0 for name in METRICS} | {"response/overlong": 1.0, "judge/asked": 8.0}
+    every = "\n".join(
+        line for readout in ("text", "logits") for line in probe.warnings(worst, settings(readout=readout))
+    )
+    tree = config.to_dict(settings())
+    named = {word.strip(",:;'") for word in every.split() if word.split(".")[0] in tree and "." in word}
+    assert len(named) >= 8
+    for name in named:
+        section, key = name.split(".")
+        assert key in tree[section], name
+
+
+def test_where_nothing_was_judged_no_score_is_called_equal():
+    """All rollouts cut under overlong 'mask': there is one fault, and it is not the judge's."""
+    row = HEALTHY | {"response/overlong": 1.0, "judge/asked": 0.0, "judge/parsed": None, "reward/std": None}
+    assert len(probe.warnings(row, settings())) == 1
