@@ -1,0 +1,328 @@
+"""The config's one crossing: what resolves, what is refused and with which words, and that no knob is idle."""
+
+import ast
+import collections
+import dataclasses
+import pathlib
+import typing
+
+import pytest
+from ml_collections import ConfigDict
+
+from exprl_jax import config as schema
+from exprl_jax.config import Config, differences, resolve, to_dict
+from exprl_jax.train import check_layout, segment_rule
+from tiny_runs import LIVELY, ROOT, config_dict
+
+COMMITTED = [
+    ("smoke", "outcome"),
+    ("smoke", "process"),
+    ("stage1", "outcome"),
+    ("stage1", "process"),
+    ("tiny", "outcome"),
+    ("tiny", "process"),
+    ("tiny", "text"),
+]
+
+
+def changed(changes, name="tiny", arm="outcome"):
+    return resolve(config_dict(name, arm, changes))
+
+
+# ------------------------------------------------------------------------------------------------ what resolves
+
+
+def test_every_committed_config_is_listed_here():
+    files = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"base"}
+    assert files == {name for name, _ in COMMITTED}
+
+
+@pytest.mark.parametrize("name, arm", COMMITTED)
+def test_a_committed_config_resolves_and_survives_a_round_trip(name, arm):
+    resolved = changed({}, name, arm)
+    assert isinstance(resolved, Config)
+    assert resolve(to_dict(resolved)) == resolved
+    assert differences(to_dict(resolved), to_dict(resolved)) == []
+    segment_rule(resolved)
+    check_layout(resolved, 2 if name == "stage1" else 1)
+
+
+@pytest.mark.parametrize("name", ["smoke", "stage1", "tiny"])
+def test_the_first_arm_is_the_default_and_configs_are_locked(name):
+    assert resolve(config_dict(name)) == changed({}, name, "outcome")
+    assert config_dict(name).is_locked
+
+
+@pytest.mark.parametrize("name", ["smoke", "stage1", "tiny"])
+def test_an_unknown_arm_is_refused_with_the_known_ones(name):
+    with pytest.raises(ValueError, match=rf"configs/{name}\.py:proces: expected outcome"):
+        config_dict(name, "proces")
+
+
+def test_an_arm_is_a_short_difference():
+    """D12: what an arm changes is visible as a diff, and is what the paper's table says."""
+    found = differences(to_dict(changed({}, "stage1", "process")), to_dict(changed({}, "stage1", "outcome")))
+    assert found == [
+        "advantage.estimator: 'delta_norm' != 'grpo'",
+        "judge.unit: 'prefix' != 'outcome'",
+        "loss.clip_high: 0.26 != 0.28",
+        "rollout.group: 16 != 10",
+        "updates.per_batch: 1 != 2",
+    ]
+
+
+def test_a_whole_number_is_a_float_where_one_is_wanted():
+    resolved = changed({"advantage.overlong_penalty": -1.0})
+    as_int = to_dict(resolved)
+    as_int["advantage"]["overlong_penalty"] = -1
+    assert resolve(as_int) == resolved
+    assert type(resolve(as_int).advantage.overlong_penalty) is float
+
+
+def test_differences_name_leaves_and_absent_keys():
+    assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"b": {"c": 2, "d": 4}}) == [
+        "a: 1 != '(absent)'",
+        "b.d: 3 != 4",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------ what is refused
+
+
+def refused(values):
+    with pytest.raises(ValueError) as caught:
+        resolve(values)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def plain():
+    return to_dict(changed({}))
+
+
+def test_a_misspelt_key_is_answered_with_the_nearest():
+    values = plain()
+    values["rollout"]["temprature"] = 1.0
+    assert refused(values) == "unknown config key config.rollout.temprature; did you mean config.rollout.temperature?"
+
+
+def test_an_unknown_key_without_a_neighbour_is_answered_with_the_keys():
+    values = plain()
+    values["probe"]["qqqq"] = 1
+    assert refused(values) == "unknown config key config.probe.qqqq; its keys are strict"
+
+
+def test_a_missing_key_is_named():
+    values = plain()
+    del values["loss"]["kl_coef"]
+    assert refused(values) == "config key config.loss.kl_coef is missing; add it to the config file"
+    assert refused({}) == "config key config.seed is missing; add it to the config file"
+
+
+def test_a_section_must_be_one():
+    assert "config.mesh: expected a section with keys data, model, got 8" in refused(plain() | {"mesh": 8})
+
+
+@pytest.mark.parametrize(
+    "path, value, said",
+    [
+        ("seed", 1.0, "config.seed: got 1.0 of type float, expected int"),
+        ("seed", True, "config.seed: got True of type bool, expected int"),
+        ("probe.strict", 1, "config.probe.strict: got 1 of type int, expected bool"),
+        ("data.source", 3, "config.data.source: got 3 of type int, expected str"),
+        ("loss.kl_coef", "0", "config.loss.kl_coef: got '0' of type str, expected float"),
+        ("loss.kl_coef", True, "config.loss.kl_coef: got True of type bool, expected float"),
+        ("advantage.estimator", "grppo", "got 'grppo', expected one of 'grpo', 'delta_norm', 'end_norm', 'group_norm'"),
+        ("judge.unit", "suffix", "config.judge.unit: got 'suffix', expected one of"),
+        ("policy.execution.compute_dtype", "fp8", "config.policy.execution.compute_dtype: got 'fp8', expected one of"),
+    ],
+)
+def test_a_value_of_another_type_is_refused(path, value, said):
+    values = plain()
+    section = values
+    *sections, leaf = path.split(".")
+    for key in sections:
+        section = section[key]
+    section[leaf] = value
+    assert said in refused(values)
+
+
+POSITIVE = [
+    "steps", "data.max_prompt_tokens", "mesh.model", "rollout.prompts", "rollout.group", "rollout.wave",
+    "rollout.max_tokens", "segments.max_segments", "judge.max_tokens", "judge.max_context_tokens",
+    "judge.max_trace_tokens", "updates.per_batch", "updates.microbatch", "updates.logp_chunk", "checkpoint.every",
+    "checkpoint.keep", "grader.workers", "grader.seconds", "rollout.temperature", "optimizer.clip_norm", "optimizer.eps",
+]  # fmt: skip
+NOT_NEGATIVE = [
+    "seed", "advantage.min_spread", "loss.kl_coef", "loss.clip_low", "loss.clip_high", "log.rollouts",
+    "optimizer.learning_rate", "optimizer.weight_decay",
+]  # fmt: skip
+
+
+def typed(path, number):
+    """The number as the leaf's own type."""
+    value = plain()
+    for key in path.split("."):
+        value = value[key]
+    return type(value)(number)
+
+
+@pytest.mark.parametrize("path", POSITIVE)
+def test_what_must_be_positive_is(path):
+    for number in (0, -1):
+        with pytest.raises(ValueError, match=rf"^config\.{path}: got {typed(path, number)}, expected a positive number"):
+            changed({path: typed(path, number)})
+
+
+@pytest.mark.parametrize("path", NOT_NEGATIVE)
+def test_what_must_not_be_negative_is_not(path):
+    with pytest.raises(ValueError, match=rf"^config\.{path}: got {typed(path, -1)}, expected zero or more"):
+        changed({path: typed(path, -1)})
+    changed({path: typed(path, 0)})
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"optimizer.b1": 1.0}, r"optimizer.b1: got 1.0, expected a number in \[0, 1\)"),
+        ({"optimizer.b2": -0.1}, r"optimizer.b2: got -0.1, expected a number in \[0, 1\)"),
+        ({"loss.clip_low": 1.0}, "loss.clip_low: got 1.0, expected less than 1"),
+        ({"loss.dual_clip": 1.0}, "loss.dual_clip: got 1.0, expected more than 1"),
+        ({"mesh.data": 0}, "mesh.data: got 0, expected a positive number, or -1 for all devices"),
+        ({"policy.weights": ""}, "policy.weights: got '', expected a model"),
+        ({"reference.weights": ""}, "reference.weights: got '', expected a model"),
+        ({"judge.model.weights": ""}, "judge.model.weights: got '', expected a model"),
+        ({"rollout.wave": 3}, "rollout.wave: got 3, expected a divisor of rollout.prompts = 8"),
+        ({"updates.per_batch": 3}, "updates.per_batch: got 3, expected a divisor of rollout.prompts = 8"),
+        ({"updates.microbatch": 5}, "updates.microbatch: got 5, expected a divisor of the 32 rows of one update"),
+        ({"rollout.group": 1, "updates.microbatch": 8}, "rollout.group: got 1, expected at least 2: grpo compares"),
+        ({"judge.unit": "prefix"}, "judge.unit: got 'prefix', expected 'outcome' with advantage.estimator = 'grpo'"),
+        ({"advantage.estimator": "end_norm"}, "judge.unit: got 'outcome', expected 'prefix' or 'step' with"),
+        (
+            {"advantage.overlong": "penalty", "advantage.overlong_penalty": 0.0},
+            "advantage.overlong_penalty: got 0.0, expected negative",
+        ),
+    ],
+)
+def test_values_that_contradict_one_another_are_refused(changes, said):
+    with pytest.raises(ValueError, match=rf"^config\.{said}"):
+        changed(changes)
+
+
+@pytest.mark.parametrize(
+    "rule, said",
+    [
+        ("stride:", r"config.segments.rule: got 'stride:', expected stride:<tokens>"),
+        ("stride:-4", r"got 'stride:-4', expected stride:<tokens>"),
+        ("line:3", r"got 'line:3'; only stride: and regex: take an argument"),
+        ("chapter", r"got .chapter.|chapter"),
+        ("regex:(", r"segment pattern .* is not a regular expression: missing"),
+        ("stride:0", r"stride"),
+    ],
+)
+def test_a_segment_rule_that_is_none_is_refused(rule, said):
+    with pytest.raises(ValueError, match=said):
+        segment_rule(changed({"segments.rule": rule}))
+
+
+def test_segment_rules_take_their_arguments_and_an_outcome_judge_one_segment():
+    rule = segment_rule(changed({"segments.rule": "stride:7"}, arm="process"))
+    assert (rule.stride, rule.max_segments) == (7, 3)
+    assert segment_rule(changed({"segments.rule": "regex:^a:b"}, arm="process")).pattern == "^a:b"
+    assert segment_rule(changed({"segments.max_segments": 9})).max_segments == 1
+
+
+def test_a_wave_gives_every_device_a_part_of_every_update():
+    with pytest.raises(ValueError, match=r"config.rollout.wave: got 8, expected a multiple of .* = 8 x 2"):
+        check_layout(changed({"updates.per_batch": 2}), 8)
+    check_layout(changed({"updates.per_batch": 2}), 4)
+
+
+# ------------------------------------------------------------------------------------------------ no idle knob
+
+
+def leaves(cls=Config, path=()):
+    """(path, owner's names) of every leaf: `how` is what a section is called where several serve."""
+    for name, hint in typing.get_type_hints(cls).items():
+        if dataclasses.is_dataclass(hint):
+            yield from leaves(hint, (*path, name))
+        else:
+            yield (*path, name)
+
+
+LEAVES = sorted(set(leaves()))
+
+
+def trees(folder, skipped=()):
+    for path in sorted(pathlib.Path(folder).rglob("*.py")):
+        if path.name not in skipped:
+            yield ast.parse(path.read_text())
+
+
+def last_name(node):
+    return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+READS = {
+    (last_name(node.value), node.attr)
+    for tree in trees(ROOT / "exprl_jax", skipped=("config.py",))
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
+} | {  # exprl_jax/model/config.py is not the config's schema
+    (last_name(node.value), node.attr)
+    for node in ast.walk(ast.parse((ROOT / "exprl_jax/model/config.py").read_text()))
+    if isinstance(node, ast.Attribute)
+}
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=".".join)
+def test_every_leaf_is_read(path):
+    *sections, leaf = path
+    owners = {"how", "model_how", "execution", sections[-1]} if sections else {"config"}
+    assert any((owner, leaf) in READS for owner in owners), f"config.{'.'.join(path)} is read nowhere"
+
+
+def values_in_tests():
+    """Constants that tests give to a leaf: `leaf=constant`, or a dict's `"section.leaf": constant`."""
+    found = collections.defaultdict(set)
+
+    def add(name, node):
+        try:
+            value = ast.literal_eval(node)
+            found[name].add(value)
+        except (ValueError, TypeError):
+            pass  # not a constant, or one that no leaf can have
+
+    for tree in trees(ROOT / "tests"):
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                for keyword in node.keywords:
+                    add(keyword.arg, keyword.value)
+            elif isinstance(node, ast.Dict):
+                for key, value in zip(node.keys, node.values):
+                    if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                        add(key.value, value)
+    return found
+
+
+def test_every_leaf_is_set_differently_somewhere():
+    """A knob exists only if two committed configs, or a config and a test, set it differently."""
+    committed = [to_dict(changed({}, name, arm)) for name, arm in COMMITTED]
+    in_tests = values_in_tests()
+    idle = []
+    for path in LEAVES:
+        values = set()
+        for value in committed:
+            for key in path:
+                value = value[key]
+            values.add(value)
+        values |= in_tests[".".join(path)] | in_tests[path[-1]]
+        if len(values) < 2:
+            idle.append(".".join(path))
+    assert idle == []
+
+
+def test_the_tests_own_changes_are_leaves():
+    assert {tuple(path.split(".")) for path in LIVELY} <= set(LEAVES)
+    assert isinstance(config_dict("tiny"), ConfigDict)
+    assert schema.resolve is resolve
