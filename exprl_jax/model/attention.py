@@ -87,6 +87,7 @@ def _attend(q, context: KV, length_P, own: KV, start_PG, slot_T):
     score_own = jnp.where(past_PGTS[:, :, None, None], score_own, -jnp.inf)
 
     weight = jax.nn.softmax(jnp.concatenate([score_context, score_own], axis=-1), axis=-1).astype(q.dtype)
-    out = jnp.einsum("pgkmtc,pkce->pgtkme", weight[..., :C], context.v, **f32)
-    out += jnp.einsum("pgkmts,pgkse->pgtkme", weight[..., C:], own.v, **f32)
-    return out.reshape(P, G, T, H, E).astype(q.dtype)
+    # Each product comes out in its own order of dims: XLA's CPU has no bfloat16 product with a transposed result.
+    out = jnp.swapaxes(jnp.einsum("pgkmtc,pkce->pkgmte", weight[..., :C], context.v, **f32), 1, 2)
+    out += jnp.einsum("pgkmts,pgkse->pgkmte", weight[..., C:], own.v, **f32)
+    return jnp.moveaxis(out.astype(q.dtype), 4, 2).reshape(P, G, T, H, E)

@@ -137,3 +137,14 @@ def test_context_of_no_tokens(slots):
     sequences, first = concatenated(context, ROWS)
     expected = plain_logits(params, QWEN3, how, sequences)
     assert_real_equal(shared_logits(params, QWEN3, how, context, ROWS), expected, ROWS, first)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_bfloat16_stays_near_float32(scan):
+    rough, exact = execution(scan, dtype="bfloat16"), execution(scan)
+    params = random_params(QWEN3, exact)
+    got = shared_logits(params, QWEN3, rough, CONTEXT, ROWS)
+    expected = shared_logits(params, QWEN3, exact, CONTEXT, ROWS)
+    real = np.arange(T) >= ROWS.start_PG[..., None]
+    error = np.abs(np.asarray(got) - np.asarray(expected))[real]
+    assert got.dtype == jnp.float32 and 1e-4 < error.mean() < 0.1
