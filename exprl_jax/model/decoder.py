@@ -147,6 +147,18 @@ def abstract_params(arch: Architecture, how: Execution, dtype: str) -> Params:
     return jax.eval_shape(lambda: init_params(arch, how, dtype, jax.random.key(0)))
 
 
+def cast_kernels(params: Params, how: Execution) -> Params:
+    """What enters matrix products, cast to the compute dtype before a loop rather than at every use inside it.
+
+    Norm scales stay as they are, for norms are float32 in any case: with this or without, a forward is the same.
+    """
+
+    def cast(path, x):
+        return x if path[-1].key.endswith("norm") else x.astype(how.compute_dtype)
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def prefill(
     params: Params, arch: Architecture, how: Execution, context: Context, constrain: Callable = identity
 ) -> Prefix:

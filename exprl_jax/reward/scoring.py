@@ -28,7 +28,7 @@ def score(
     One problem's rows are scored against its prefix; the pass is mapped over problems.  Only the five digits' columns
     of the unembedding are used, at the last slot alone.
     """
-    params = jax.tree.map(lambda x: x.astype(how.compute_dtype), params)
+    params = decoder.cast_kernels(params, how)
     table_D5 = decoder.unembedding(params, arch)[:, jnp.asarray(digit_ids)]
 
     def score_problem(layers, length, tokens_JT, start_J):

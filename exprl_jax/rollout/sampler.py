@@ -59,8 +59,7 @@ def sample(
       eos_ids: any of these ends a row.
     """
     P, G, T = rows.tokens_PGT.shape
-    # Cast once, outside the loop; a no-op where parameters are held in the compute dtype.
-    params = jax.tree.map(lambda x: x.astype(how.compute_dtype), params)
+    params = decoder.cast_kernels(params, how)
     table_DV, key_PG, eos = decoder.unembedding(params, arch), row_keys(draw), jnp.asarray(eos_ids, jnp.int32)
 
     def feed(cache, tokens_PGT, slot):

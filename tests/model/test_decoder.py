@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from exprl_jax.model.cache import empty_cache
-from exprl_jax.model.decoder import continue_rows, forward_logits, hidden_states, logits, prefill, unembedding
+from exprl_jax.model.decoder import (
+    cast_kernels, continue_rows, forward_logits, hidden_states, logits, prefill, unembedding,
+)  # fmt: skip
 from exprl_jax.records import Context, Rows
 from tests.oracles.tiny_decoder import QWEN3, architecture, execution, random_params
 
@@ -148,3 +150,14 @@ def test_bfloat16_stays_near_float32(scan):
     real = np.arange(T) >= ROWS.start_PG[..., None]
     error = np.abs(np.asarray(got) - np.asarray(expected))[real]
     assert got.dtype == jnp.float32 and 1e-4 < error.mean() < 0.1
+
+
+@pytest.mark.parametrize("family, scan", [("qwen2", False), ("qwen3", True)])
+def test_kernels_cast_early_give_the_same_bits(family, scan):
+    arch, how = architecture(family), execution(scan, dtype="bfloat16")
+    params = random_params(arch, how)
+    early = cast_kernels(params, how)
+    assert {x.dtype for x in jax.tree.leaves(early)} == {jnp.dtype("float32"), jnp.dtype("bfloat16")}
+    np.testing.assert_array_equal(
+        shared_logits(early, arch, how, CONTEXT, ROWS), shared_logits(params, arch, how, CONTEXT, ROWS)
+    )
