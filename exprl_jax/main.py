@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 
-from absl import flags
+from absl import app, flags
 from ml_collections import config_flags
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/, optionally with :arm.")
@@ -23,6 +23,7 @@ _PROCESS = flags.DEFINE_integer("process", None, "This process's index.", lower_
 def main(argv: list[str]) -> int:
     """Parses the command line, runs the experiment and returns the exit status."""
     try:
+        app.define_help_flags()
         rest = flags.FLAGS(argv)[1:]
         if rest:
             raise ValueError(f"unexpected argument {rest[0]!r}; every option is --name=value")
@@ -32,8 +33,9 @@ def main(argv: list[str]) -> int:
             raise ValueError("--workdir is missing; for instance --workdir=runs/smoke")
         if len({_COORDINATOR.value is None, _PROCESSES.value is None, _PROCESS.value is None}) > 1:
             raise ValueError("--coordinator, --processes and --process go together; give all three or none")
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError, ImportError) as error:
-        return _complain(error, 2)
+        settings = _CONFIG.value.to_dict()
+    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError, ImportError, SyntaxError) as error:
+        return _complain(_reason(error), 2)
 
     # Only now the slow imports, so that a typing error is answered at once.
     import jax
@@ -45,7 +47,7 @@ def main(argv: list[str]) -> int:
         jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     try:
-        config = resolve(_CONFIG.value)
+        config = resolve(settings)
         if _DRY_RUN.value:
             from exprl_jax.plan import describe
 
@@ -61,6 +63,20 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted; the last checkpoint stands", 130)
     return 0
+
+
+def _reason(error: BaseException) -> str:
+    """The part that matters of what absl, config_flags or a config file raised."""
+    if isinstance(error, AttributeError) and "get_config" in str(error):
+        return f"--config: {error}"
+    if isinstance(error, KeyError | AttributeError):
+        return "unknown config key " + str(error.args[0]).strip('"')
+    lines = str(error).strip().splitlines()
+    if "Traceback (most recent call last):" in lines:  # config_flags puts one around what a config file raises
+        return lines[-1].partition(": ")[2]
+    if isinstance(error, OSError):  # config_flags lists its attempts; the last line says why the last one failed
+        return f"--config: {lines[-1].strip()}"
+    return str(error)
 
 
 def _complain(error: object, status: int) -> int:

