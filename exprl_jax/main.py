@@ -70,7 +70,8 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, AttributeError) and "get_config" in str(error):
         return f"--config: {error}"
     if isinstance(error, KeyError | AttributeError):
-        return "unknown config key " + str(error.args[0]).strip('"')
+        key = error.args[0]  # of an AttributeError, the KeyError that caused it
+        return f"unknown config key {key.args[0] if isinstance(key, KeyError) else key}"
     lines = str(error).strip().splitlines()
     if "Traceback (most recent call last):" in lines:  # config_flags puts one around what a config file raises
         return lines[-1].partition(": ")[2]
