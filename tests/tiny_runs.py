@@ -5,7 +5,9 @@ Untrained weights hardly ever end a rollout, so the tests give the overlong ones
 
 import importlib
 import json
+import os
 import pathlib
+import sys
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -63,3 +65,22 @@ def rows(folder, clock: bool = False) -> list[dict]:
 def parameters(folder) -> dict[str, np.ndarray]:
     """The exported policy, tensor by tensor; float32, as it was trained."""
     return load_file(pathlib.Path(folder) / "export" / "model.safetensors")
+
+
+def command(folder, changes: dict, *more: str) -> list[str]:
+    """The same run as a command."""
+    config = f"--config={ROOT / 'configs/tiny.py'}"
+    return [sys.executable, "-m", "exprl_jax.main", config, f"--workdir={folder}", *flags(changes), *more]
+
+
+def environment(devices: int) -> dict[str, str]:
+    """For a process with so many CPU devices, which finds what others have compiled."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+
+
+def assert_same_parameters(ours, theirs) -> None:
+    """Bitwise."""
+    ours, theirs = parameters(ours), parameters(theirs)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)

@@ -1,0 +1,180 @@
+"""A run that was stopped, killed, extended or damaged ends with the bits and the rows of one that never was."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+import exprl_jax.train as loop
+from tiny_runs import ROOT, assert_same_parameters, command, environment, parameters, rows, run, tiny
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of four steps, uninterrupted."""
+    return run(tiny("outcome", {"steps": STEPS}), tmp_path_factory.mktemp("whole") / "run")
+
+
+def assert_as_whole(folder, whole):
+    assert rows(folder) == rows(whole)
+    assert_same_parameters(folder, whole)
+    written = sorted(path.name for path in (folder / "rollouts").iterdir())
+    assert written == [f"step_{step:06d}.jsonl" for step in range(1, STEPS + 1)]
+    for name in written:
+        assert (folder / "rollouts" / name).read_text() == (whole / "rollouts" / name).read_text()
+
+
+def test_every_step_of_the_whole_run_moves_the_parameters(whole):
+    """Else the comparisons below would prove little."""
+    assert len({row["policy/entropy"] for row in rows(whole)}) == STEPS
+    assert all(row["grad/norm"] > 0 for row in rows(whole))
+
+
+@pytest.mark.parametrize("every", [1, 3], ids=["saved every step", "saved every third step"])
+def test_a_run_stopped_at_a_step_goes_on_as_if_it_had_not(every, whole, tmp_path, monkeypatch, capfd):
+    config = tiny("outcome", {"steps": STEPS, "checkpoint.every": every})
+    asked = iter([False, True])
+    monkeypatch.setattr(loop.StopRequest, "agreed", lambda self: next(asked))
+    folder = run(config, tmp_path / "run")
+    assert [row["step"] for row in rows(folder)] == [1, 2]
+    assert not (folder / "export").exists()
+    assert "stopped after step 2 of 4; start again with the same command to go on" in capfd.readouterr().err
+
+    monkeypatch.setattr(loop.StopRequest, "agreed", lambda self: False)
+    run(config, folder)
+    assert "resuming after step 2 of 4" in capfd.readouterr().err
+    assert_as_whole(folder, whole)
+
+
+def test_what_was_done_after_the_last_checkpoint_is_done_again(whole, tmp_path, monkeypatch):
+    """A fault in the third step, with a checkpoint of the second and rollouts of the third on disk."""
+    config = tiny("outcome", {"steps": STEPS, "checkpoint.every": 2})
+    write = loop.Metrics.write
+
+    def fail_at_three(self, step, row):
+        write(self, step, row)
+        if step == 3:
+            raise FloatingPointError("planted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.Metrics, "write", fail_at_three)
+        with pytest.raises(FloatingPointError, match="planted"):
+            run(config, tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3]
+    assert_as_whole(run(config, tmp_path / "run"), whole)
+
+
+def test_a_finished_run_can_be_extended(whole, tmp_path):
+    folder = run(tiny("outcome", {"steps": 2}), tmp_path / "run")
+    short = parameters(folder)
+    run(tiny("outcome", {"steps": STEPS}), folder)
+    assert_as_whole(folder, whole)
+    assert any((short[name] != parameters(folder)[name]).any() for name in short)
+
+
+def test_a_second_start_of_a_finished_run_changes_nothing(whole, tmp_path, capfd):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    run(tiny("outcome", {"steps": STEPS}), folder)
+    assert_as_whole(folder, whole)
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["3", "4"]
+    assert "done" in capfd.readouterr().out
+
+
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def test_a_truncated_checkpoint_is_reported_and_the_one_before_is_used(whole, tmp_path, caplog, capfd):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    damaged = largest_file(folder / "checkpoints" / "4")
+    os.truncate(damaged, damaged.stat().st_size // 2)
+    run(tiny("outcome", {"steps": STEPS}), folder)
+    assert "checkpoint of step 4 is damaged" in caplog.text and "set aside as 4.corrupt" in caplog.text
+    assert "resuming after step 3 of 4" in capfd.readouterr().err
+    assert_as_whole(folder, whole)
+
+
+def test_no_readable_checkpoint_is_refused_not_restarted(whole, tmp_path):
+    folder = shutil.copytree(whole, tmp_path / "run")
+    for step in ("3", "4"):
+        os.truncate(largest_file(folder / "checkpoints" / step), 10)
+    with pytest.raises(ValueError, match="none of the checkpoints in .* can be read"):
+        run(tiny("outcome", {"steps": STEPS}), folder)
+    assert rows(folder) == rows(whole)
+
+
+# ------------------------------------------------------------------------------------------------ from outside
+
+MANY = 400
+
+
+def wait_for(condition, process, seconds=240):
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < limit
+        time.sleep(0.02)
+
+
+def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(tmp_path):
+    folder = tmp_path / "run"
+    changes = {"steps": MANY, "checkpoint.every": MANY}
+    process = subprocess.Popen(
+        command(folder, changes), cwd=ROOT, env=environment(8), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_bytes().count(b"\n"), process)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    stopped = rows(folder)[-1]["step"]
+    assert 1 <= stopped < MANY
+    assert "stopping after this step, with a checkpoint" in err and "Traceback" not in err
+    assert f"stopped after step {stopped} of {MANY}; start again with the same command to go on" in err
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [str(stopped)]
+    assert not (folder / "export").exists()
+
+    changes["steps"] = stopped + 1
+    done = subprocess.run(command(folder, changes), cwd=ROOT, env=environment(8), capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert f"resuming after step {stopped} of {stopped + 1}" in done.stderr
+    assert [row["step"] for row in rows(folder)] == list(range(1, stopped + 2))
+    assert (folder / "export" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
+    """kill -9 at 20 random moments between start and end; a run that survives its moment is compared and begun anew."""
+    changes, moments = {"steps": 8, "checkpoint.every": 1}, random.Random(20)
+    options = {"cwd": ROOT, "env": environment(1), "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    subprocess.run(command(tmp_path / "warm", changes), check=True, **options)  # fills the compilation cache
+    start = time.monotonic()
+    subprocess.run(command(tmp_path / "whole", changes), check=True, **options)
+    duration = time.monotonic() - start
+
+    kills, finished, resumed = [], 0, set()
+    while len(kills) < 20 or (tmp_path / f"run{finished}").exists():
+        folder = tmp_path / f"run{finished}"
+        process = subprocess.Popen(command(folder, changes), **options)
+        moment = moments.uniform(0, duration) if len(kills) < 20 else 240
+        try:
+            _, err = process.communicate(timeout=moment)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills.append((moment, len(rows(folder)) if (folder / "metrics.jsonl").exists() else 0))
+            continue
+        assert process.returncode == 0, err.decode()
+        resumed |= {line for line in err.decode().splitlines() if line.startswith("resuming after")}
+        assert rows(folder) == rows(tmp_path / "whole"), kills
+        assert_same_parameters(folder, tmp_path / "whole")
+        assert {path.name for path in (folder / "checkpoints").iterdir()} == {"7", "8"}
+        finished += 1
+    print(json.dumps({"duration": duration, "kills": kills, "finished": finished, "resumed": sorted(resumed)}))
+    assert len(kills) == 20 and finished and resumed
