@@ -6,7 +6,8 @@ the mathematics is in plain functions.  Keys and values are an argument and a re
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax

@@ -21,7 +21,8 @@ def arrays(seed=0, slots=S, context=C):
 
 
 def attend_arrays(q, ck, cv, k, v, slot=0, length=LENGTH_P, start=START_PG):
-    return attend(q, KV(ck, cv), jnp.asarray(length), KV(k, v), jnp.asarray(start), slot)
+    q, ck, cv, k, v, length, start = map(jnp.asarray, (q, ck, cv, k, v, length, start))
+    return attend(q, KV(ck, cv), length, KV(k, v), start, slot)
 
 
 def by_definition(q, ck, cv, k, v, slot, length, start):

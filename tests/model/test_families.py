@@ -37,7 +37,7 @@ def load(spec, how, dtype="float32"):
 
 
 def our_logits(arch, how, params):
-    return np.asarray(jax.jit(lambda p: forward_logits(p, arch, how, TOKENS))(params))
+    return np.asarray(jax.jit(lambda p: forward_logits(p, arch, how, jax.numpy.asarray(TOKENS)))(params))
 
 
 @pytest.fixture(scope="module", params=sorted(torch_models.FAMILIES))

@@ -89,7 +89,7 @@ def test_logits_are_those_of_transformers(family, tmp_path):
     arch, params = load(write(tmp_path / "m.gguf", model))
     folder = torch_models.save(model, tmp_path / "folder")
     assert arch == weights.read_architecture(resolve_model(str(folder)))
-    ours = jax.jit(lambda p: forward_logits(p, arch, HOW, TOKENS))(params)
+    ours = jax.jit(lambda p: forward_logits(p, arch, HOW, jax.numpy.asarray(TOKENS)))(params)
     np.testing.assert_allclose(np.asarray(ours), torch_models.logits(model, TOKENS), atol=1e-4, rtol=0)
 
 

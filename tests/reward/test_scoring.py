@@ -35,8 +35,8 @@ def test_scores_are_the_softmax_of_the_plain_forward_over_five_digits():
     for p, j in np.ndindex(P, J):
         sequence = [*CONTEXT.tokens_PC[p, : CONTEXT.length_P[p]], *ROWS.tokens_PGT[p, j, ROWS.start_PG[p, j] :]]
         whole[p, j, : len(sequence)], last[p, j] = sequence, len(sequence) - 1
-    params = random_params(QWEN3, execution())
-    logits = np.asarray(jax.jit(lambda p: forward_logits(p, QWEN3, execution(), whole.reshape(P * J, -1)))(params))
+    plain = jax.jit(lambda params, tokens: forward_logits(params, QWEN3, execution(), tokens))
+    logits = np.asarray(plain(random_params(QWEN3, execution()), whole.reshape(P * J, -1)))
     digits = logits[np.arange(P * J), last.ravel()][:, DIGITS].astype(np.float64)
     expected = np.exp(digits) / np.exp(digits).sum(-1, keepdims=True)
     assert expected.std() > 0.1
