@@ -90,6 +90,7 @@ def value_and_gradient(scan, remat, separate=False):
     if separate:
         context = jax.tree.map(lambda x: np.repeat(x, G, axis=0), context)
         rows = jax.tree.map(lambda x: x.reshape(P * G, 1, *x.shape[2:]), rows)
+    context, rows = jax.tree.map(jnp.asarray, (context, rows))
     weight = np.random.default_rng(6).standard_normal((P, G, T, arch.width)).astype(np.float32)
     weight *= (np.arange(T) >= ROWS.start_PG[..., None])[..., None]
 
