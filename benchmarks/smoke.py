@@ -98,7 +98,8 @@ def sampling(config: Config, model: LanguageModel, mesh, params, peer, problems:
     context = Context(tokens_PT[:, :-1].astype(np.int32), np.full(problems, PROMPT - 1, np.int32))
     last = np.repeat(tokens_PT[:, None, -1:], GROUP, axis=1).astype(np.int32)
     draw = Draw(
-        np.uint32(0), np.int32(0), np.arange(problems, dtype=np.uint32), np.full((problems, GROUP), 0.8, np.float32)
+        np.uint32(0), np.int32(0), np.arange(problems, dtype=np.uint32), np.full((problems, GROUP), 0.8, np.float32),
+        np.ones((problems, GROUP), bool),
     )
     rows = Rows(last, np.zeros((problems, GROUP), np.int32))
     context, rows, draw = put_rows(mesh, (context, rows, draw), problems)

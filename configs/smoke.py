@@ -26,7 +26,7 @@ def get_config(arm: str = "outcome"):
         max_prompt_tokens=256,
     )
     config.mesh = dict(data=-1, model=1)
-    config.rollout = dict(prompts=4, group=8, max_tokens=48, temperature=0.8, wave=4)
+    config.rollout = dict(prompts=4, group=4, max_tokens=48, temperature=0.8, wave=4)
     config.judge.update(readout="logits", max_context_tokens=384, max_trace_tokens=64)
     config.segments.rule = "line"
     config.segments.max_segments = 4

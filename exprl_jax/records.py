@@ -80,12 +80,14 @@ class Draw:
       step: int32 scalar, the RL step.
       problem_P: uint32, the problem's identity; with the index within the group it is the row's.
       temperature_PG: float32; 0 means greedy.
+      live_PG: bool, rows to sample; the others only fill the batch and stay empty.
     """
 
     seed: Array
     step: Array
     problem_P: Array
     temperature_PG: Array
+    live_PG: Array
 
 
 @flax.struct.dataclass

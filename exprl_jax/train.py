@@ -150,6 +150,8 @@ def train(config: Config, workdir_path: str) -> None:
 
                 with clock.phase("logp"):
                     batches = [with_logp(run, state.params, e) for e in experiences(run, waves)]
+                # A save that still holds the state would keep it from being donated: a second copy of it.
+                checkpoints.wait()
                 with clock.phase("train"):
                     updates = []
                     for experience in batches:
@@ -270,6 +272,7 @@ def sample_wave(run: Run, params: decoder.Params, problems: Sequence[Problem], s
         step=np.int32(step),
         problem_P=np.array([problem.uid for problem in problems], np.uint32),
         temperature_PG=np.full((len(problems), how.group), how.temperature, np.float32),
+        live_PG=np.ones((len(problems), how.group), bool),
     )
     context, rows, draw = put_rows(run.mesh, (context, rows, draw), how.wave)
     prefix = run.programs.prefill(params, context)

@@ -85,7 +85,8 @@ def test_bytes_per_device_are_those_that_lie_there():
 def test_rows_come_back_as_they_went(data, model):
     over, random = make(data, model), np.random.default_rng(0)
     context = Context(random.integers(0, 9, (8, 3), dtype=np.int32), np.arange(8, dtype=np.int32))
-    draw = Draw(np.uint32(7), np.int32(3), np.arange(8, dtype=np.uint32), random.random((8, 2)).astype(np.float32))
+    temperature_PG, live_PG = random.random((8, 2)).astype(np.float32), np.ones((8, 2), bool)
+    draw = Draw(np.uint32(7), np.int32(3), np.arange(8, dtype=np.uint32), temperature_PG, live_PG)
     placed_context, placed_draw = mesh.put_rows(over, (context, draw), 8)
     assert placed_context.tokens_PC.addressable_shards[0].data.shape == (8 // data, 3)
     assert placed_draw.seed.sharding == mesh.replicated(over) and placed_draw.seed == 7

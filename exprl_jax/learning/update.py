@@ -56,19 +56,19 @@ def microbatch_shape(problems: int, group: int, rows: int, data_shards: int) -> 
     """
     if rows < 1 or problems * group % rows:
         raise ValueError(
-            f"update.microbatch: got {rows} rows, expected a divisor of the {problems * group} rows of one update "
+            f"updates.microbatch: got {rows} rows, expected a divisor of the {problems * group} rows of one update "
             f"({problems} problems x {group} rollouts)"
         )
     if problems % data_shards:
         raise ValueError(
             f"mesh.data: got {data_shards} shards, expected a divisor of the {problems} problems of one update "
-            "(rollout.prompts / update.per_batch)"
+            "(rollout.prompts / updates.per_batch)"
         )
     for g in range(group, 0, -1):
         if group % g == 0 and rows % g == 0 and rows // g % data_shards == 0:
             return rows // g, g
     raise ValueError(
-        f"update.microbatch: got {rows} rows, expected a multiple of mesh.data = {data_shards}, "
+        f"updates.microbatch: got {rows} rows, expected a multiple of mesh.data = {data_shards}, "
         "so that every device has a row in every microbatch"
     )
 

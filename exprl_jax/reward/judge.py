@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -120,7 +120,7 @@ class Judge:
                         score[i, query.g, query.n] = normalise(likert[i, j])
                         valid[i, query.g, query.n] = True
                 continue
-            answers = fetch_rows(self.programs.judge(self.params, prefix, rows, self._greedy(len(problems))))
+            answers = fetch_rows(self.programs.judge(self.params, prefix, rows, self._greedy(batch)))
             for i, of_problem in enumerate(batch):
                 for j, (query, _) in enumerate(of_problem):
                     at, written = (i, query.g, query.n), answers.mask_PGR[i, j]
@@ -144,9 +144,12 @@ class Judge:
                 tokens[i, j, start[i, j] :] = tail
         return put_rows(self.mesh, Rows(tokens, start), self.problems)
 
-    def _greedy(self, mine: int) -> Draw:
+    def _greedy(self, batch: Sequence[Sequence[Any]]) -> Draw:
+        """Greedy decoding of the rows that hold a query: the loop does not wait for the others."""
+        mine = len(batch)
+        live = np.arange(self.group) < np.array([len(of_problem) for of_problem in batch])[:, None]
         temperature = np.zeros((mine, self.group), np.float32)
-        draw = Draw(np.uint32(0), np.int32(0), np.zeros(mine, np.uint32), temperature)
+        draw = Draw(np.uint32(0), np.int32(0), np.zeros(mine, np.uint32), temperature, live)
         return put_rows(self.mesh, draw, self.problems)
 
     def _likert(self, probability_PJ5: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ class Sampling:
     Attributes:
       step: int32 scalar, tokens sampled so far by rows that have not ended.
       token_PG: int32, the token to feed next.
-      ended_PG: bool, EOS was sampled.
+      ended_PG: bool, EOS was sampled, or there was nothing to sample.
       cache: the rows' keys and values.
       tokens_PGR, mask_PGR, logp_PGR: the responses so far, as in `Rollouts`.
     """
@@ -56,7 +56,7 @@ def sample(
       prefix: the contexts, prefilled once a problem.
       rows: what each row starts with (for the policy the last prompt token, for a judge a trace and the closing
         instruction).
-      draw: seeds, identities and temperatures.
+      draw: seeds, identities, temperatures, and which rows to sample at all.
       eos_ids: any of these ends a row.
     """
     P, G, T = rows.tokens_PGT.shape
@@ -98,7 +98,7 @@ def sample(
     start = Sampling(
         step=jnp.int32(0),
         token_PG=rows.tokens_PGT[..., -1],
-        ended_PG=jnp.zeros((P, G), bool),
+        ended_PG=~draw.live_PG,
         cache=cache,
         tokens_PGR=jnp.full(responses, pad_id, jnp.int32),
         mask_PGR=jnp.zeros(responses, bool),

@@ -35,7 +35,8 @@ def run(params, context, rows, draw, how=HOW, tokens=R, eos_ids=NEVER, pad_id=PA
 
 def batch(temperature=0.8, seed=1, step=2, problem_P=PROBLEM_P, group=G):
     rows = Rows(np.broadcast_to(LAST_P[:, None, None], (P, group, 1)).copy(), np.zeros((P, group), np.int32))
-    draw = Draw(np.uint32(seed), np.int32(step), problem_P, np.full((P, group), temperature, np.float32))
+    temperature_PG, live_PG = np.full((P, group), temperature, np.float32), np.ones((P, group), bool)
+    draw = Draw(np.uint32(seed), np.int32(step), problem_P, temperature_PG, live_PG)
     return CONTEXT, rows, draw
 
 
@@ -226,3 +227,13 @@ def test_the_mesh_changes_nothing(data, model, scan):
     assert len(jnp.asarray(out.tokens_PGR).sharding.device_set) == 8
     whole = jax.device_put(out, mesh.rows_sharding(over))
     assert_same(mesh.fetch_rows(whole), expected)
+
+
+def test_rows_that_are_not_live_stay_empty_and_disturb_nobody():
+    context, rows, draw = batch()
+    live = np.arange(P * G).reshape(P, G) % 3 != 0
+    some, all_ = rollouts(context, rows, draw.replace(live_PG=live)), rollouts(context, rows, draw)
+    assert not some.mask_PGR[~live].any() and (some.tokens_PGR[~live] == PAD).all() and not some.logp_PGR[~live].any()
+    np.testing.assert_array_equal(some.tokens_PGR[live], all_.tokens_PGR[live])
+    nobody = rollouts(context, rows, draw.replace(live_PG=np.zeros((P, G), bool)))
+    assert not nobody.mask_PGR.any()
