@@ -192,9 +192,9 @@ def answered(code: str) -> list[dict]:
     return list(map(json.loads, done.stdout.splitlines()))
 
 
-@pytest.mark.parametrize("kib, retire", [(0, True), (1 << 30, False)])
-def test_a_worker_that_has_grown_asks_to_be_retired(kib, retire):
-    assert answered(f"w._RETIRE_KIB = {kib}") == [{"ready": True}, {"verdict": "wrong", "retire": retire}]
+@pytest.mark.parametrize("limit, retire", [(-1 << 40, True), (1 << 40, False)])
+def test_a_worker_that_has_grown_asks_to_be_retired(limit, retire):
+    assert answered(f"w._RETIRE_BYTES = {limit}") == [{"ready": True}, {"verdict": "wrong", "retire": retire}]
 
 
 def test_a_worker_that_asks_to_be_retired_is_replaced(monkeypatch):
@@ -261,7 +261,7 @@ def test_a_worker_that_cannot_start_is_an_error_not_a_verdict(tmp_path, monkeypa
     (tmp_path / "math_verify.py").write_text(module)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with MathGrader(workers=1) as grader:
-        with pytest.raises(RuntimeError, match=message) as caught:
+        with pytest.raises(ValueError, match=message) as caught:
             grader.grade([(boxed("1"), "1"), (boxed("1"), "1")])
         assert "\n" not in str(caught.value)
 
@@ -270,7 +270,7 @@ def test_a_worker_that_never_gets_ready_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "math_verify.py").write_text("import time; time.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(math_verifier, "_START_LIMIT_S", 1.0)
-    with MathGrader(workers=1) as grader, pytest.raises(RuntimeError, match="not ready after 1 s"):
+    with MathGrader(workers=1) as grader, pytest.raises(ValueError, match="not ready after 1 s"):
         grader.grade([(boxed("1"), "1")])
 
 

@@ -79,7 +79,7 @@ class Grading:
         """Waits for every row; verdicts in row order.
 
         Raises:
-          RuntimeError: a worker could not be started.
+          ValueError: a worker could not be started.
           concurrent.futures.CancelledError: the grader was closed first.
         """
         return [future.result() for future in self._futures]
@@ -134,7 +134,7 @@ class MathGrader:
           A verdict a row, in row order.
 
         Raises:
-          RuntimeError: a worker could not be started.
+          ValueError: a worker could not be started.
         """
         return self.submit(rows).result()
 
@@ -205,7 +205,7 @@ class _Worker:
         self._complaints.close()
 
     def compare(self, boxed: str, answer: str) -> Verdict:
-        """Raises _Died, after which it must be restarted, and RuntimeError where no process can be started."""
+        """Raises _Died, after which it must be restarted, and ValueError where no process can be started."""
         if not self._ready:
             self._await_ready()
         try:
@@ -232,7 +232,7 @@ class _Worker:
         if reply is None:
             reply = {"error": f"not ready after {_START_LIMIT_S:.0f} s"}
         if "error" in reply:
-            raise RuntimeError(f"an answer-grading process could not be started: {reply['error']}")
+            raise ValueError(f"an answer-grading process could not be started: {reply['error']}")
         self._ready = True
 
     def _read(self, limit_s: float) -> dict[str, Any] | None:

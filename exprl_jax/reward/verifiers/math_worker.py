@@ -20,8 +20,8 @@ from typing import Any
 
 # A comparison may ask for any amount of memory; beyond this the request fails instead of the machine.
 _ADDRESS_SPACE = 4 << 30
-# SymPy's caches grow; a worker that has once held this much is replaced.
-_RETIRE_KIB = 512 << 10
+# SymPy's caches grow; a worker that holds this much more than when it was ready is replaced.
+_RETIRE_BYTES = 256 << 20
 # The parent kills at the limit; this is for a worker whose parent was killed first.
 _GRACE_S = 1.0
 
@@ -65,6 +65,12 @@ def _words(text: str) -> str:
     return " ".join(_WRAPPER.sub(r"\1", text).split()).casefold()
 
 
+def _resident_bytes() -> int:
+    """Memory held now; not `ru_maxrss`, which a process inherits from the parent that executed it."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
 def main() -> None:
     """Answers requests until stdin closes."""
     limit_s = float(sys.argv[1])
@@ -89,12 +95,13 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (_ADDRESS_SPACE, _ADDRESS_SPACE))
     # The kernel's own response to the alarm, which asks nothing of the interpreter.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    at_start = _resident_bytes()
     reply(ready=True)
     for line in sys.stdin:
         signal.setitimer(signal.ITIMER_REAL, limit_s + _GRACE_S)
         verdict = compare(*json.loads(line))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        retire = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss > _RETIRE_KIB
+        retire = _resident_bytes() - at_start > _RETIRE_BYTES
         reply(verdict=verdict, retire=retire)
 
 
