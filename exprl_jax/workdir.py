@@ -8,9 +8,9 @@
     export/           the trained policy as a Hugging Face folder
     lock              held by the training process as long as it lives
 
-Starting in a workdir that already has a `config.json` resumes its run.  Of the config only `steps` may differ then, so
-that a finished run can be extended: no number of an earlier step depends on it.  Everything else could change the
-numbers of the steps to come, and is refused.
+Starting in a workdir that already has a `config.json` resumes its run.  Of the config only the `NEUTRAL_KEYS` may
+differ then, on which no number depends (a larger `steps` extends a finished run).  Everything else could change the
+numbers of the steps to come, and is refused, unless the run has not taken its first step yet.
 
 The folder is on a file system: local, NFS or a mounted bucket, shared by all processes of a multi-host run.  Bucket
 URLs are refused, because `metrics.jsonl` needs append and rename.
@@ -32,7 +32,7 @@ from typing import Any, Callable, Iterator, Mapping
 from exprl_jax.config import differences
 
 # Keys of the resolved config that may differ when a run resumes.
-NEUTRAL_KEYS = ("steps",)
+NEUTRAL_KEYS = ("steps", "checkpoint.every", "checkpoint.keep", "log.rollouts", "grader.workers", "probe.strict")
 _SHOWN_DIFFERENCES = 8
 
 
@@ -165,6 +165,8 @@ def _enter(folder: pathlib.Path, config: dict[str, Any], needed_bytes: int, held
         folder.mkdir(parents=True, exist_ok=True)
         held.enter_context(_lock(folder))
         workdir = Workdir(folder, resumed=(folder / "config.json").exists())
+        for leftover in folder.glob(".export.*"):  # of an export that was killed
+            shutil.rmtree(leftover)
         if workdir.resumed:  # read again: until the lock was held another process could write it
             _refuse_other_config(folder, _read_config(workdir.config), config)
         for each in (workdir.checkpoints, workdir.rollouts, workdir.tensorboard):
@@ -191,9 +193,13 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _refuse_other_config(folder: pathlib.Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    neutral = dict.fromkeys(NEUTRAL_KEYS)
-    found = differences(ours | neutral, theirs | neutral)
-    if found:
+    taken = _steps_taken(folder)
+    if ours["steps"] < taken:
+        raise ValueError(
+            f"--workdir {folder}: its run has taken {taken} steps, expected config.steps of at least that, got {ours['steps']}"
+        )
+    found = [each for each in differences(ours, theirs) if each.partition(":")[0] not in NEUTRAL_KEYS]
+    if found and (taken or (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").stat().st_size):
         more = f" and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
         raise ValueError(
             f"--workdir {folder} holds a run of another config (this start's value != the value there): "
@@ -201,11 +207,17 @@ def _refuse_other_config(folder: pathlib.Path, theirs: dict[str, Any], ours: dic
         )
 
 
+def _steps_taken(folder: pathlib.Path) -> int:
+    """Of the newest checkpoint, readable or not."""
+    return max((int(name) for name in _names(folder / "checkpoints") if name.isdecimal()), default=0)
+
+
 def _check_space(folder: pathlib.Path, needed_bytes: int) -> None:
     standing = folder
     while not standing.exists():
         standing = standing.parent
-    taken = sum(file.stat().st_size for file in (folder / "checkpoints").rglob("*") if file.is_file())
+    kept = (folder / "checkpoints", folder / "export")
+    taken = sum(file.stat().st_size for part in kept for file in part.rglob("*") if file.is_file())
     free = shutil.disk_usage(standing).free
     if free + taken < needed_bytes:
         raise ValueError(

@@ -25,9 +25,13 @@ def test_a_first_start_makes_the_folder_and_a_second_resumes(tmp_path):
         assert workdir.resumed
 
 
+def take_a_step(folder):
+    (folder / "checkpoints" / "7").mkdir()
+
+
 def test_only_the_number_of_steps_may_change(tmp_path):
     with open_workdir(tmp_path, CONFIG):
-        pass
+        take_a_step(tmp_path)
     with open_workdir(tmp_path, CONFIG | {"steps": 20}) as workdir:
         assert json.loads(workdir.config.read_text())["steps"] == 20
     other = CONFIG | {"seed": 2, "loss": {"clip_low": 0.1, "pair": (1, 2)}}
@@ -39,11 +43,36 @@ def test_only_the_number_of_steps_may_change(tmp_path):
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 1
 
 
-def test_many_differences_are_cut_short(tmp_path):
-    with open_workdir(tmp_path, {f"k{i:02d}": 0 for i in range(20)}):
+def test_a_run_without_a_step_takes_another_config(tmp_path):
+    with open_workdir(tmp_path, CONFIG):
         pass
+    with open_workdir(tmp_path, CONFIG | {"seed": 2}) as workdir:
+        assert json.loads(workdir.config.read_text())["seed"] == 2
+        workdir.metrics.write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="seed: 3 != 2"), open_workdir(tmp_path, CONFIG | {"seed": 3}):
+        pass
+
+
+def test_steps_cannot_fall_below_those_taken(tmp_path):
+    with open_workdir(tmp_path, CONFIG):
+        take_a_step(tmp_path)
+    with pytest.raises(ValueError, match="has taken 7 steps"), open_workdir(tmp_path, CONFIG | {"steps": 6}):
+        pass
+    assert json.loads((tmp_path / "config.json").read_text())["steps"] == 10
+
+
+def test_what_a_killed_export_left_is_removed(tmp_path):
+    with open_workdir(tmp_path, CONFIG):
+        (tmp_path / ".export.writing-1").mkdir()
+    with open_workdir(tmp_path, CONFIG):
+        assert not (tmp_path / ".export.writing-1").exists()
+
+
+def test_many_differences_are_cut_short(tmp_path):
+    with open_workdir(tmp_path, {"steps": 9} | {f"k{i:02d}": 0 for i in range(20)}):
+        take_a_step(tmp_path)
     with pytest.raises(ValueError, match="k07: 1 != 0 and 12 more;"), open_workdir(
-        tmp_path, {f"k{i:02d}": 1 for i in range(20)}
+        tmp_path, {"steps": 9} | {f"k{i:02d}": 1 for i in range(20)}
     ):
         pass
 
