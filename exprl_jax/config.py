@@ -21,7 +21,7 @@ class Data:
     """Where problems come from and how they are put to the policy.
 
     Attributes:
-      source: a JSONL or parquet path (comma-separated paths and globs too), `hf:<dataset id>` or `tfds:<name>`.
+      source: a JSONL or parquet path (comma-separated paths and globs too), `hf:<dataset id>[:<config>]` or `tfds:<name>`.
       split: for `hf:` and `tfds:` sources.
       worked_examples: JSONL of solved problems shown to the policy as earlier turns; empty for none.
       max_prompt_tokens: longer prompts are dropped and counted.

@@ -94,7 +94,7 @@ def _hugging_face(name: str, split: str) -> Iterator[Row]:
             loaded = datasets.load_from_disk(name)
             table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
-            table = datasets.load_dataset(name, split=split)
+            table = datasets.load_dataset(*name.split(":", 1), split=split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(

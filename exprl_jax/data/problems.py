@@ -57,8 +57,8 @@ def read_problems(source: str, *, split: str = "train", references: bool = True)
     """Reads problems.
 
     Args:
-      source: `.jsonl` or `.parquet` files (paths, globs, or several separated by commas), `hf:<dataset id or folder>`
-        or `tfds:<name or folder>`.
+      source: `.jsonl` or `.parquet` files (paths, globs, or several separated by commas),
+        `hf:<dataset id or folder>[:<config>]` or `tfds:<name or folder>`.
       split: of a `hf:` or `tfds:` data set; files have none.
       references: True requires a reference solution in every row; False leaves references out, for programs that must
         not have them.
@@ -170,6 +170,8 @@ def _text(row: Row, columns: Mapping[str, Any], key: str, prefix: str = "") -> s
     if columns.get(key) is None:
         raise ValueError(f"{row.where}: no {prefix}{key}; the row has {', '.join(map(str, columns)) or 'nothing'}")
     value = columns[key]
+    if type(value) is int and key in ("id", "answer", "ground_truth"):  # often written as numbers
+        value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{row.where}: {prefix}{key} must be a non-empty string, got {value!r:.60}")
     return value

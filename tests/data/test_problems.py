@@ -183,7 +183,7 @@ def test_a_question_has_no_reference_and_no_answer():
         ([{"problem": "x", "reference": "y"}], "line 1: no answer; the row has problem, reference"),
         ([PLAIN[0], PLAIN[1] | {"problem": 3}], "line 2: problem must be a non-empty string, got 3"),
         ([PLAIN[0] | {"reference": "  "}], "line 1: reference must be a non-empty string"),
-        ([PLAIN[0] | {"answer": 2}], "line 1: answer must be a non-empty string, got 2"),
+        ([PLAIN[0] | {"answer": 2.5}], "line 1: answer must be a non-empty string, got 2.5"),
         ([PLAIN[0] | {"domain": "poetry"}], "line 1: domain must be one of math, science, physics, code, got 'poetry'"),
         ([PLAIN[0] | {"domain": 1}], "line 1: domain must be one of"),
         ([PLAIN[0] | {"choices": "AB"}], "line 1: choices must be"),
@@ -288,3 +288,10 @@ def test_overlong_prompts_are_dropped_and_counted():
     assert drop_overlong(EXPECTED, [5, 9], 9) == (EXPECTED, 0)
     with pytest.raises(ValueError, match="all 2 prompts are longer than 4 tokens .the shortest has 5."):
         drop_overlong(EXPECTED, [5, 9], 4)
+
+
+def test_answers_and_ids_may_be_written_as_whole_numbers(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(PLAIN[0] | {"answer": 2, "id": 17}) + "\n")
+    (problem,) = read_problems(str(path))
+    assert (problem.answer, problem.id) == ("2", "17")
