@@ -54,12 +54,19 @@ def main(argv: list[str]) -> int:
             print(describe(config))
             return 0
         if _COORDINATOR.value is not None:
-            jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+            try:
+                jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
+            except RuntimeError as error:
+                raise ValueError(f"--coordinator {_COORDINATOR.value}: {error}") from error
         from exprl_jax.train import train
 
         train(config, _WORKDIR.value)
-    except (ValueError, FloatingPointError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         return _complain(error, 1)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return _complain(f"out of device memory: {str(error).splitlines()[0]}; lower rollout.wave or updates.microbatch", 1)
     except KeyboardInterrupt:
         return _complain("interrupted; the last checkpoint stands", 130)
     return 0

@@ -40,9 +40,14 @@ def warnings(row: Mapping[str, float | None], config: Config) -> list[str]:
             "and get no judge score: raise it, or show shorter solutions in data.worked_examples"
         )
     if value("advantage/live_groups") < 0.5:
+        cure = (
+            "raise rollout.group, lower advantage.min_spread, set judge.logits_value to 'expected'"
+            if config.advantage.estimator == "grpo"
+            else "choose a segments.rule that cuts these rollouts, set judge.logits_value to 'expected'"
+        )
         found.append(
-            f"only {value('advantage/live_groups'):.0%} of the groups have any advantage: raise rollout.group, lower "
-            "advantage.min_spread, set judge.logits_value to 'expected', or take problems of another difficulty"
+            f"only {value('advantage/live_groups'):.0%} of the groups have any advantage: {cure}, or take problems of "
+            "another difficulty"
         )
     if value("judge/asked") and value("judge/parsed") < 0.5:
         cure = (

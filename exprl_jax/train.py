@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from exprl_jax.mesh import (
 )  # fmt: skip
 from exprl_jax.metrics import Clock, CompileLedger, Metrics, Progress, truncate_after, write_rollouts
 from exprl_jax.model import decoder
+from exprl_jax.model.config import Architecture
 from exprl_jax.model.language_model import LanguageModel, load, open_model
 from exprl_jax.model.weights import export_folder
 from exprl_jax.probe import look
@@ -117,6 +119,8 @@ def train(config: Config, workdir_path: str) -> None:
         restored = checkpoints.restore(abstract)
         state = _first_state(run) if restored is None else restored.state
         done = 0 if restored is None else restored.step
+        if restored is not None:
+            check_position(restored.position, run.problems)
         truncate_after(workdir, done)
         if restored is not None:
             _say(f"resuming after step {done} of {config.steps}")
@@ -149,7 +153,7 @@ def train(config: Config, workdir_path: str) -> None:
                     look(row, config)
 
                 with clock.phase("logp"):
-                    batches = [with_logp(run, state.params, e) for e in experiences(run, waves)]
+                    batches = jax.block_until_ready([with_logp(run, state.params, e) for e in experiences(run, waves)])
                 # A save that still holds the state would keep it from being donated: a second copy of it.
                 checkpoints.wait()
                 with clock.phase("train"):
@@ -168,7 +172,7 @@ def train(config: Config, workdir_path: str) -> None:
                 progress.show(step + 1, row["reward/mean"], sampled / row["time/step_seconds"])
                 stopping = stop.agreed()
                 if stopping or (step + 1) % config.checkpoint.every == 0 or step + 1 == config.steps:
-                    checkpoints.save(step + 1, state, {"epoch": epoch, "next_batch": step + 1})
+                    checkpoints.save(step + 1, state, {"next_batch": step + 1, "problems": fingerprint(run.problems)})
                 if stopping:
                     break
         checkpoints.wait()
@@ -188,19 +192,16 @@ def prepare(config: Config) -> Run:
     check_layout(config, mesh.shape[DATA])
     models = {how: open_model(how) for how in {config.policy, config.reference, config.judge.model}}
     policy, judge, reference = models[config.policy], models[config.judge.model], models[config.reference]
-    if reference.arch.vocab_size != policy.arch.vocab_size:
-        raise ValueError(
-            f"config.reference.weights: its vocabulary of {reference.arch.vocab_size} is not the policy's "
-            f"{policy.arch.vocab_size}; the KL needs one vocabulary"
-        )
+    if reference.arch != policy.arch or reference.execution != policy.execution:
+        raise ValueError("config.reference: expected the policy's architecture and execution; one program serves both")
+    check_lengths(config, policy.arch, judge.arch)
+    programs = programs_room.build(config, mesh, policy, judge)
+    _say(f"policy {config.policy.weights}; reference {config.reference.weights}; judge {config.judge.model.weights}")
     problems, prompts, judge_prompts = _fitting_problems(config, policy, judge)
     frozen = {
         how: load(models[how], _parameter_shardings(models[how], mesh), config.seed)
         for how in {config.reference, config.judge.model}
     }
-    programs = programs_room.build(config, mesh, policy, judge)
-    if reference.arch != policy.arch or reference.execution != policy.execution:
-        raise ValueError("config.reference: expected the policy's architecture and execution; the KL runs one program for both")
     tails = max(len(prompt.suffix) for prompt in judge_prompts.values())
     return Run(
         config=config,
@@ -239,6 +240,43 @@ def check_layout(config: Config, shards: int) -> None:
             f"config.rollout.wave: got {config.rollout.wave}, expected a multiple of mesh.data x updates.per_batch = "
             f"{shards} x {per_batch}, so that each update has an equal part of each device's problems"
         )
+
+
+def fingerprint(problems: Sequence[Problem]) -> str:
+    """Of the problems and their order in the source: what a position in the data refers to."""
+    texts = "\0".join(f"{p.id}\0{p.problem}\0{p.reference}\0{p.answer}" for p in problems)
+    return hashlib.blake2b(texts.encode(), digest_size=16).hexdigest()
+
+
+def check_position(position: Mapping[str, Any], problems: Sequence[Problem]) -> None:
+    """Refuses to go on in other data than a checkpoint was made with.
+
+    Raises:
+      ValueError: the problems have changed.
+    """
+    if position["problems"] != fingerprint(problems):
+        raise ValueError(
+            f"config.data.source: its problems are not those of the run's first {position['next_batch']} steps; restore "
+            "the data, or choose another --workdir"
+        )
+
+
+def check_lengths(config: Config, policy: Architecture, judge: Architecture) -> None:
+    """Checks that prompts and answers within their budgets are within the models' context lengths.
+
+    Raises:
+      ValueError: names the budgets to lower.
+    """
+    how = config.judge
+    answer = how.max_tokens if how.readout == "text" else 0
+    for name, arch, keys, tokens in (
+        ("policy", policy, "data.max_prompt_tokens + rollout.max_tokens", config.data.max_prompt_tokens + config.rollout.max_tokens),
+        ("judge", judge, "judge.max_context_tokens + max_trace_tokens + max_tokens", how.max_context_tokens + how.max_trace_tokens + answer),
+    ):
+        if tokens > arch.max_positions:
+            raise ValueError(
+                f"config.{keys}: got {tokens} tokens, expected at most {arch.max_positions}, the {name}'s context length"
+            )
 
 
 def segment_rule(config: Config) -> SegmentRule:
@@ -350,11 +388,16 @@ def with_logp(run: Run, params: decoder.Params, experience: Experience) -> Exper
     return experience
 
 
-def _over_updates(updates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """One row from a step's updates: means, but maxima of maxima and sums of counts."""
+def _over_updates(updates: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """One row from a step's updates: means, but maxima of maxima and sums of counts; null if all were skipped."""
     joined = {}
     for name in updates[0]:
         values = [float(update[name]) for update in updates]
+        # What is not finite in a skipped update was counted there; anywhere else it ends the run.
+        values = [v for v, update in zip(values, updates) if np.isfinite(v) or not update["update/skipped"]]
+        if not values:
+            joined[name] = None
+            continue
         if name.endswith("_max"):
             joined[name] = max(values)
         elif name in ("update/skipped", "update/tokens"):

@@ -18,7 +18,7 @@ from exprl_jax.mesh import DATA, MODEL
 from exprl_jax.metrics import CompileLedger
 from exprl_jax.model import decoder
 from exprl_jax.reward import statistics
-from tiny_runs import parameters, rows, run, tiny
+from tiny_runs import assert_same_rows, parameters, rows, run, tiny
 
 # Settings that no committed config has together: several waves, several updates a batch, other estimators.
 OTHER = {
@@ -307,17 +307,6 @@ def test_a_strict_probe_stops_before_the_first_update(tmp_path):
 # ------------------------------------------------------------------------------------------------ the mesh
 
 
-def assert_same_rows(ours, theirs, tolerance=1e-5):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs):
-        assert a.keys() == b.keys()
-        for name in a:
-            if a[name] is None or b[name] is None:
-                assert a[name] is b[name], name
-            else:
-                assert a[name] == pytest.approx(b[name], abs=tolerance, rel=tolerance), name
-
-
 @pytest.mark.parametrize("data, model, devices", [(2, 4, 8), (1, 8, 8), (1, 1, 1)])
 def test_the_mesh_changes_nothing(data, model, devices, done, tmp_path, monkeypatch):
     """`outcome` runs on 8 x 1."""
@@ -329,3 +318,30 @@ def test_the_mesh_changes_nothing(data, model, devices, done, tmp_path, monkeypa
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5, err_msg=name)
+
+
+def test_a_skipped_update_is_null_in_the_row_and_counted():
+    bad = {"loss/total": np.float32("nan"), "grad/norm": np.float32("inf"), "policy/ratio_max": 2.0, "update/skipped": 1.0}
+    good = {"loss/total": np.float32(0.5), "grad/norm": np.float32(1.0), "policy/ratio_max": 1.0, "update/skipped": 0.0}
+    row = loop._over_updates([bad])
+    assert row == {"loss/total": None, "grad/norm": None, "policy/ratio_max": 2.0, "update/skipped": 1.0}
+    row = loop._over_updates([bad, good])
+    assert row == {"loss/total": 0.5, "grad/norm": 1.0, "policy/ratio_max": 2.0, "update/skipped": 1.0}
+    assert np.isnan(loop._over_updates([good | {"grad/norm": np.float32("nan")}])["grad/norm"])
+
+
+def test_a_position_is_refused_in_other_data():
+    problem = types.SimpleNamespace(id="a", problem="p", reference="r", answer="1")
+    position = {"next_batch": 3, "problems": loop.fingerprint([problem])}
+    loop.check_position(position, [problem])
+    other = types.SimpleNamespace(id="a", problem="p", reference="r", answer="2")
+    with pytest.raises(ValueError, match="config.data.source: its problems are not those of the run's first 3 steps"):
+        loop.check_position(position, [other])
+
+
+@pytest.mark.parametrize(
+    "key, said", [("rollout.max_tokens", "the policy's context length"), ("judge.max_trace_tokens", "the judge's")]
+)
+def test_budgets_beyond_a_models_context_are_refused(key, said):
+    with pytest.raises(ValueError, match=f"expected at most 4096, {said}"):
+        loop.prepare(tiny(changes={key: 4096}))

@@ -84,3 +84,14 @@ def assert_same_parameters(ours, theirs) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+
+
+def assert_same_rows(ours, theirs, tolerance=1e-5) -> None:
+    """All metrics of all steps."""
+    assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+    for a, b in zip(ours, theirs):
+        assert a.keys() == b.keys()
+        for name in a:
+            undefined = a[name] is None or b[name] is None
+            same = a[name] is b[name] if undefined else abs(a[name] - b[name]) <= tolerance * max(1, abs(b[name]))
+            assert same, f"step {a['step']}: {name} is {a[name]}, expected {b[name]}"

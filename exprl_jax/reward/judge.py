@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,8 @@ from exprl_jax.programs import Programs
 from exprl_jax.records import Context, Draw, Rows
 from exprl_jax.reward.judge_prompts import CONTINUATION, judge_messages, normalise, parse_score
 
-_MARKER = "\N{OBJECT REPLACEMENT CHARACTER}"
+# Stands for the trace in a prompt; nobody can guess it, so no problem contains it.
+_MARKER = f"trace{secrets.token_hex(16)}"
 
 
 class Query(NamedTuple):
