@@ -14,11 +14,12 @@ from exprl_jax.config import Config, Model, to_dict
 from exprl_jax.learning.update import microbatch_shape
 from exprl_jax.mesh import DATA, MODEL, bytes_per_device, fit_mesh, shard_parameters
 from exprl_jax.model import decoder
+from exprl_jax.model.attention import QUERY_CHUNK
 from exprl_jax.model.cache import empty_cache, empty_context
 from exprl_jax.model.config import Architecture
 from exprl_jax.model.language_model import published_architecture
 from exprl_jax.programs import abstract_state
-from exprl_jax.train import check_layout, segment_rule
+from exprl_jax.train import check_layout, check_lengths, segment_rule
 
 _GIB = 1024**3
 
@@ -37,6 +38,7 @@ def describe(config: Config) -> str:
     segment_rule(config)
     archs = {how: published_architecture(how) for how in (config.policy, config.reference, config.judge.model)}
     policy = archs[config.policy]
+    check_lengths(config, policy, archs[config.judge.model])
     state = abstract_state(config, policy)
     shardings = shard_parameters(state, policy, config.policy.execution, mesh)
     problems = config.rollout.prompts // config.updates.per_batch
@@ -79,7 +81,7 @@ def describe(config: Config) -> str:
         ("= while judging", f"{judging / _GIB:.3f} GiB"),
         ("= while training", f"{training / _GIB:.3f} GiB"),
     ]
-    sections.append(("memory a device (by arithmetic; temporaries of single operations come on top)", _table(listed)))
+    sections.append(("memory a device (by arithmetic, at full budgets; the compiler's own temporaries come on top)", _table(listed)))
     return "\n\n".join(f"== {title}\n{body}" for title, body in sections)
 
 
@@ -97,7 +99,14 @@ def _memory(config: Config, archs: dict[Model, Architecture], mesh: Any, state: 
         shared = jax.eval_shape(lambda: empty_context(arch, execution, contexts))
         token = sum(math.prod(x.shape[:-2]) * x.shape[-1] * x.dtype.itemsize for x in jax.tree.leaves(shared))
         total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(own)) + token * context_tokens
-        return total / data / heads
+        # Scanned layers take the rows' cache as input and give it back as output: two copies of it while decoding.
+        copies = 2 if execution.scan_layers else 1
+        return (total * copies - token * context_tokens * (copies - 1)) / data / heads
+
+    def scores(arch, rows, queries, keys):
+        """Float32 attention scores and weights of one chunk of queries, rows over `data`, heads over `model`."""
+        heads = arch.heads / (model if arch.heads % model == 0 else 1)
+        return 2 * 4 * rows / data * heads * min(queries, QUERY_CHUNK) * keys
 
     def cast(arch, model_how):
         """The compute-dtype copy that sampling and scoring make, where parameters are held in another."""
@@ -132,8 +141,15 @@ def _memory(config: Config, archs: dict[Model, Architecture], mesh: Any, state: 
         "judging: KV cache": cache(
             judge, judge_how, wave, config.judge.max_context_tokens, wave * group, config.judge.max_trace_tokens + answer
         ),
-        "training: gradients": bytes_per_device(state.params, shardings.params) * 4 / state.params["embed"].dtype.itemsize,
+        "judging: attention scores": scores(
+            judge, wave * group, config.judge.max_trace_tokens, config.judge.max_context_tokens + config.judge.max_trace_tokens + answer
+        ),
+        # The sum so far and one microbatch's part.
+        "training: gradients": 2 * 4 * bytes_per_device(state.params, shardings.params) / state.params["embed"].dtype.itemsize,
         "training: activations": residuals,
+        "training: attention scores": 2 * scores(
+            policy, config.updates.microbatch, config.rollout.max_tokens, config.data.max_prompt_tokens + config.rollout.max_tokens
+        ),
         "training: logits": 2 * 4 * min(config.updates.logp_chunk, tokens * data) * policy.vocab_size / data / model,
     }  # fmt: skip
 
