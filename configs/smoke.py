@@ -30,8 +30,7 @@ def get_config(arm: str = "outcome"):
     config.judge.update(readout="logits", max_context_tokens=384, max_trace_tokens=64)
     config.segments.rule = "line"
     config.segments.max_segments = 4
-    config.updates = dict(per_batch=1, microbatch=8, logp_chunk=512)
-    config.optimizer.learning_rate = 2e-5
+    config.updates = dict(per_batch=1, microbatch=4, logp_chunk=512)
     config.checkpoint = dict(every=4, keep=1)
     config.log.rollouts = 16
     config.grader = dict(seconds=5.0, workers=1)
