@@ -115,6 +115,10 @@ def test_no_readable_checkpoint_is_refused_not_restarted(whole, tmp_path):
 MANY = 400
 
 
+def steps_done(folder):
+    return (folder / "metrics.jsonl").read_bytes().count(b"\n") if (folder / "metrics.jsonl").exists() else 0
+
+
 def wait_for(condition, process, seconds=240):
     limit = time.monotonic() + seconds
     while not condition():
@@ -129,7 +133,7 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(tmp_path):
     process = subprocess.Popen(
         command(folder, changes), cwd=ROOT, env=environment(8), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_bytes().count(b"\n"), process)
+    wait_for(lambda: steps_done(folder), process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
@@ -150,31 +154,39 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_killed_at_any_moment_a_run_ends_with_the_same_bits(tmp_path):
-    """kill -9 at 20 random moments between start and end; a run that survives its moment is compared and begun anew."""
-    changes, moments = {"steps": 8, "checkpoint.every": 1}, random.Random(20)
+    """kill -9 at 20 random moments: of a whole run's duration, and, as starting up takes most of that, by turns of the
+    time after the first step of a start.  A run that survives its moment is compared and the next one begun."""
+    changes, dice = {"steps": 24, "checkpoint.every": 1}, random.Random(20)
     options = {"cwd": ROOT, "env": environment(1), "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     subprocess.run(command(tmp_path / "warm", changes), check=True, **options)  # fills the compilation cache
     start = time.monotonic()
     subprocess.run(command(tmp_path / "whole", changes), check=True, **options)
     duration = time.monotonic() - start
 
-    kills, finished, resumed = [], 0, set()
+    kills, finished, resumed = [], 0, []
     while len(kills) < 20 or (tmp_path / f"run{finished}").exists():
         folder = tmp_path / f"run{finished}"
+        before = steps_done(folder)
         process = subprocess.Popen(command(folder, changes), **options)
-        moment = moments.uniform(0, duration) if len(kills) < 20 else 240
+        moment = 240.0
+        if len(kills) % 2 == 0 and len(kills) < 20:
+            moment = dice.uniform(0, duration)
+        elif len(kills) < 20:
+            while steps_done(folder) <= before and process.poll() is None:
+                time.sleep(0.01)
+            moment = dice.uniform(0, 1.5)
         try:
             _, err = process.communicate(timeout=moment)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
-            kills.append((moment, len(rows(folder)) if (folder / "metrics.jsonl").exists() else 0))
+            kills.append((round(moment, 2), before, steps_done(folder)))
             continue
         assert process.returncode == 0, err.decode()
-        resumed |= {line for line in err.decode().splitlines() if line.startswith("resuming after")}
+        resumed += [line for line in err.decode().splitlines() if line.startswith("resuming after")]
         assert rows(folder) == rows(tmp_path / "whole"), kills
         assert_same_parameters(folder, tmp_path / "whole")
-        assert {path.name for path in (folder / "checkpoints").iterdir()} == {"7", "8"}
+        assert {path.name for path in (folder / "checkpoints").iterdir()} == {"23", "24"}
         finished += 1
-    print(json.dumps({"duration": duration, "kills": kills, "finished": finished, "resumed": sorted(resumed)}))
+    print(json.dumps({"duration": duration, "kills": kills, "finished": finished, "resumed": resumed}))
     assert len(kills) == 20 and finished and resumed

@@ -49,6 +49,18 @@ ARMS = {
 }
 
 
+def keep_saved(patch):
+    """A list that gets the parameters of every checkpoint, as they are handed over."""
+    saved, save = [], loop.Checkpoints.save
+
+    def keep(self, step, state, position):
+        saved.append(jax.device_get(state.params))
+        save(self, step, state, position)
+
+    patch.setattr(loop.Checkpoints, "save", keep)
+    return saved
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory):
     """Each arm's finished run, made when first asked for: its config, folder, rows, and what it compiled."""
@@ -65,9 +77,10 @@ def done(tmp_path_factory):
 
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(loop, "CompileLedger", Watched)
+                trained = keep_saved(patch)
                 folder = run(ARMS[arm], tmp_path_factory.mktemp(arm) / "run")
             made[arm] = types.SimpleNamespace(
-                config=ARMS[arm], folder=folder, rows=rows(folder, True), compiled=by_step
+                config=ARMS[arm], folder=folder, rows=rows(folder, True), compiled=by_step, params=trained[-1]
             )
         return made[arm]
 
@@ -180,32 +193,13 @@ def test_the_export_is_the_policy_for_transformers(name, done):
         theirs = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
 
     policy = loop.prepare(arm.config).policy
-    stored, how = parameters(arm.folder), dataclasses.replace(policy.execution, scan_layers=False, remat=False)
-    start = decoder.init_params(policy.arch, how, "float32", jax.random.key(arm.config.seed))
-    ours = _restore(stored, start, policy.arch.layers)
-    logits = np.asarray(decoder.forward_logits(ours, policy.arch, how, jnp.asarray(tokens)))
-    np.testing.assert_allclose(logits, theirs, atol=1e-4)
-    before = np.asarray(decoder.forward_logits(start, policy.arch, how, jnp.asarray(tokens)))
+    start = decoder.init_params(policy.arch, policy.execution, "float32", jax.random.key(arm.config.seed))
+    ours, before = (
+        np.asarray(decoder.forward_logits(params, policy.arch, policy.execution, jnp.asarray(tokens)))
+        for params in (jax.tree.map(jnp.asarray, arm.params), start)
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert np.abs(before - theirs).max() > 1e-3  # it is the trained one
-
-
-def _restore(stored, like, layers):
-    """The exported tensors as our tree, by hand: the independent half of the export's proof."""
-    norms = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-    attention = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj", "q_norm": "q_norm", "k_norm": "k_norm"}
-    ffn = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-    tree = {"embed": stored["model.embed_tokens.weight"], "final_norm": stored["model.norm.weight"]}
-    for n in range(layers):
-        layer = {}
-        for key, name in norms.items():
-            layer[key] = stored[f"model.layers.{n}.{name}.weight"]
-        for key, name in attention.items():
-            kernel = stored[f"model.layers.{n}.self_attn.{name}.weight"]
-            layer[key] = kernel if kernel.ndim == 1 else kernel.T.reshape(like[f"layer_{n}"][key].shape)
-        for key, name in ffn.items():
-            layer[key] = stored[f"model.layers.{n}.mlp.{name}.weight"].T
-        tree[f"layer_{n}"] = layer
-    return jax.tree.map(lambda a, b: jnp.asarray(a).reshape(b.shape), tree, like)
 
 
 # ------------------------------------------------------------------------------------------------ what it compiles
@@ -280,19 +274,14 @@ def test_a_constant_judge_changes_nothing(tmp_path, monkeypatch):
         return dataclasses.replace(made, judge=constant)
 
     monkeypatch.setattr(loop.programs_room, "build", with_constant_judge)
+    trained = keep_saved(monkeypatch)
     folder = run(config, tmp_path / "run")
     for row in rows(folder):
         assert row["update/tokens"] > 0 and row["judge/asked"] > 0
         assert row["reward/mean"] == 0.5 and row["reward/std"] == row["grad/norm"] == 0
-    start = loop._first_state(loop.prepare(config)).params
-    _assert_exported(folder, start)
-
-
-def _assert_exported(folder, params):
-    stored = parameters(folder)
-    np.testing.assert_array_equal(stored["model.embed_tokens.weight"], params["embed"])
-    trained = _restore(stored, jax.device_get(params), 2)
-    jax.tree.map(np.testing.assert_array_equal, trained, jax.device_get(params))
+    start = jax.device_get(loop._first_state(loop.prepare(config)).params)
+    assert len(trained) == 2
+    jax.tree.map(np.testing.assert_array_equal, trained[-1], start)
 
 
 def test_a_strict_probe_stops_before_the_first_update(tmp_path):
@@ -310,11 +299,12 @@ def test_a_strict_probe_stops_before_the_first_update(tmp_path):
 @pytest.mark.parametrize("data, model, devices", [(2, 4, 8), (1, 8, 8), (1, 1, 1)])
 def test_the_mesh_changes_nothing(data, model, devices, done, tmp_path, monkeypatch):
     """`outcome` runs on 8 x 1."""
+    expected = done("outcome").folder  # made before the mesh is replaced
     made = Mesh(np.array(jax.devices()[:devices]).reshape(data, model), (DATA, MODEL))
     monkeypatch.setattr(loop, "make_mesh", lambda _: made)
     folder = run(tiny("outcome", {"mesh.data": data, "mesh.model": model}), tmp_path / "run")
-    assert_same_rows(rows(folder), rows(done("outcome").folder))
-    ours, theirs = parameters(folder), parameters(done("outcome").folder)
+    assert_same_rows(rows(folder), rows(expected))
+    ours, theirs = parameters(folder), parameters(expected)
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5, err_msg=name)
