@@ -497,15 +497,14 @@ def _places(table: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
 
 
 def _samples(run: Run, waves, count: int) -> list[dict[str, Any]]:
-    """The step's first rows, as people read them."""
-    samples = []
-    for wave, judged, assigned, verdicts in waves:
-        G = run.config.rollout.group
-        for i, problem in enumerate(wave.problems):
-            for g, text in enumerate(wave.responses[i]):
+    """Some of the step's rows, as people read them: a rollout of every problem, then the next of every problem."""
+    samples, G = [], run.config.rollout.group
+    for g in range(G):
+        for wave, judged, assigned, verdicts in waves:
+            for i, problem in enumerate(wave.problems):
                 if len(samples) == count:
                     return samples
-                ids, ends = wave.rollouts.tokens_PGR[i, g], wave.ends[i][g]
+                text, ids, ends = wave.responses[i][g], wave.rollouts.tokens_PGR[i, g], wave.ends[i][g]
                 starts = [0, *ends[:-1]]
                 samples.append(
                     {
