@@ -144,9 +144,9 @@ def read_jsonl(path):
 def test_rollouts_are_written_as_people_read_them(arm):
     samples = read_jsonl(arm.folder / "rollouts" / "step_000001.jsonl")
     problems = {problem["id"]: problem for problem in read_jsonl(arm.config.data.source)}
-    count, group = arm.config.log.rollouts, arm.config.rollout.group
-    assert [sample["rollout"] for sample in samples] == [n % group for n in range(count)]
-    assert len({sample["id"] for sample in samples}) == count // group
+    count, prompts = arm.config.log.rollouts, arm.config.rollout.prompts
+    assert [sample["rollout"] for sample in samples] == [n // prompts for n in range(count)]
+    assert len({sample["id"] for sample in samples}) == min(count, prompts)
     text = arm.config.judge.readout == "text"
     for sample in samples:
         assert problems[sample["id"]]["problem"] in sample["prompt"]
