@@ -137,6 +137,8 @@ def test_help_names_every_option():
         ("segments.rule=stride:many", "config.segments.rule: got 'stride:many', expected stride:<tokens>"),
         ("data.max_prompt_tokens=20", "config.data.max_prompt_tokens: no problem is left: all 64 prompts are longer than 20"),
         ("judge.max_context_tokens=20", "config.judge.max_context_tokens: no problem is left: all 64 prompts are longer"),
+        ("rollout.max_tokens=4000", "config.data.max_prompt_tokens + rollout.max_tokens: got 4512 tokens, expected at most"),
+        ("judge.max_trace_tokens=4000", "config.judge.max_context_tokens + max_trace_tokens + max_tokens: got 6048 tokens"),
         ("rollout.prompts=128", "config.rollout.prompts: got 128, expected at most 64, the problems that are left"),
     ],
 )
@@ -251,12 +253,12 @@ def test_a_model_that_does_not_load_is_named_with_its_fault(damage, role, model,
     assert said in refuse(f"--config.{role}.weights={model}")
 
 
-def test_vocabularies_of_policy_and_reference_must_agree(model, refuse):
+def test_policy_and_reference_must_be_of_one_shape(model, refuse):
     with_config(model, vocab_size=300)
     more = np.zeros((300, 64), np.float32)
     with_tensors(model, lambda t: t.update({"model.embed_tokens.weight": more}))
     message = refuse(f"--config.reference.weights={model}")
-    assert message.startswith("config.reference.weights: its vocabulary of 300 is not the policy's ")
+    assert message.startswith("config.reference: expected the policy's architecture and execution")
 
 
 @pytest.mark.parametrize(
@@ -285,8 +287,8 @@ def test_a_hub_id_without_network_is_one_line(tmp_path):
 
 def test_the_workdir_of_another_config_is_refused_with_the_differing_keys(refuse, tmp_path):
     theirs = resolve(config_dict("tiny", None, {"seed": 7, "rollout.temperature": 0.5}))
-    with open_workdir(tmp_path / "run", to_dict(theirs)):
-        pass
+    with open_workdir(tmp_path / "run", to_dict(theirs)) as workdir:
+        workdir.metrics.write_text('{"step": 1}\n')  # before its first step a run may still take another config
     message = refuse()
     assert "holds a run of another config" in message
     assert "rollout.temperature: 0.8 != 0.5; seed: 1 != 7; choose another --workdir" in message
