@@ -24,8 +24,9 @@ def get_config(arm: str = "outcome"):
     config.judge.update(readout="logits", max_tokens=16, max_context_tokens=2048, max_trace_tokens=96)
     config.segments = dict(rule="stride:8", max_segments=3)
     config.updates = dict(per_batch=1, microbatch=16, logp_chunk=256)
-    config.optimizer.learning_rate = 1e-3
-    config.advantage.overlong = "mask"
+    config.optimizer.learning_rate = 1e-4
+    # Random weights hardly ever end a rollout.
+    config.advantage.update(overlong="penalty", overlong_penalty=-0.5)
     config.checkpoint = dict(every=1, keep=2)
     config.log.rollouts = 4
     config.grader = dict(seconds=5.0, workers=1)

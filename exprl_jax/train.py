@@ -38,7 +38,7 @@ from exprl_jax.reward.segments import SegmentRule, Splitter
 from exprl_jax.reward.statistics import VERDICTS, summarise
 from exprl_jax.reward.verifiers.math import MathGrader, Verdict
 from exprl_jax.stopping import StopRequest
-from exprl_jax.workdir import Workdir, open_workdir
+from exprl_jax.workdir import Workdir, check_workdir, open_workdir
 
 # Widths are rounded up to this, so that a data set's next version rarely means other shapes.
 _WIDTH = 16
@@ -95,6 +95,7 @@ def train(config: Config, workdir_path: str) -> None:
       FloatingPointError: a metric is not finite (names step and metric).
     """
     # ------------------------------------------------------------------ devices, models, problems
+    check_workdir(workdir_path, to_dict(config))
     run = prepare(config)
     state_shardings = programs_room.shard_state(config, run.mesh, run.policy)
     abstract = jax.tree.map(

@@ -119,6 +119,18 @@ def open_workdir(
         yield workdir
 
 
+def check_workdir(path: str | os.PathLike[str], resolved_config: Mapping[str, Any]) -> None:
+    """Says at once what `open_workdir` would only say after the models are loaded; reads, changes nothing.
+
+    Raises:
+      ValueError: the folder holds another config's run.
+    """
+    folder = pathlib.Path(path).expanduser().absolute()
+    if (folder / "config.json").exists():
+        config = json.loads(json.dumps(resolved_config))
+        _refuse_other_config(folder, _read_config(folder / "config.json"), config)
+
+
 def write_atomically(path: pathlib.Path, text: str) -> None:
     """Writes a file so that a kill at any moment leaves the old content or the new, never a part.
 
