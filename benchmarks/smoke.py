@@ -47,6 +47,7 @@ def main() -> None:
     mesh = make_mesh(config.mesh)
     abstract = decoder.abstract_params(model.arch, model.execution, model.how.param_dtype)
     params = load(model, shard_parameters(abstract, model.arch, model.execution, mesh), config.seed)
+    transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = open_model(config.policy).tokenizer
         export_folder(params, model.arch, model.execution, f"{folder}/model", tokenizer, "float32")
