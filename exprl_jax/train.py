@@ -191,7 +191,7 @@ def prepare(config: Config) -> Run:
     """Opens models and data, and checks that they fit the config and one another."""
     mesh = make_mesh(config.mesh)
     check_layout(config, mesh.shape[DATA])
-    models = {how: open_model(how) for how in {config.policy, config.reference, config.judge.model}}
+    models = {how: open_model(how) for how in dict.fromkeys((config.policy, config.reference, config.judge.model))}
     policy, judge, reference = models[config.policy], models[config.judge.model], models[config.reference]
     if reference.arch != policy.arch or reference.execution != policy.execution:
         raise ValueError("config.reference: expected the policy's architecture and execution; one program serves both")
@@ -199,9 +199,10 @@ def prepare(config: Config) -> Run:
     programs = programs_room.build(config, mesh, policy, judge)
     _say(f"policy {config.policy.weights}; reference {config.reference.weights}; judge {config.judge.model.weights}")
     problems, prompts, judge_prompts = _fitting_problems(config, policy, judge)
+    # In one order on every process: loading may run programs over the whole mesh.
     frozen = {
         how: load(models[how], _parameter_shardings(models[how], mesh), config.seed)
-        for how in {config.reference, config.judge.model}
+        for how in dict.fromkeys((config.reference, config.judge.model))
     }
     tails = max(len(prompt.suffix) for prompt in judge_prompts.values())
     return Run(
