@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from exprl_jax.config import Config
 from exprl_jax.learning.logprobs import token_logprobs
-from exprl_jax.learning.update import make_optimizer, microbatch_shape, train_step
+from exprl_jax.learning.update import make_optimizer, microbatch_shape, stride_slots, train_step
 from exprl_jax.mesh import DATA, constrain_mapped, constrain_rows, replicated, rows_sharding, shard_parameters
 from exprl_jax.model import decoder
 from exprl_jax.model.config import Architecture
@@ -144,13 +144,10 @@ def microbatched_logp(
     p, g = shape
     P, G, R = tokens_PGR.shape
 
-    def slots(x):  # every M-th slot, so that each device has a part of each microbatch
-        return jnp.swapaxes(x.reshape(p, -1, *x.shape[1:]), 0, 1)
-
     def problems(x):
-        return slots(jnp.repeat(x, G // g, axis=0))
+        return stride_slots(jnp.repeat(x, G // g, axis=0), p)
 
-    parts = (jax.tree.map(problems, context), problems(last_P), slots(tokens_PGR.reshape(-1, g, R)))
+    parts = (jax.tree.map(problems, context), problems(last_P), stride_slots(tokens_PGR.reshape(-1, g, R), p))
     logp = jax.lax.map(lambda part: token_logp(params, *part)[0], parts)
     return jnp.swapaxes(logp, 0, 1).reshape(P, G, R)
 

@@ -150,22 +150,24 @@ def train_step(
     return state, metrics
 
 
-def _slots(experience, weight_PGR, p, g):
-    """(experience, weight) of the microbatches, stacked in front: P is cut to p, G to g, and contexts repeat.
+def stride_slots(x: Array, p: int) -> Array:
+    """[M·p, ...] → [M, p, ...]: microbatch m takes every M-th slot, starting with the m-th.
 
-    Microbatch m takes every M-th part, starting with the m-th.  With P sharded in blocks over devices that is a part
-    from every device, in place; consecutive parts would all be one device's.
+    With slots sharded in blocks over devices that is a part from every device, in place; consecutive slots would all
+    be one device's.
     """
+    return jnp.swapaxes(x.reshape(p, -1, *x.shape[1:]), 0, 1)
+
+
+def _slots(experience, weight_PGR, p, g):
+    """(experience, weight) of the microbatches, stacked in front: P is cut to p, G to g, and contexts repeat."""
     G = weight_PGR.shape[1]
 
-    def stride(x):
-        return jnp.swapaxes(x.reshape(p, -1, *x.shape[1:]), 0, 1)
-
     def rows(x_PGR):
-        return stride(x_PGR.reshape(-1, g, *x_PGR.shape[2:]))
+        return stride_slots(x_PGR.reshape(-1, g, *x_PGR.shape[2:]), p)
 
     def problems(x_P):
-        return stride(jnp.repeat(x_P, G // g, axis=0))
+        return stride_slots(jnp.repeat(x_P, G // g, axis=0), p)
 
     parts = Experience(
         context=jax.tree.map(problems, experience.context),
