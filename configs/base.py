@@ -11,15 +11,17 @@ QWEN3_8B = "Qwen/Qwen3-8B"
 MIXED = ("pope", "int", "sciknow_physics", "sciknow_choice", "livecodebench_v6")
 
 
-def model(weights: str, *, compute_dtype: str, param_dtype: str, scan_layers: bool, remat: bool) -> ConfigDict:
+def model(
+    weights: str, *, compute_dtype: str, param_dtype: str, scan_layers: bool, remat: str, kv_dtype: str = "compute"
+) -> ConfigDict:
     """A model section."""
-    execution = dict(scan_layers=scan_layers, compute_dtype=compute_dtype, remat=remat)
+    execution = dict(scan_layers=scan_layers, compute_dtype=compute_dtype, remat=remat, kv_dtype=kv_dtype)
     return ConfigDict(dict(weights=weights, execution=execution, param_dtype=param_dtype))
 
 
 def base() -> ConfigDict:
     """The paper's ExpRL-Outcome run of Qwen3-4B."""
-    accelerator = dict(compute_dtype="bfloat16", scan_layers=True, remat=True)
+    accelerator = dict(compute_dtype="bfloat16", scan_layers=True, remat="full")
     return ConfigDict(
         dict(
             task="rl",
@@ -69,7 +71,7 @@ def base() -> ConfigDict:
             ),
             loss=dict(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.001, entropy_coef=0.0, aggregate="token_mean"),
             distillation=dict(kl="sampled"),
-            updates=dict(per_batch=2, microbatch=4, logp_chunk=4096),
+            updates=dict(per_batch=2, row_tokens=20_480, microbatch=2, logp_chunk=4096),
             optimizer=dict(
                 learning_rate=1e-6,
                 schedule="constant",

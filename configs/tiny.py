@@ -26,7 +26,7 @@ def get_config(arm: str = "outcome"):
     if arm not in ARMS:
         raise ValueError(f"configs/tiny.py:{arm}: expected {', '.join(ARMS)}")
     config = ARMS[arm](base())
-    tiny = dict(param_dtype="float32", compute_dtype="float32", scan_layers=False, remat=False)
+    tiny = dict(param_dtype="float32", compute_dtype="float32", scan_layers=False, remat="none")
     config.policy, config.reference, config.judge.model = (model("random:qwen3", **tiny) for _ in range(3))
     config.steps = 4
     config.data.update(source="configs/data/arithmetic.jsonl", max_prompt_tokens=512, held_out="")
@@ -34,7 +34,7 @@ def get_config(arm: str = "outcome"):
     config.rollout.update(prompts=8, group=4, max_tokens=24, wave=8)
     config.judge.update(readout="logits", max_tokens=16, max_context_tokens=2048, max_trace_tokens=96)
     config.segments = dict(rule="stride:8", max_segments=3)
-    config.updates = dict(per_batch=1, microbatch=16, logp_chunk=256)
+    config.updates = dict(per_batch=1, row_tokens=640, microbatch=8, logp_chunk=256)
     config.optimizer.learning_rate = 1e-4
     # Random weights hardly ever end a rollout.
     config.advantage.update(overlong="penalty", overlong_penalty=-0.5)

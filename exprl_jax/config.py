@@ -243,11 +243,13 @@ class Updates:
 
     Attributes:
       per_batch: optimizer updates a batch; the batch's problems are divided among them.
-      microbatch: rows a gradient-accumulation step, over all devices.
+      row_tokens: width of a packed row.
+      microbatch: packed rows a gradient-accumulation step, over all devices.
       logp_chunk: rows × tokens whose [.., V] logits exist at once.
     """
 
     per_batch: int
+    row_tokens: int
     microbatch: int
     logp_chunk: int
 
@@ -687,10 +689,10 @@ def _check_rl(c: Config) -> None:
     require(
         share.is_integer(), "updates.per_batch", c.updates.per_batch, f"a divisor of rollout.prompts = {c.rollout.prompts}"
     )
-    rows = int(share) * c.rollout.group
+    longest = c.data.max_prompt_tokens + c.rollout.max_tokens
     require(
-        rows % c.updates.microbatch == 0, "updates.microbatch", c.updates.microbatch,
-        f"a divisor of the {rows} rows of one update (rollout.prompts / updates.per_batch · rollout.group)",
+        c.updates.row_tokens >= longest, "updates.row_tokens", c.updates.row_tokens,
+        f"at least {longest}, data.max_prompt_tokens + rollout.max_tokens: a rollout is packed whole",
     )  # fmt: skip
     if c.task == "rl" and set(dataclasses.astuple(c.routes)) != {"process"}:
         require(

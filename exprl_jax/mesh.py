@@ -6,9 +6,10 @@ vocabulary.  Batch arrays are sharded along their first dimension, the problems.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from exprl_jax import config
 from exprl_jax.model.config import Architecture, Execution
 
 DATA, MODEL = "data", "model"
+Axes = tuple[str | None, ...]
 
 
 def fit_mesh(how: config.Mesh, devices: int | None = None) -> tuple[int, int]:
@@ -108,21 +110,98 @@ def rows_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
+def microbatches_sharding(mesh: Mesh) -> NamedSharding:
+    """Of packed arrays [M, B, ...]: the rows of every microbatch over `data`."""
+    return NamedSharding(mesh, PartitionSpec(None, DATA))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Of scalars and of what every device needs whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def constrain_rows(mesh: Mesh):
-    """Keeps the residual [P, ...] of a forward sharded by problems."""
-    sharding = rows_sharding(mesh)
-    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the arrays of a forward lie, and with it which kernels there are.
+
+    Attributes:
+      mesh: of the run; None for arrays on one device.
+      mapped: the forward stands inside a `vmap` over problems with `spmd_axis_name=DATA`, where that axis is not seen.
+    """
+
+    mesh: Mesh | None
+    mapped: bool = False
+
+    @property
+    def on_tpu(self) -> bool:
+        """Whether the devices run Pallas TPU kernels."""
+        return self.mesh is not None and self.mesh.devices.flat[0].platform == "tpu"
+
+    @property
+    def shares_segments(self) -> bool:
+        """Whether packed rows may have segments that others see: the TPU's kernel tells segments apart, and no more."""
+        return not self.on_tpu
+
+    @property
+    def data(self) -> str | None:
+        """The axis that problems are sharded over, as a forward sees it."""
+        return None if self.mesh is None or self.mapped else DATA
+
+    def axis_of(self, size: int) -> str | None:
+        """`model`, if it divides a dimension of this size."""
+        return MODEL if self.mesh is not None and size % self.mesh.shape[MODEL] == 0 else None
+
+    def residual(self, x_PGTD: jax.Array) -> jax.Array:
+        """Keeps the residual between blocks sharded by problems and, where they divide, by tokens over `model`:
+        norms and residual sums are then not repeated on every device of that axis (sequence parallelism)."""
+        if self.mesh is None:
+            return x_PGTD
+        tokens = self.axis_of(x_PGTD.shape[2]) if x_PGTD.shape[2] > 1 else None
+        return self._constrain(x_PGTD, self.data, None, tokens)
+
+    def whole_tokens(self, x: jax.Array) -> jax.Array:
+        """Undoes the sharding by tokens of `residual`."""
+        return x if self.mesh is None else self._constrain(x, self.data)
+
+    def decoding(self, params: Any, arch: Architecture, how: Execution) -> Any:
+        """Parameters in the layout in which tokens are sampled: whole along `data`, so that no decode step gathers."""
+        if self.mesh is None:
+            return params
+        shardings = shard_parameters(params, arch, how, self.mesh)
+
+        def gather(x, sharding):
+            spec = PartitionSpec(*(None if axis == DATA else axis for axis in sharding.spec))
+            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+        return jax.tree.map(gather, params, shardings)
+
+    def like_parameters(self, tree: Any, arch: Architecture, how: Execution) -> Any:
+        """Keeps a tree of parameters, or of their gradients, sharded as parameters are."""
+        if self.mesh is None:
+            return tree
+        return jax.lax.with_sharding_constraint(tree, shard_parameters(tree, arch, how, self.mesh))
+
+    def split(self, function: Callable, takes: Sequence[Axes], gives: Any) -> Callable:
+        """The function of each device's part, with explicit collectives (`jax.shard_map`).
+
+        Args:
+          takes: axes of each argument's dims; trailing dims that are not named are whole.
+          gives: the same of the result, or a tuple of such.
+        """
+        if self.mesh is None:
+            return function
+        several = isinstance(gives[0], tuple) if gives else False
+        specs = tuple(PartitionSpec(*axes) for axes in gives) if several else PartitionSpec(*gives)
+        return jax.shard_map(
+            function, mesh=self.mesh, in_specs=tuple(PartitionSpec(*axes) for axes in takes), out_specs=specs,
+            check_vma=False,
+        )  # fmt: skip
+
+    def _constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
 
 
-def constrain_mapped(mesh: Mesh):
-    """The same inside a `vmap` over problems with `spmd_axis_name="data"`, where the problem axis is not seen."""
-    sharding = replicated(mesh)
-    return lambda x: jax.lax.with_sharding_constraint(x, sharding)
+ONE_DEVICE = Placement(None)
 
 
 def local_problems(mesh: Mesh, problems: int) -> np.ndarray:
@@ -173,6 +252,17 @@ def put_rows(mesh: Mesh, tree: Any, problems: int) -> Any:
         if x.ndim == 0:
             return jax.make_array_from_process_local_data(replicated(mesh), x, x.shape)
         return jax.make_array_from_process_local_data(rows_sharding(mesh), x, (problems, *x.shape[1:]))
+
+    return jax.tree.map(put, tree)
+
+
+def put_microbatches(mesh: Mesh, tree: Any) -> Any:
+    """Places host arrays [M, B, ...] of a whole update, the same on every process, as global arrays; scalars everywhere."""
+
+    def put(x):
+        x = np.asarray(x)
+        sharding = microbatches_sharding(mesh) if x.ndim else replicated(mesh)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
 
     return jax.tree.map(put, tree)
 

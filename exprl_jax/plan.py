@@ -11,10 +11,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh
 
 from exprl_jax.config import Config, Model, to_dict
-from exprl_jax.learning.update import microbatch_shape
 from exprl_jax.mesh import DATA, MODEL, bytes_per_device, fit_mesh, shard_parameters
 from exprl_jax.model import decoder
-from exprl_jax.model.attention import QUERY_CHUNK
+from exprl_jax.model.attention import SCORES
 from exprl_jax.model.cache import empty_cache, empty_context
 from exprl_jax.model.config import Architecture
 from exprl_jax.model.language_model import published_architecture
@@ -45,7 +44,6 @@ def describe(config: Config) -> str:
     state = abstract_state(config, policy)
     shardings = shard_parameters(state, policy, config.policy.execution, mesh)
     problems = config.rollout.prompts // config.updates.per_batch
-    p, g = microbatch_shape(problems, config.rollout.group, config.updates.microbatch, data)
 
     sections = [("resolved config", json.dumps(to_dict(config), indent=2))]
     derived = {
@@ -56,8 +54,7 @@ def describe(config: Config) -> str:
         "rows a wave": config.rollout.wave * config.rollout.group,
         "updates a step": config.updates.per_batch,
         "rows an update": problems * config.rollout.group,
-        "microbatches an update": problems * config.rollout.group // config.updates.microbatch,
-        "microbatch": f"{p} contexts x {g} rows",
+        "microbatch": f"{config.updates.microbatch} rows of {config.updates.row_tokens} tokens",
         "optimizer updates in all": config.steps * config.updates.per_batch,
         "frozen copies": f"{len(_frozen(config))} ({', '.join(sorted({how.weights for how in _frozen(config)})) or 'none'})",
         "sequence": f"{config.data.max_prompt_tokens} + {config.rollout.max_tokens} tokens",
@@ -105,7 +102,7 @@ def _memory(config: Config, archs: dict[Model, Architecture], mesh: Any, state: 
     def scores(arch, rows, queries, keys):
         """Float32 attention scores and weights of one chunk of queries, rows over `data`, heads over `model`."""
         heads = arch.heads / (model if arch.heads % model == 0 else 1)
-        return 2 * 4 * rows / data * heads * min(queries, QUERY_CHUNK) * keys
+        return 2 * 4 * min(rows / data * heads * queries * keys, SCORES)
 
     def cast(arch, model_how):
         """The compute-dtype copy that sampling and scoring make, where parameters are held in another."""
@@ -115,8 +112,8 @@ def _memory(config: Config, archs: dict[Model, Architecture], mesh: Any, state: 
         return bytes_per_device(abstract, shard_parameters(abstract, arch, model_how.execution, mesh))
 
     wave, group = config.rollout.wave, config.rollout.group
-    tokens = config.updates.microbatch / data * (config.rollout.max_tokens + config.data.max_prompt_tokens)
-    if how.remat:  # the residual at every layer, and one layer's insides
+    tokens = config.updates.microbatch / data * config.updates.row_tokens
+    if how.remat != "none":  # the residual at every layer, and one layer's insides
         residuals = tokens * policy.width * compute * (policy.layers + 2 + 3 * policy.ffn / policy.width / model)
     else:
         layer = 4 * policy.width + (2 * policy.heads + 2 * policy.kv_heads) * policy.head_size + 4 * policy.ffn
@@ -141,7 +138,7 @@ def _memory(config: Config, archs: dict[Model, Architecture], mesh: Any, state: 
         "training: gradients": 2 * 4 * bytes_per_device(state.params, shardings.params) / state.params["embed"].dtype.itemsize,
         "training: activations": residuals,
         "training: attention scores": 2 * scores(
-            policy, config.updates.microbatch, config.rollout.max_tokens, config.data.max_prompt_tokens + config.rollout.max_tokens
+            policy, config.updates.microbatch, config.updates.row_tokens, config.updates.row_tokens
         ),
         "training: logits": slices * 4 * min(config.updates.logp_chunk, tokens * data) * policy.vocab_size / data / model,
     }  # fmt: skip

@@ -6,18 +6,20 @@
     J  judge queries of one problem         S  cache slots               K  key/value heads
     N  segments of one rollout              L  layers                    E  head size
                                             V  vocabulary
-                                            W  a teacher's model width
+    M  microbatches of an update            W  a teacher's model width
 
 A name such as `tokens_PGR` carries its dimensions as a suffix.  Masks are bool and True means "counted".
 
-One layout serves sampling, judging and training.  A batch is P *contexts* (the tokens that a group shares) and
-P·G *rows* (the tokens of its own that each row continues its context with):
+Sampling and judging have one layout.  A batch is P *contexts* (the tokens that a group shares) and P·G *rows* (the tokens
+of its own that each row continues its context with):
 
     context_PC   [ p p p p p . . ]          right-padded, one a problem, computed once for its G rows
     rows_PGT     [ . . x x x x x ]          each token attends to its problem's context and to its own row's past
 
 For the policy the context is the prompt without its last token; a row starts with that last token, followed by the
 response.  For the judge the context is rubric, problem and reference; a row is a trace and the closing instruction.
+
+Training packs rows by a token budget (`Packed`), M microbatches of B rows of T slots; within one, contexts are shared too.
 
 Records hold arrays only.  This module is not type-checked by jaxtyping's import hook: JAX rebuilds pytrees through
 their `__init__` with leaves that are not arrays.
@@ -110,46 +112,79 @@ class Rollouts:
 
 
 @flax.struct.dataclass
-class Experience:
-    """One update's batch.
-
-    Attributes:
-      context: the prompts without their last token.
-      last_P: int32, the last prompt token.
-      tokens_PGR: int32, the response tokens, right-padded.
-      mask_PGR: bool, the tokens that carry a loss.
-      advantage_PGR: float32.
-      sampler_logp_PGR: float32, recorded by the sampler.
-      old_logp_PGR: float32, of the policy before the first update on this batch, recomputed by the trainer's forward.
-      ref_logp_PGR: float32, of the reference policy.
-    """
-
-    context: Context
-    last_P: Array
-    tokens_PGR: Array
-    mask_PGR: Array
-    advantage_PGR: Array
-    sampler_logp_PGR: Array
-    old_logp_PGR: Array
-    ref_logp_PGR: Array
-
-
-@flax.struct.dataclass
 class Packed:
-    """Whole token sequences (examples), several to a row, each independent of the others in its row.
+    """Whole token sequences, several to a row, each independent of the others: rows of a microbatch, or, with a leading
+    M, all microbatches of an update.
 
-    A token is the input of its slot and the target of the slot before it.  Positions count from each example's first
-    slot; they follow from the segments, so they are not stored.
+    A row is cut into segments, runs of slots.  A segment is a sequence, or, where several sequences of a row begin alike,
+    what they share (a prompt without its last token) and then each one's own tokens, which see the shared ones too.
 
     Attributes:
-      tokens_BT: int32.
-      segment_BT: int32, 1 … n for the n examples of a row, each a run of slots; 0 for padding, which ends the row.
-      mask_BT: bool, the tokens that carry a loss; never an example's first, which nothing predicts.
+      tokens_BT: int32, what is fed.
+      target_BT: int32, the token that follows each slot's in its sequence; anything where nothing does.
+      segment_BT: int32, 1 … n within a row; 0 for padding.
+      shared_BT: int32, the segment that a slot sees besides its own; its own where there is none.
+      position_BT: int32, of each slot in its sequence.
     """
 
     tokens_BT: Array
+    target_BT: Array
     segment_BT: Array
-    mask_BT: Array
+    shared_BT: Array
+    position_BT: Array
+
+
+@flax.struct.dataclass
+class Lesson:
+    """One supervised update's batch: `used` microbatches of packed rows, then nothing.
+
+    Attributes:
+      packed: [M, B, T].
+      mask_MBT: bool, slots whose target carries a loss.
+      used: int32 scalar.
+    """
+
+    packed: Packed
+    mask_MBT: Array
+    used: Array
+
+
+@flax.struct.dataclass
+class Experience:
+    """One RL update's batch: `used` microbatches of packed rows, then nothing.  What is said of a slot is of its target.
+
+    Attributes:
+      packed: [M, B, T].
+      mask_MBT: bool, slots whose target carries a loss.
+      weight_MBT: float32, of each token in the loss of the whole update; 0 where the mask is False.
+      advantage_MBT: float32.
+      sampler_logp_MBT: float32, recorded by the sampler.
+      old_logp_MBT: float32, of the policy before the first update on this batch, recomputed by the trainer's forward.
+      ref_logp_MBT: float32, of the reference policy.
+      used: int32 scalar.
+    """
+
+    packed: Packed
+    mask_MBT: Array
+    weight_MBT: Array
+    advantage_MBT: Array
+    sampler_logp_MBT: Array
+    old_logp_MBT: Array
+    ref_logp_MBT: Array
+    used: Array
+
+
+@flax.struct.dataclass
+class Teaching:
+    """An experience's responses as its teacher is shown them.
+
+    Attributes:
+      packed: [M, B, T'], after the teacher's prompts, each in the row where the experience has it.
+      at_MBT: int32, by the experience's slots: the teacher's slot that has the same target.
+    """
+
+    packed: Packed
+    at_MBT: Array
 
 
 @flax.struct.dataclass

@@ -18,14 +18,14 @@ from jax.sharding import Mesh
 
 from exprl_jax import programs as programs_room
 from exprl_jax.config import Sft, to_dict
-from exprl_jax.data.packing import Example, assign_rows, pack
+from exprl_jax.data.packing import Example, Filled, assign_rows, fill_rows
 from exprl_jax.data.problems import Problem, batch_indices
 from exprl_jax.data.tokenizer import Tokenizer
 from exprl_jax.loop import Taken, Task, follow, say
-from exprl_jax.mesh import DATA, local_problems, make_mesh, put_rows
+from exprl_jax.mesh import DATA, make_mesh, put_microbatches
 from exprl_jax.metrics import Clock
 from exprl_jax.model.language_model import LanguageModel, load, open_model
-from exprl_jax.records import TrainState
+from exprl_jax.records import Lesson, TrainState
 from exprl_jax.train import fitting, over_updates, policy_prompts, read_training_problems
 from exprl_jax.workdir import check_workdir
 
@@ -37,7 +37,6 @@ class Run:
     Attributes:
       problems: those whose examples fit.
       examples: of the problems, in their order.
-      rows: of every packed batch: as many as the batch that needs most.
       steps: batches of all epochs.
     """
 
@@ -47,7 +46,6 @@ class Run:
     programs: programs_room.SftPrograms
     problems: Sequence[Problem]
     examples: Sequence[Example]
-    rows: int
     steps: int
 
 
@@ -67,19 +65,27 @@ def take_step(run: Run, state: TrainState, step: int, clock: Clock, wait: Callab
     config = run.config
     indices, epoch = batch_indices(len(run.examples), config.batch, config.seed, step)
     with clock.phase("pack"):
-        packed = pack([run.examples[i] for i in indices], run.rows, config.row_tokens)
-        tokens = int((packed.segment_BT > 0).sum())
-        mine = local_problems(run.mesh, run.rows)
-        packed = put_rows(run.mesh, jax.tree.map(lambda x: x[mine], packed), run.rows)
+        filled = pack(config, [run.examples[i] for i in indices])
+        mask = filled.spread([np.ones(len(run.examples[i].response), bool) for i in indices], bool)
+        lesson = put_microbatches(run.mesh, Lesson(filled.packed, mask, filled.used))
+        tokens = int((filled.packed.segment_BT > 0).sum())
     wait()
     with clock.phase("train"):
-        state, update = run.programs.sft_step(state, packed)
-        row = over_updates([jax.device_get(update)])
-    return Taken(state, row | {"data/epoch": epoch}, {"train": tokens}, row["loss/total"], [])
+        state, update = run.programs.sft_step(state, lesson)
+        row = over_updates([jax.device_get(update)]) | {"update/padding": filled.padding, "data/epoch": epoch}
+    return Taken(state, row, {"train": tokens}, row["loss/total"], [])
+
+
+def pack(config: Sft, examples: Sequence[Example]) -> Filled:
+    """A batch in rows of `row_tokens`; there is room for a row an example."""
+    own, group_N = [len(example.prompt) - 1 + len(example.response) for example in examples], np.arange(len(examples))
+    row_N = assign_rows(np.zeros(len(examples)), own, group_N, config.row_tokens)
+    shape = -(-config.batch // config.microbatch), config.microbatch, config.row_tokens
+    return fill_rows(examples, group_N, row_N, shape, share=False)
 
 
 def prepare(config: Sft) -> Run:
-    """Opens model and data, and packs the whole schedule once to see how many rows its batches need.
+    """Opens model and data.
 
     Raises:
       ValueError: anything about config, data or model that cannot work.
@@ -97,7 +103,7 @@ def prepare(config: Sft) -> Run:
     lengths = {name: len(prompt) for name, prompt in prompts.items()}
     problems = fitting("data.max_prompt_tokens", config.data.max_prompt_tokens, problems, lengths)
     examples = {p.id: make_example(policy.tokenizer, prompts[p.id], p) for p in problems}
-    lengths = {name: example.length for name, example in examples.items()}
+    lengths = {name: len(example.prompt) + len(example.response) for name, example in examples.items()}
     problems = fitting("row_tokens", config.row_tokens, problems, lengths)
     longest = max(lengths[p.id] for p in problems)
     if longest > policy.arch.max_positions:
@@ -109,8 +115,7 @@ def prepare(config: Sft) -> Run:
         raise ValueError(f"config.batch: got {config.batch}, expected at most {len(problems)}, the examples left")
     kept = [examples[p.id] for p in problems]
     steps = config.epochs * (len(kept) // config.batch)
-    rows = -(-most_rows(config, kept, steps) // config.microbatch) * config.microbatch
-    say(f"{steps} updates of {config.batch} examples in {rows} rows of {config.row_tokens} tokens")
+    say(f"{steps} updates of {config.batch} examples in rows of {config.row_tokens} tokens")
     return Run(
         config=config,
         mesh=mesh,
@@ -118,7 +123,6 @@ def prepare(config: Sft) -> Run:
         programs=programs_room.build_sft(config, mesh, policy, steps),
         problems=problems,
         examples=kept,
-        rows=rows,
         steps=steps,
     )
 
@@ -126,13 +130,6 @@ def prepare(config: Sft) -> Run:
 def make_example(tokenizer: Tokenizer, prompt: Sequence[int], problem: Problem) -> Example:
     """The problem's prompt, and what the policy should write: the reference, as plain text, and an end of sequence."""
     return Example(tuple(prompt), (*tokenizer.encode(problem.reference), tokenizer.eos_ids[0]))
-
-
-def most_rows(config: Sft, examples: Sequence[Example], steps: int) -> int:
-    """Rows of the batch that needs most, of all that the run will see; one program then serves every batch."""
-    lengths = np.array([example.length for example in examples])
-    batches = (batch_indices(len(examples), config.batch, config.seed, step)[0] for step in range(steps))
-    return 1 + max(int(assign_rows(lengths[batch], config.row_tokens).max()) for batch in batches)
 
 
 def task_of(run: Run) -> Task:

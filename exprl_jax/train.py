@@ -21,15 +21,17 @@ from jax.sharding import Mesh
 
 from exprl_jax import programs as programs_room
 from exprl_jax.config import Config, Data, Model, Route, Segments, to_dict
+from exprl_jax.data.packing import Example, Filled, assign_rows, fill_rows
 from exprl_jax.data.problems import (
     Kind, Problem, batch_indices, check_held_out, drop_overlong, read_problems,
 )  # fmt: skip
 from exprl_jax.data.prompts import PromptStyle, policy_prompt, worked_examples
 from exprl_jax.learning.advantages import Assigned, assign, to_tokens
+from exprl_jax.learning.losses import normaliser
 from exprl_jax.loop import Taken, Task, follow, say
 from exprl_jax.mesh import (
-    DATA, agree_rows, gather_rows, largest_over_processes, local_problems, make_mesh, owned_problems, put_rows,
-    shard_parameters,
+    DATA, Placement, agree_rows, gather_rows, largest_over_processes, local_problems, make_mesh, owned_problems,
+    put_microbatches, shard_parameters,
 )  # fmt: skip
 from exprl_jax.metrics import Clock
 from exprl_jax.model import decoder
@@ -145,8 +147,11 @@ def take_step(run: Run, graders: Graders, state: TrainState, step: int, clock: C
     if step == 0:
         look(row, config)
 
+    with clock.phase("pack"):
+        batch = whole_batch(run, [run.problems[i] for i in indices], scored, [wave.place for wave in begun])
+        ready = ready_updates(run, batch)
     with clock.phase("logp"):
-        batches = jax.block_until_ready([with_logp(run, state.params, e) for e in experiences(run, scored)])
+        batches = jax.block_until_ready([with_logp(run, state.params, each.experience) for each in ready])
     wait()
     with clock.phase("train"):
         updates = []
@@ -156,7 +161,7 @@ def take_step(run: Run, graders: Graders, state: TrainState, step: int, clock: C
     sampled = int(rows["sampled_P"].sum())
     return Taken(
         state=state,
-        row=row | learned(config, updates) | graders.throughput.report() | run.judge.report(),
+        row=row | learned(config, updates) | padding_of(ready) | graders.throughput.report() | run.judge.report(),
         tokens={"sample": sampled, "judge": int(rows["judge_tokens_P"].sum()), "train": int(rows["length_PG"].sum())},
         headline=row["reward/mean"],
         samples=_samples(run, scored, config.log.rollouts),
@@ -244,16 +249,17 @@ def task_of(run: Run, step: Callable[..., Taken]) -> Task:
 
 
 def check_layout(config: Config, shards: int) -> None:
-    """Checks that every device gets a whole part of every wave and of every update.
+    """Checks that every device gets a whole part of every wave and of every microbatch.
 
     Raises:
       ValueError: names the keys to change.
     """
-    per_batch = config.updates.per_batch
-    if config.rollout.wave % (shards * per_batch):
+    if config.rollout.wave % shards:
+        raise ValueError(f"config.rollout.wave: got {config.rollout.wave}, expected a multiple of mesh.data = {shards}")
+    if config.updates.microbatch % shards:
         raise ValueError(
-            f"config.rollout.wave: got {config.rollout.wave}, expected a multiple of mesh.data x updates.per_batch = "
-            f"{shards} x {per_batch}, so that each update has an equal part of each device's problems"
+            f"config.updates.microbatch: got {config.updates.microbatch} rows, expected a multiple of mesh.data = {shards}, "
+            "so that every device has a row in every microbatch"
         )
 
 
@@ -481,47 +487,124 @@ def _trace(run: Run, wave: Wave, i: int, g: int, n: int) -> str:
 # ---------------------------------------------------------------------------------------------------- one update
 
 
-def experiences(run: Run, scored: Sequence[Scored]) -> list[Experience]:
-    """The step's updates: every `per_batch`-th problem of each wave, so that each device has a part of each."""
-    how = run.config.updates
-    made = []
-    for update in range(how.per_batch):
-        parts = []
-        for each in scored:
-            mine, wave, assigned = slice(update, None, how.per_batch), each.wave, each.assigned
-            ends = np.full(assigned.advantage_PGN[mine].shape, run.config.rollout.max_tokens)
-            for i, of_problem in enumerate(wave.ends[mine]):
-                for g, of_rollout in enumerate(of_problem):
-                    ends[i, g, : len(of_rollout)] = of_rollout
-            rollouts = jax.tree.map(lambda x: x[mine], wave.rollouts)
-            advantage, mask = to_tokens(
-                assigned.advantage_PGN[mine], assigned.counted_PGN[mine], ends, rollouts.mask_PGR
-            )
-            parts.append(experience_of(run, wave.problems[mine], rollouts, mask, advantage))
-        whole_batch = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-        made.append(put_rows(run.mesh, whole_batch, run.config.rollout.prompts // how.per_batch))
-    return made
+class Batch(NamedTuple):
+    """A step's rollouts, the same on every process, in the batch's order.
+
+    Attributes:
+      prompts: token ids of each problem's.
+      mask_PGR: tokens that carry a loss, of those that were sampled.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    rollouts: Rollouts
+    mask_PGR: np.ndarray
+    advantage_PGR: np.ndarray
 
 
-def experience_of(
-    run: Run, problems: Sequence[Problem], rollouts: Rollouts, mask_PGR: np.ndarray, advantage_PGR: np.ndarray
-) -> Experience:
-    """Rollouts as an update takes them, on the host; the log-probs that it compares with are yet to come."""
-    context, last_P = run.prompts.context(problems)
-    zeros = np.zeros_like(rollouts.logp_PGR)
-    return Experience(context, last_P, rollouts.tokens_PGR, mask_PGR, advantage_PGR, rollouts.logp_PGR, zeros, zeros)
+class Ready(NamedTuple):
+    """An update's batch.
+
+    Attributes:
+      packing: where each of its rollouts with a token is, and what else to know of each:
+      group_N, index_N: its problem among the update's, and its index in the group.
+    """
+
+    experience: Experience
+    packing: Filled
+    group_N: np.ndarray
+    index_N: np.ndarray
+
+
+def whole_batch(run: Run, problems: Sequence[Problem], scored: Sequence[Scored], places: Sequence[np.ndarray]) -> Batch:
+    """Joins the processes' rollouts: rows are packed from all of them, so that every device has its fair share."""
+    parts = []
+    for each in scored:
+        ends = np.full(each.assigned.advantage_PGN.shape, run.config.rollout.max_tokens)
+        for i, of_problem in enumerate(each.wave.ends):
+            for g, of_rollout in enumerate(of_problem):
+                ends[i, g, : len(of_rollout)] = of_rollout
+        rollouts = each.wave.rollouts
+        advantage, mask = to_tokens(each.assigned.advantage_PGN, each.assigned.counted_PGN, ends, rollouts.mask_PGR)
+        parts.append((rollouts, mask, advantage))
+    return join_batch(run, problems, parts, places)
+
+
+def join_batch(
+    run: Run, problems: Sequence[Problem], parts: Sequence[tuple[Rollouts, np.ndarray, np.ndarray]],
+    places: Sequence[np.ndarray],
+) -> Batch:  # fmt: skip
+    """Args: parts: (rollouts, loss mask, advantages) of this process's part of every wave; places: of those in the batch."""
+    rollouts, mask, advantage = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    own = dict(vars(rollouts)) | {"loss_mask": mask, "advantage": advantage}
+    whole = gather_rows(own, np.concatenate(places))
+    mask, advantage = whole.pop("loss_mask"), whole.pop("advantage")
+    return Batch([run.prompts.ids[problem.id] for problem in problems], Rollouts(**whole), mask, advantage)
+
+
+def ready_updates(run: Run, batch: Batch) -> list[Ready]:
+    """The step's updates: every `per_batch`-th problem each, packed into rows of `updates.row_tokens`."""
+    updates = run.config.updates
+    return [ready_update(run, batch, slice(u, None, updates.per_batch)) for u in range(updates.per_batch)]
+
+
+def ready_update(run: Run, batch: Batch, mine: slice, room_P: Sequence[int] = ()) -> Ready:
+    """The update of some of the batch's problems.
+
+    Args:
+      room_P: slots to plan for each problem's prompt, if more than it takes.
+    """
+    config, place = run.config, Placement(run.mesh)
+    prompts, rollouts = batch.prompts[mine], jax.tree.map(lambda x: x[mine], batch.rollouts)
+    mask_PGR, advantage_PGR = batch.mask_PGR[mine], batch.advantage_PGR[mine]
+    weight_PGR = normaliser(mask_PGR, config.loss.aggregate, config.rollout.max_tokens)
+    length_PG = rollouts.mask_PGR.sum(-1)
+    group_N, index_N = np.nonzero(length_PG)
+    length_N = length_PG[group_N, index_N]
+    room_P = np.array(room_P or [len(prompt) for prompt in prompts]) - 1
+    row_N = assign_rows(
+        room_P[group_N], length_N, group_N if place.shares_segments else np.arange(len(group_N)), config.updates.row_tokens
+    )
+    examples = [Example(prompts[p], rollouts.tokens_PGR[p, g, :n]) for p, g, n in zip(group_N, index_N, length_N)]
+    filled = fill_rows(examples, group_N, row_N, packed_shape(config), place.shares_segments)
+
+    def spread(x_PGR):
+        return filled.spread([x_PGR[p, g, :n] for p, g, n in zip(group_N, index_N, length_N)], x_PGR.dtype)
+
+    zeros = np.zeros(filled.packed.tokens_BT.shape, np.float32)
+    made = Experience(
+        packed=filled.packed,
+        mask_MBT=spread(mask_PGR),
+        weight_MBT=spread(weight_PGR),
+        advantage_MBT=spread(advantage_PGR),
+        sampler_logp_MBT=spread(rollouts.logp_PGR),
+        old_logp_MBT=zeros,
+        ref_logp_MBT=zeros,
+        used=filled.used,
+    )
+    return Ready(put_microbatches(run.mesh, made), filled, group_N, index_N)
+
+
+def packed_shape(config: Config) -> tuple[int, int, int]:
+    """[M, B, T] of an update's arrays: a row for every rollout would be enough."""
+    rows = config.rollout.prompts // config.updates.per_batch * config.rollout.group
+    return -(-rows // config.updates.microbatch), config.updates.microbatch, config.updates.row_tokens
 
 
 def with_logp(run: Run, params: decoder.Params, experience: Experience) -> Experience:
     """Adds the log-probs that the loss compares with: of the old policy where the batch is used more than once (else
     they are the update's own), and of the reference where the loss has a KL."""
-    arguments = experience.context, experience.last_P, experience.tokens_PGR
     if run.config.updates.per_batch > 1:
-        experience = experience.replace(old_logp_PGR=run.programs.token_logp(params, *arguments))
+        logp = run.programs.token_logp(params, experience.packed, experience.used)
+        experience = experience.replace(old_logp_MBT=logp)
     if run.config.loss.kl_coef > 0:
-        reference = run.frozen[run.config.reference]
-        experience = experience.replace(ref_logp_PGR=run.programs.token_logp(reference, *arguments))
+        logp = run.programs.token_logp(run.frozen[run.config.reference], experience.packed, experience.used)
+        experience = experience.replace(ref_logp_MBT=logp)
     return experience
+
+
+def padding_of(ready: Sequence[Ready]) -> dict[str, float]:
+    """The metric of how well an update's rows are filled, over a step's updates."""
+    return {"update/padding": sum(each.packing.padding for each in ready) / len(ready)}
 
 
 def learned(config: Config, updates: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

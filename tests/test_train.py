@@ -45,9 +45,9 @@ OTHER = {
     "mesh.data": 2,
     "mesh.model": 4,
     "policy.execution.scan_layers": True,
-    "policy.execution.remat": True,
+    "policy.execution.remat": "full",
     "reference.execution.scan_layers": True,
-    "reference.execution.remat": True,
+    "reference.execution.remat": "full",
 }
 # A budget in which some rollouts of untrained weights end, so that there is something to judge.
 LONG = {"rollout.max_tokens": 96, "judge.max_trace_tokens": 400, "segments.max_segments": 12, "log.rollouts": 32}

@@ -1,4 +1,4 @@
-"""Several examples to a row: first fit, longest first."""
+"""Several sequences to a row: first fit, longest first.  On the host; the result is one update's microbatches."""
 
 from __future__ import annotations
 
@@ -11,57 +11,127 @@ from exprl_jax.records import Packed
 
 
 class Example(NamedTuple):
-    """What a model is shown and what it should write then, in token ids; `response` includes its end of sequence."""
+    """What a model is shown and what it writes, or should write, then, in token ids; neither is empty.
 
-    prompt: tuple[int, ...]
-    response: tuple[int, ...]
+    Attributes:
+      prompt: shown.
+      response: written; includes its end of sequence.
+    """
+
+    prompt: Sequence[int]
+    response: Sequence[int]
+
+
+class Filled(NamedTuple):
+    """Packed rows and where each example is.
+
+    Attributes:
+      packed: host arrays [M, B, T].
+      row_N: the row of each example, among all M·B in order.
+      first_N: the slot whose target is the first token of the response; the others follow.
+    """
+
+    packed: Packed
+    row_N: np.ndarray
+    first_N: np.ndarray
 
     @property
-    def length(self) -> int:
-        return len(self.prompt) + len(self.response)
+    def used(self) -> np.int32:
+        """Microbatches that hold anything."""
+        rows = self.packed.segment_BT.shape[1]
+        return np.int32(self.row_N.max(initial=-1) // rows + 1)
+
+    @property
+    def padding(self) -> float:
+        """Fraction of the used microbatches' slots that hold no token."""
+        return float(np.mean(self.packed.segment_BT[: self.used] == 0)) if self.used else 0.0
+
+    def spread(self, values: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+        """[M, B, T]: each example's values at the slots whose targets are its response's tokens, 0 elsewhere."""
+        shape = self.packed.segment_BT.shape
+        out = np.zeros((shape[0] * shape[1], shape[2]), dtype)
+        for row, first, value in zip(self.row_N, self.first_N, values, strict=True):
+            out[row, first : first + len(value)] = value
+        return out.reshape(shape)
 
 
-def assign_rows(lengths: Sequence[int], row_tokens: int) -> np.ndarray:
-    """The row of each example, [N]: longest first (the earlier of equals), each into the first row that has room.
+def assign_rows(shared_N: Sequence[int], own_N: Sequence[int], group_N: Sequence[int], row_tokens: int) -> np.ndarray:
+    """The row of each sequence, [N]: the group with most tokens first, in it the longest first, each into the first row
+    that has its group's shared tokens and room, or else into the first that has room for those too.
 
-    A pure function of its arguments.  The rows used are at most 11/9 of the fewest possible plus 6/9 (Dósa 2007).
+    A pure function of its arguments.  Where every sequence is a group of its own this is first fit decreasing, whose
+    rows are at most 11/9 of the fewest possible plus 6/9 (Dósa 2007).
+
+    Args:
+      shared_N: tokens that a sequence has in common with its group.
+      own_N: its other tokens.
+      group_N: ids of groups, 0 … .
 
     Raises:
-      ValueError: an example is longer than a row.
+      ValueError: a sequence is longer than a row.
     """
-    lengths_N = np.asarray(lengths, np.int64)
-    if lengths_N.size and lengths_N.max() > row_tokens:
-        raise ValueError(
-            f"cannot pack an example of {lengths_N.max()} tokens into rows of {row_tokens}: drop it or widen the rows"
-        )
-    rows_N, room = np.zeros(lengths_N.size, np.int64), np.full(lengths_N.size, row_tokens)
-    for i in np.argsort(-lengths_N, kind="stable"):
-        rows_N[i] = np.argmax(room >= lengths_N[i])
-        room[rows_N[i]] -= lengths_N[i]
+    shared_N, own_N, group_N = (np.asarray(x, np.int64) for x in (shared_N, own_N, group_N))
+    rows_N = np.zeros(own_N.size, np.int64)
+    if not own_N.size:
+        return rows_N
+    longest = (shared_N + own_N).max()
+    if longest > row_tokens:
+        raise ValueError(f"cannot pack an example of {longest} tokens into rows of {row_tokens}: drop it or widen the rows")
+    total = np.bincount(group_N, own_N) + np.bincount(group_N, shared_N) / np.maximum(np.bincount(group_N), 1)
+    room = np.full(own_N.size, row_tokens)
+    home: dict[int, list[int]] = {}
+    for i in np.lexsort((np.arange(own_N.size), -own_N, group_N, -total[group_N])):
+        mine = home.setdefault(int(group_N[i]), [])
+        row = next((row for row in mine if room[row] >= own_N[i]), None)
+        if row is None:
+            row = int(np.argmax(room >= shared_N[i] + own_N[i]))
+            room[row] -= shared_N[i]
+            mine.append(row)
+        room[row] -= own_N[i]
+        rows_N[i] = row
     return rows_N
 
 
-def pack(examples: Sequence[Example], rows: int, row_tokens: int) -> Packed:
-    """Host arrays [rows, row_tokens] that hold every example whole; rows that are not needed stay empty.
+def fill_rows(
+    examples: Sequence[Example], group_N: Sequence[int], row_N: np.ndarray, shape: tuple[int, int, int], share: bool
+) -> Filled:
+    """Host arrays [M, B, T] that hold every example whole; rows that are not needed stay empty.
 
-    Within a row the examples stand in the order they were given in.
+    Args:
+      group_N: examples of one group have one prompt.
+      row_N: as of `assign_rows`.
+      share: a prompt without its last token stands once a row, for all of its group there.
 
     Raises:
-      ValueError: an example has no prompt or is longer than a row, or they need more rows.
+      ValueError: an example without a prompt or response, or more rows than there are.
     """
-    if not all(example.prompt for example in examples):
-        raise ValueError("cannot pack an example without a prompt: nothing would predict its first token")
-    rows_N = assign_rows([example.length for example in examples], row_tokens)
-    if rows_N.size and rows_N.max() >= rows:
-        raise ValueError(f"{len(examples)} examples need {rows_N.max() + 1} rows of {row_tokens} tokens, got {rows}")
-    tokens, segment = np.zeros((rows, row_tokens), np.int32), np.zeros((rows, row_tokens), np.int32)
-    mask = np.zeros((rows, row_tokens), bool)
-    used, count = np.zeros(rows, np.int64), np.zeros(rows, np.int32)
-    for row, example in zip(rows_N, examples, strict=True):
-        response, end = used[row] + len(example.prompt), used[row] + example.length
+    M, B, T = shape
+    if not all(len(example.prompt) and len(example.response) for example in examples):
+        raise ValueError("cannot pack an example without a prompt or without a response: nothing would be predicted")
+    if row_N.max(initial=-1) >= M * B:
+        raise ValueError(f"{len(examples)} examples need {row_N.max() + 1} rows of {T} tokens, got {M * B}")
+    tokens, target, segment, common, position = (np.zeros((M * B, T), np.int32) for _ in range(5))
+    used, count, first_N = np.zeros(M * B, np.int64), np.zeros(M * B, np.int32), np.zeros(len(examples), np.int64)
+    contexts: dict[tuple[int, int], int] = {}
+
+    def put(row, fed, at, sees=0):
+        """Appends a segment that starts at position `at`; returns (its slots, its id)."""
+        slots = slice(used[row], used[row] + len(fed))
+        used[row] += len(fed)
         count[row] += 1
-        tokens[row, used[row] : end] = example.prompt + example.response
-        segment[row, used[row] : end] = count[row]
-        mask[row, response:end] = True
-        used[row] = end
-    return Packed(tokens, segment, mask)
+        tokens[row, slots], segment[row, slots] = fed, count[row]
+        common[row, slots], position[row, slots] = sees or count[row], at + np.arange(len(fed))
+        return slots, int(count[row])
+
+    for i, (example, group, row) in enumerate(zip(examples, group_N, row_N, strict=True)):
+        context, written = len(example.prompt) - 1, np.asarray(example.response, np.int32)
+        start = np.concatenate([np.asarray(example.prompt[-1:], np.int32), written[:-1]])
+        if share and context:
+            if (group, row) not in contexts:
+                contexts[group, row] = put(row, example.prompt[:-1], 0)[1]
+            first_N[i] = put(row, start, context, contexts[group, row])[0].start
+        else:
+            first_N[i] = put(row, np.concatenate([np.asarray(example.prompt[:-1], np.int32), start]), 0)[0].start + context
+        target[row, first_N[i] : first_N[i] + len(written)] = written
+    arrays = (x.reshape(M, B, T) for x in (tokens, target, segment, common, position))
+    return Filled(Packed(*arrays), np.asarray(row_N), first_N)

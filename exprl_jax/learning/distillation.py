@@ -7,16 +7,14 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Float, Float32
 
 from exprl_jax.learning.logprobs import reverse_kl
-from exprl_jax.learning.losses import normaliser
-from exprl_jax.learning.update import accumulate, apply_gradient, microbatch_shape, slot_problems, slot_rows
-from exprl_jax.records import Context, Experience, TrainState
+from exprl_jax.learning.update import accumulate, apply_gradient
+from exprl_jax.mesh import Placement
+from exprl_jax.records import Experience, Packed, Teaching, TrainState
 
-ResponseStates = Callable[
-    [Any, Context, Int[Array, "P"], Int[Array, "P G R"]], tuple[Float[Array, "P G R D"], Float[Array, "D V"]]
-]
+PackedStates = Callable[[Any, Packed], tuple[Float[Array, "B T D"], Float[Array, "D V"]]]
 
 METRICS: Mapping[str, str] = {
     "loss/total": "reverse KL(policy ‖ teacher) under loss.aggregate",
@@ -31,18 +29,15 @@ METRICS: Mapping[str, str] = {
 def distill_step(
     state: TrainState,
     teacher: Any,
-    teacher_context: Context,
-    teacher_last_P: Int[Array, "P"],
+    teaching: Teaching,
     experience: Experience,
     *,
-    forward: ResponseStates,
+    states_fn: PackedStates,
     temperature: float,
     chunk: int,
     optimizer: optax.GradientTransformation,
-    aggregate: str,
-    microbatch: int,
-    data_shards: int,
-    max_tokens: int,
+    place: Placement,
+    keep_sharded: Callable[[Any], Any],
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
     """One update by Σ w · KL(π ‖ π_teacher), the KL of each response token's whole distribution at the sampling
     temperature.  Gradients flow into the policy alone, and not through what was sampled.
@@ -50,30 +45,27 @@ def distill_step(
     Args:
       state: as of the last update; meant to be donated.
       teacher: parameters of the policy's architecture.
-      teacher_context, teacher_last_P: the teacher's prompts, which hold the references.
+      teaching: the same responses after the teacher's prompts, which hold the references, in the same rows.
       experience: the rollouts, with the policy's own prompts; advantages and log-probs are not read.
-      forward: (params, context, last_P, tokens_PGR) → (hidden states that predict the tokens, unembedding).
+      states_fn: (params, packed) → (the hidden states of its slots, unembedding).
       chunk: rows × tokens whose logits exist at once.
-      aggregate, microbatch, data_shards, max_tokens: as in `update.train_step`.
+      keep_sharded: as in `update.train_step`.
 
     Returns:
       (state, metrics); the metrics are those of `METRICS`.
     """
-    P, G, _ = experience.tokens_PGR.shape
-    p, g = microbatch_shape(P, G, microbatch, data_shards)
-    weight_PGR = normaliser(experience.mask_PGR, aggregate, max_tokens)
-    problems = (experience.context, experience.last_P, teacher_context, teacher_last_P)
-    rows = (experience.tokens_PGR, experience.mask_PGR, weight_PGR)
 
-    def objective(params, problems, rows):
-        (context, last, teacher_context, teacher_last), (tokens, mask, weight) = problems, rows
-        hidden, table = forward(params, context, last, tokens)
-        shown, teacher_table = forward(teacher, teacher_context, teacher_last, tokens)
-        kl = jnp.where(mask, reverse_kl(hidden, table, shown, teacher_table, temperature, chunk), 0.0)
-        return (weight * kl).sum(), kl.sum()
+    def objective(params, part):
+        packed, teaching, mask_BT, weight_BT = part
+        hidden_BTD, table_DV = states_fn(params, packed)
+        shown_BTD, teacher_table_DV = states_fn(teacher, teaching.packed)
+        shown_BTD = jnp.take_along_axis(shown_BTD, teaching.at_MBT[..., None], axis=1)
+        kl = reverse_kl(hidden_BTD, table_DV, shown_BTD, teacher_table_DV, temperature, chunk, place)
+        kl = jnp.where(mask_BT, kl, 0.0)
+        return (weight_BT * kl).sum(), ({"distill/kl": kl.sum()}, {})
 
-    slots = slot_problems(problems, p, G // g), slot_rows(rows, p, g)
-    gradient, totals, kl = accumulate(objective, state.params, slots)
-    state, applied = apply_gradient(state, gradient, totals.sum(), optimizer)
-    tokens = experience.mask_PGR.sum().astype(jnp.float32)
-    return state, applied | {"distill/kl": kl.sum() / jnp.maximum(tokens, 1), "update/tokens": tokens}
+    slots = experience.packed, teaching, experience.mask_MBT, experience.weight_MBT
+    gradient, total, (sums, _) = accumulate(objective, state.params, slots, experience.used, keep_sharded)
+    state, applied = apply_gradient(state, gradient, total, optimizer)
+    tokens = experience.mask_MBT.sum().astype(jnp.float32)
+    return state, applied | {"distill/kl": sums["distill/kl"] / jnp.maximum(tokens, 1), "update/tokens": tokens}

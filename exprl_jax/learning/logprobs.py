@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
@@ -10,19 +11,22 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Float32, Int
 
-_ROW = (0, 1, 2)  # the P, G and R axes of a slice
+from exprl_jax.mesh import ONE_DEVICE, Placement
+
+_ROW = (0, 1)  # the B and T axes of a slice
 
 
 def token_logprobs(
-    hidden_PGRD: Float[Array, "P G R D"],
+    hidden_BTD: Float[Array, "B T D"],
     table_DV: Float[Array, "D V"],
-    targets_PGR: Int[Array, "P G R"],
+    targets_BT: Int[Array, "B T"],
     temperature: float,
     chunk: int,
-) -> tuple[Float32[Array, "P G R"], Float32[Array, "P G R"]]:
+    place: Placement = ONE_DEVICE,
+) -> tuple[Float32[Array, "B T"], Float32[Array, "B T"]]:
     """log π(target) and the entropy of π, where π = softmax(hidden · table / temperature).
 
-    The response axis is cut into slices (`slices`), and only one slice's logits exist at a time.  The backward pass
+    The tokens are cut into slices (`slices`), and only one slice's logits exist at a time.  The backward pass
     computes them again and turns them in one pass into the cotangent (onehot − π) · g: autodiff would need the
     maximum and the sum once more and a scatter.  Products take operands in the dtype of `hidden` and accumulate in
     float32; softmax and results are float32.
@@ -31,28 +35,31 @@ def token_logprobs(
     backward pass does no work over the vocabulary for it.
 
     Args:
-      hidden_PGRD: final-norm output at the slots that predict the targets.
+      hidden_BTD: final-norm output at the slots that predict the targets.
       table_DV: unembedding.
-      targets_PGR: token ids; NaN comes out for ids outside the vocabulary.
+      targets_BT: token ids; NaN comes out for ids outside the vocabulary.
       temperature: of the policy, greater than 0.
       chunk: rows × tokens whose logits may exist at once; at least one token of every row does.
 
     Returns:
-      (logp_PGR, entropy_PGR) in nats.
+      (logp_BT, entropy_BT) in nats.
     """
     if temperature <= 0:
         raise ValueError(f"token_logprobs: got temperature {temperature}, expected a number greater than 0")
-    return _token_logprobs(hidden_PGRD, table_DV, targets_PGR, float(temperature), chunk)
+    logp_BT, entropy_BT = _token_logprobs(hidden_BTD, table_DV, targets_BT, float(temperature), chunk, place)
+    known = (targets_BT >= 0) & (targets_BT < table_DV.shape[1])
+    return jnp.where(known, logp_BT, jnp.nan), entropy_BT
 
 
 def reverse_kl(
-    hidden_PGRD: Float[Array, "P G R D"],
+    hidden_BTD: Float[Array, "B T D"],
     table_DV: Float[Array, "D V"],
-    teacher_hidden_PGRW: Float[Array, "P G R W"],
+    teacher_hidden_BTW: Float[Array, "B T W"],
     teacher_table_WV: Float[Array, "W V"],
     temperature: float,
     chunk: int,
-) -> Float32[Array, "P G R"]:
+    place: Placement = ONE_DEVICE,
+) -> Float32[Array, "B T"]:
     """KL(π ‖ π_teacher) over the whole vocabulary, for the next token after each slot.
 
     Σ_v π(v) · (log π(v) − log π_teacher(v)) with π = softmax(hidden · table / temperature), and the teacher's likewise
@@ -60,19 +67,19 @@ def reverse_kl(
     gradient flows to it.  Sliced as in `token_logprobs`, but with the logits of both policies at once.
 
     Args:
-      hidden_PGRD: the policy's final-norm output.
+      hidden_BTD: the policy's final-norm output.
       table_DV: the policy's unembedding.
-      teacher_hidden_PGRW: the teacher's final-norm output at the slots that predict the same tokens.
+      teacher_hidden_BTW: the teacher's final-norm output at the slots that predict the same tokens.
       teacher_table_WV: the teacher's unembedding.
       temperature: of both policies, greater than 0.
       chunk: rows × tokens whose logits, of each policy, may exist at once; at least one token of every row does.
 
     Returns:
-      kl_PGR in nats; where the policies agree, 0 but for the rounding of float32, which can make it negative.
+      kl_BT in nats; where the policies agree, 0 but for the rounding of float32, which can make it negative.
     """
     if temperature <= 0:
         raise ValueError(f"reverse_kl: got temperature {temperature}, expected a number greater than 0")
-    return _reverse_kl(hidden_PGRD, table_DV, teacher_hidden_PGRW, teacher_table_WV, float(temperature), chunk)
+    return _reverse_kl(hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV, float(temperature), chunk, place)
 
 
 def slices(rows: int, tokens: int, chunk: int) -> tuple[int, int]:
@@ -85,147 +92,202 @@ def slices(rows: int, tokens: int, chunk: int) -> tuple[int, int]:
     return number, math.ceil(tokens / number)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _token_logprobs(hidden_PGRD, table_DV, targets_PGR, temperature, chunk):
-    return _forward(hidden_PGRD, table_DV, targets_PGR, temperature, chunk)[0]
+@dataclasses.dataclass(frozen=True)
+class _Part:
+    """What one device has of the logits.
+
+    Attributes:
+      chunk: rows × tokens of the device whose logits may exist at once.
+      rows, vocabulary: mesh axes that rows and vocabulary are sharded over; None for whole.
+    """
+
+    temperature: float
+    chunk: int
+    rows: str | None
+    vocabulary: str | None
+
+    def logits(self, hidden, table):
+        product = jax.lax.dot_general(hidden, table, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+        return product * (1.0 / self.temperature)  # every pass over the logits repeats this, and a division costs more
+
+    def top(self, logits):
+        top = logits.max(-1)
+        return top if self.vocabulary is None else jax.lax.pmax(top, self.vocabulary)
+
+    def hot(self, shape, targets):
+        """Where a logit is its target's; nowhere, if another device has that."""
+        first = 0 if self.vocabulary is None else jax.lax.axis_index(self.vocabulary) * shape[-1]
+        return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) == (targets - first)[..., None]
+
+    def sums(self, *terms):
+        """The sums over the vocabulary, in one reduction: the exponentials that feed several of them are computed once."""
+        zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
+        sums = jax.lax.reduce(terms, zeros, lambda x, y: tuple(map(jnp.add, x, y)), (terms[0].ndim - 1,))
+        return sums if self.vocabulary is None else jax.lax.psum(sums, self.vocabulary)
+
+    def pull(self, d_logits, hidden, table, d_table):
+        """(d_table plus this slice's part, the slice's d_hidden) of the product in `logits`."""
+        d_logits = d_logits.astype(hidden.dtype)
+        d_hidden = jax.lax.dot_general(d_logits, table, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        if self.vocabulary is not None:
+            d_hidden = jax.lax.psum(d_hidden, self.vocabulary)
+        d_table += jax.lax.dot_general(hidden, d_logits, ((_ROW, _ROW), ((), ())), preferred_element_type=jnp.float32)
+        return d_table, d_hidden.astype(hidden.dtype)
+
+    def over_rows(self, d_table):
+        """Sums the devices' parts once, after the last slice."""
+        return d_table if self.rows is None else jax.lax.psum(d_table, self.rows)
 
 
-def _forward(hidden_PGRD, table_DV, targets_PGR, temperature, chunk):
-    P, G, R, _ = hidden_PGRD.shape
-    number, length = slices(P * G, R, chunk)
-    table = table_DV.astype(hidden_PGRD.dtype)
+def _split(place, temperature, chunk, table_DV):
+    """(part, axes of rows, axes of a table) on the placement's devices."""
+    rows, vocabulary = place.data, place.axis_of(table_DV.shape[1])
+    shards = place.mesh.shape[rows] if rows else 1
+    return _Part(temperature, max(1, chunk // shards), rows, vocabulary), (rows,), (None, vocabulary)
 
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _token_logprobs(hidden_BTD, table_DV, targets_BT, temperature, chunk, place):
+    return _forward(hidden_BTD, table_DV, targets_BT, temperature, chunk, place)[0]
+
+
+def _forward(hidden_BTD, table_DV, targets_BT, temperature, chunk, place):
+    part, rows, table = _split(place, temperature, chunk, table_DV)
+    score = place.split(functools.partial(_score, part), (rows, table, rows), (rows, rows, rows))
+    logp, entropy, log_normaliser = score(hidden_BTD, table_DV.astype(hidden_BTD.dtype), targets_BT)
+    return (logp, entropy), (hidden_BTD, table_DV, targets_BT, log_normaliser, entropy)
+
+
+def _score(part, hidden_BTD, table_DV, targets_BT):
     def score(_, piece):
         hidden, targets = piece
-        logits = _logits(hidden, table, temperature)
-        top = logits.max(-1)
+        logits = part.logits(hidden, table_DV)
+        top = part.top(logits)
         centred = logits - top[..., None]
         weight = jnp.exp(centred)
-        total, moment = _sums(weight, weight * centred)
+        chosen = jnp.where(part.hot(logits.shape, targets), logits, 0.0)
+        total, moment, target = part.sums(weight, weight * centred, chosen)
         log_total = jnp.log(total)
-        # From the logits, which exist as an array; `centred` never has to.
-        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return None, (target - top - log_total, log_total - moment / total, top + log_total)
 
-    pieces = (_cut(hidden_PGRD, number, length), _cut(targets_PGR, number, length))
-    _, (logp, entropy, log_normaliser) = jax.lax.scan(score, None, pieces)
-    saved = (hidden_PGRD, table_DV, targets_PGR, log_normaliser, entropy)
-    return (_join(logp, R), _join(entropy, R)), saved
+    cut, join = _cutting(hidden_BTD, part.chunk)
+    _, results = jax.lax.scan(score, None, (cut(hidden_BTD), cut(targets_BT)))
+    return tuple(map(join, results))
 
 
-def _forward_of_primals(hidden, table, targets, temperature, chunk):
+def _forward_of_primals(hidden, table, targets, temperature, chunk, place):
     """`_forward` as `symbolic_zeros` wants it: every array comes with a note of whether it is differentiated."""
-    return _forward(hidden.value, table.value, targets.value, temperature, chunk)
+    return _forward(hidden.value, table.value, targets.value, temperature, chunk, place)
 
 
-def _backward(temperature, chunk, saved, cotangent):
-    hidden_PGRD, table_DV, targets_PGR, log_normaliser, entropy = saved
-    P, G, R, _ = hidden_PGRD.shape
-    number, length = slices(P * G, R, chunk)
-    table = table_DV.astype(hidden_PGRD.dtype)
-    entropy_read = not isinstance(cotangent[1], SymbolicZero)  # known while tracing
-    slopes = [jnp.zeros(x.shape) if isinstance(x, SymbolicZero) else x / temperature for x in cotangent]
+def _backward(temperature, chunk, place, saved, cotangent):
+    hidden_BTD, table_DV, targets_BT, log_normaliser, entropy = saved
+    part, rows, table = _split(place, temperature, chunk, table_DV)
+    slopes = tuple(x / temperature for x in cotangent if not isinstance(x, SymbolicZero))
+    read = tuple(not isinstance(x, SymbolicZero) for x in cotangent)  # known while tracing
+    pull = place.split(
+        functools.partial(_pull_score, part, read), (rows, table, *[rows] * (3 + len(slopes))), (rows, (None, part.vocabulary))
+    )
+    d_hidden, d_table = pull(
+        hidden_BTD, table_DV.astype(hidden_BTD.dtype), targets_BT, log_normaliser, entropy, *slopes
+    )
+    return d_hidden, d_table.astype(table_DV.dtype), None
 
+
+def _pull_score(part, read, hidden_BTD, table_DV, targets_BT, log_normaliser_BT, entropy_BT, *slopes):
     def pull(d_table, piece):
-        hidden, targets, log_normaliser, entropy, slope, entropy_slope = piece
-        logp = _logits(hidden, table, temperature) - log_normaliser[..., None]
-        hot = jax.lax.broadcasted_iota(jnp.int32, logp.shape, 3) == targets[..., None]
-        d_logits = (jnp.where(hot, 1.0, 0.0) - jnp.exp(logp)) * slope[..., None]
-        if entropy_read:
-            d_logits -= jnp.exp(logp) * (logp + entropy[..., None]) * entropy_slope[..., None]
-        return _pull_product(d_logits, hidden, table, d_table)
+        hidden, targets, log_normaliser, entropy, *slopes = piece
+        logp = part.logits(hidden, table_DV) - log_normaliser[..., None]
+        pi, d_logits = jnp.exp(logp), 0.0
+        if read[0]:
+            d_logits += (jnp.where(part.hot(logp.shape, targets), 1.0, 0.0) - pi) * slopes[0][..., None]
+        if read[1]:
+            d_logits -= pi * (logp + entropy[..., None]) * slopes[-1][..., None]
+        return part.pull(d_logits, hidden, table_DV, d_table)
 
-    pieces = (
-        _cut(hidden_PGRD, number, length), _cut(targets_PGR, number, length), log_normaliser, entropy,
-        *(_cut(x, number, length) for x in slopes),
-    )  # fmt: skip
+    cut, join = _cutting(hidden_BTD, part.chunk)
+    pieces = tuple(map(cut, (hidden_BTD, targets_BT, log_normaliser_BT, entropy_BT, *slopes)))
     d_table, d_hidden = jax.lax.scan(pull, jnp.zeros(table_DV.shape, jnp.float32), pieces)
-    return _join(d_hidden, R), d_table.astype(table_DV.dtype), None
+    return join(d_hidden), part.over_rows(d_table)
 
 
 _token_logprobs.defvjp(_forward_of_primals, _backward, symbolic_zeros=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _reverse_kl(hidden_PGRD, table_DV, teacher_hidden_PGRW, teacher_table_WV, temperature, chunk):
-    return _kl_forward(hidden_PGRD, table_DV, teacher_hidden_PGRW, teacher_table_WV, temperature, chunk)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _reverse_kl(hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV, temperature, chunk, place):
+    return _kl_forward(hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV, temperature, chunk, place)[0]
 
 
-def _kl_forward(hidden_PGRD, table_DV, teacher_hidden_PGRW, teacher_table_WV, temperature, chunk):
-    P, G, R, _ = hidden_PGRD.shape
-    number, length = slices(P * G, R, chunk)
-    table, teacher_table = table_DV.astype(hidden_PGRD.dtype), teacher_table_WV.astype(teacher_hidden_PGRW.dtype)
+def _kl_forward(hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV, temperature, chunk, place):
+    part, rows, table = _split(place, temperature, chunk, table_DV)
+    compare = place.split(functools.partial(_compare, part), (rows, table, rows, table), (rows, rows, rows))
+    arrays = (hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV)
+    kl, *log_normalisers = compare(*_in_dtype_of_states(arrays))
+    return kl, (arrays, kl, log_normalisers)
 
+
+def _compare(part, hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV):
     def compare(_, piece):
         hidden, teacher_hidden = piece
-        logits = _logits(hidden, table, temperature)
-        teacher_logits = _logits(teacher_hidden, teacher_table, temperature)
-        top, teacher_top = logits.max(-1), teacher_logits.max(-1)
+        logits, teacher_logits = part.logits(hidden, table_DV), part.logits(teacher_hidden, teacher_table_WV)
+        top, teacher_top = part.top(logits), part.top(teacher_logits)
         # Both from their own maximum: a common offset of the logits must not be left to cancel in the sum.
         centred, teacher_centred = logits - top[..., None], teacher_logits - teacher_top[..., None]
         weight = jnp.exp(centred)
-        total, moment, teacher_total = _sums(weight, weight * (centred - teacher_centred), jnp.exp(teacher_centred))
+        total, moment, teacher_total = part.sums(weight, weight * (centred - teacher_centred), jnp.exp(teacher_centred))
         log_total, teacher_log_total = jnp.log(total), jnp.log(teacher_total)
         kl = moment / total + (teacher_log_total - log_total)
         return None, (kl, top + log_total, teacher_top + teacher_log_total)
 
-    pieces = (_cut(hidden_PGRD, number, length), _cut(teacher_hidden_PGRW, number, length))
-    _, (kl, *log_normalisers) = jax.lax.scan(compare, None, pieces)
-    arrays = (hidden_PGRD, table_DV, teacher_hidden_PGRW, teacher_table_WV)
-    return _join(kl, R), (arrays, kl, log_normalisers)
+    cut, join = _cutting(hidden_BTD, part.chunk)
+    _, results = jax.lax.scan(compare, None, (cut(hidden_BTD), cut(teacher_hidden_BTW)))
+    return tuple(map(join, results))
 
 
-def _kl_backward(temperature, chunk, saved, cotangent):
-    (hidden_PGRD, table_DV, teacher_hidden_PGRW, teacher_table_WV), kl, log_normalisers = saved
-    P, G, R, _ = hidden_PGRD.shape
-    number, length = slices(P * G, R, chunk)
-    table, teacher_table = table_DV.astype(hidden_PGRD.dtype), teacher_table_WV.astype(teacher_hidden_PGRW.dtype)
+def _kl_backward(temperature, chunk, place, saved, cotangent):
+    arrays, kl, log_normalisers = saved
+    part, rows, table = _split(place, temperature, chunk, arrays[1])
+    pull = place.split(
+        functools.partial(_pull_kl, part), (rows, table, rows, table, *[rows] * 4), (rows, (None, part.vocabulary))
+    )
+    d_hidden, d_table = pull(*_in_dtype_of_states(arrays), kl, *log_normalisers, cotangent / temperature)
+    return d_hidden, d_table.astype(arrays[1].dtype), None, None
 
+
+def _pull_kl(part, hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV, *of_slots):
     def pull(d_table, piece):
         hidden, teacher_hidden, kl, log_normaliser, teacher_log_normaliser, slope = piece
-        logp = _logits(hidden, table, temperature) - log_normaliser[..., None]
-        teacher_logp = _logits(teacher_hidden, teacher_table, temperature) - teacher_log_normaliser[..., None]
+        logp = part.logits(hidden, table_DV) - log_normaliser[..., None]
+        teacher_logp = part.logits(teacher_hidden, teacher_table_WV) - teacher_log_normaliser[..., None]
         d_logits = jnp.exp(logp) * (logp - teacher_logp - kl[..., None]) * slope[..., None]
-        return _pull_product(d_logits, hidden, table, d_table)
+        return part.pull(d_logits, hidden, table_DV, d_table)
 
-    pieces = (
-        _cut(hidden_PGRD, number, length), _cut(teacher_hidden_PGRW, number, length), kl, *log_normalisers,
-        _cut(cotangent / temperature, number, length),
-    )  # fmt: skip
+    cut, join = _cutting(hidden_BTD, part.chunk)
+    pieces = tuple(map(cut, (hidden_BTD, teacher_hidden_BTW, *of_slots)))
     d_table, d_hidden = jax.lax.scan(pull, jnp.zeros(table_DV.shape, jnp.float32), pieces)
-    return _join(d_hidden, R), d_table.astype(table_DV.dtype), None, None
+    return join(d_hidden), part.over_rows(d_table)
 
 
 _reverse_kl.defvjp(_kl_forward, _kl_backward)
 
 
-def _logits(hidden, table, temperature):
-    product = jax.lax.dot_general(hidden, table, (((3,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-    return product * (1.0 / temperature)  # every pass over the logits repeats this, and a division costs more
+def _in_dtype_of_states(arrays):
+    hidden, table, teacher_hidden, teacher_table = arrays
+    return hidden, table.astype(hidden.dtype), teacher_hidden, teacher_table.astype(teacher_hidden.dtype)
 
 
-def _pull_product(d_logits, hidden, table, d_table):
-    """(d_table plus this slice's part, the slice's d_hidden) of the product in `_logits`."""
-    d_logits = d_logits.astype(hidden.dtype)
-    d_hidden = jax.lax.dot_general(d_logits, table, (((3,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-    d_table += jax.lax.dot_general(hidden, d_logits, ((_ROW, _ROW), ((), ())), preferred_element_type=jnp.float32)
-    return d_table, d_hidden.astype(hidden.dtype)
+def _cutting(hidden_BTD, chunk):
+    """(cut, join): [B, T, ...] → [number, B, length, ...] and back; cut along T alone."""
+    B, T, _ = hidden_BTD.shape
+    number, length = slices(B, T, chunk)
 
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, number * length - T)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(B, number, length, *x.shape[2:]), 1, 0)
 
-def _sums(*terms):
-    """The sums over the last axis, in one reduction: the exponentials that feed several of them are computed once."""
-    zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
-    return jax.lax.reduce(terms, zeros, lambda x, y: tuple(map(jnp.add, x, y)), (terms[0].ndim - 1,))
+    def join(x):
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(B, -1, *x.shape[3:])[:, :T]
 
-
-def _cut(x, number, length):
-    """[P, G, R, ...] → [number, P, G, length, ...]; cut along R alone, so that a sharded P stays where it is."""
-    padding = [(0, 0)] * x.ndim
-    padding[2] = (0, number * length - x.shape[2])
-    x = jnp.pad(x, padding).reshape(*x.shape[:2], number, length, *x.shape[3:])
-    return jnp.moveaxis(x, 2, 0)
-
-
-def _join(x, R):
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])[:, :, :R]
+    return cut, join

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float32
 
 from exprl_jax import config
@@ -26,22 +27,22 @@ class Diagnostics(NamedTuple):
       approx_kl: log π_old − log π, an estimate of KL(old ‖ policy).
     """
 
-    policy: Float32[Array, "P G R"]
-    kl: Float32[Array, "P G R"]
-    ratio: Float32[Array, "P G R"]
-    clipped: Bool[Array, "P G R"]
-    dual_clipped: Bool[Array, "P G R"]
-    approx_kl: Float32[Array, "P G R"]
+    policy: Float32[Array, "*B T"]
+    kl: Float32[Array, "*B T"]
+    ratio: Float32[Array, "*B T"]
+    clipped: Bool[Array, "*B T"]
+    dual_clipped: Bool[Array, "*B T"]
+    approx_kl: Float32[Array, "*B T"]
 
 
 def policy_loss(
-    logp_PGR: Float32[Array, "P G R"],
-    old_logp_PGR: Float32[Array, "P G R"],
-    ref_logp_PGR: Float32[Array, "P G R"],
-    entropy_PGR: Float32[Array, "P G R"],
-    advantage_PGR: Float32[Array, "P G R"],
+    logp_BT: Float32[Array, "*B T"],
+    old_logp_BT: Float32[Array, "*B T"],
+    ref_logp_BT: Float32[Array, "*B T"],
+    entropy_BT: Float32[Array, "*B T"],
+    advantage_BT: Float32[Array, "*B T"],
     how: config.Loss,
-) -> tuple[Float32[Array, "P G R"], Diagnostics]:
+) -> tuple[Float32[Array, "*B T"], Diagnostics]:
     """PPO clip with dual clip, plus kl_coef · k3 (estimates the KL to the reference), minus entropy_coef · entropy.
 
     With r = exp(clip(log π − log π_old, ±20)), ε = clip_low, ε' = clip_high, c = dual_clip:
@@ -56,34 +57,34 @@ def policy_loss(
     and 1 + ε' is a cap on the ratio of tokens with A > 0 (the released Stage II: ε' = 4).
 
     Args:
-      logp_PGR, old_logp_PGR, ref_logp_PGR: log π, log π_old, log π_ref of each token; `ref_logp_PGR` is not read where
+      logp_BT, old_logp_BT, ref_logp_BT: log π, log π_old, log π_ref of each token; `ref_logp_BT` is not read where
         kl_coef is 0.
-      entropy_PGR: of π where the token was sampled, in nats, with its gradient; not read where entropy_coef is 0.
-      advantage_PGR: A.
+      entropy_BT: of π where the token was sampled, in nats, with its gradient; not read where entropy_coef is 0.
+      advantage_BT: A.
       how: the coefficients.
 
     Returns:
       (loss, diagnostics), both for each token.
     """
-    logratio = jnp.clip(logp_PGR - old_logp_PGR, -LOGRATIO_BOUND, LOGRATIO_BOUND)
+    logratio = jnp.clip(logp_BT - old_logp_BT, -LOGRATIO_BOUND, LOGRATIO_BOUND)
     ratio = jnp.exp(logratio)
-    free = -advantage_PGR * ratio
-    held = -advantage_PGR * jnp.clip(ratio, 1 - how.clip_low, 1 + how.clip_high)
+    free = -advantage_BT * ratio
+    held = -advantage_BT * jnp.clip(ratio, 1 - how.clip_low, 1 + how.clip_high)
     clipped = held > free
     policy = jnp.where(clipped, held, free)
     # Static choices, here and below: what has no coefficient is neither computed nor read.
     dual_clipped = jnp.zeros_like(clipped)
     if how.dual_clip:
-        bound = -advantage_PGR * how.dual_clip
-        dual_clipped = (advantage_PGR < 0) & (policy > bound)
+        bound = -advantage_BT * how.dual_clip
+        dual_clipped = (advantage_BT < 0) & (policy > bound)
         policy = jnp.where(dual_clipped, bound, policy)
     loss, kl = policy, jnp.zeros_like(policy)
     if how.kl_coef:
-        kl = k3(logp_PGR, ref_logp_PGR)
+        kl = k3(logp_BT, ref_logp_BT)
         loss += how.kl_coef * kl
     if how.entropy_coef:
-        loss -= how.entropy_coef * entropy_PGR
-    diagnostics = Diagnostics(policy, kl, ratio, clipped, dual_clipped, old_logp_PGR - logp_PGR)
+        loss -= how.entropy_coef * entropy_BT
+    diagnostics = Diagnostics(policy, kl, ratio, clipped, dual_clipped, old_logp_BT - logp_BT)
     return loss, jax.lax.stop_gradient(diagnostics)
 
 
@@ -97,10 +98,10 @@ def k3(logp: Float32[Array, "..."], ref_logp: Float32[Array, "..."]) -> Float32[
 
 
 def normaliser(
-    mask_PGR: Bool[Array, "P G R"],
+    mask_PGR: Bool[np.ndarray, "P G R"],
     aggregate: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"],
     max_tokens: int,
-) -> Float32[Array, "P G R"]:
+) -> Float32[np.ndarray, "P G R"]:
     """The weight w of each token of an update's whole batch, such that Σ w·loss is the aggregated loss.
 
     Weights are made once from the whole batch and travel with the tokens, so the sum over microbatches is the whole
@@ -119,9 +120,9 @@ def normaliser(
         count = mask_PGR.sum()
     elif aggregate == "sequence_mean":
         tokens_PG1 = mask_PGR.sum(-1, keepdims=True)
-        count = tokens_PG1.astype(jnp.float32) * (tokens_PG1 > 0).sum()
+        count = tokens_PG1 * (tokens_PG1 > 0).sum()
     else:
         rows = mask_PGR.shape[0] * mask_PGR.shape[1]
-        count = jnp.asarray(rows if aggregate == "sequence_sum" else rows * max_tokens)
+        count = rows if aggregate == "sequence_sum" else rows * max_tokens
     # Where the mask is True the count is at least 1.
-    return jnp.where(mask_PGR, 1.0 / count.astype(jnp.float32), 0.0)
+    return np.where(mask_PGR, 1.0 / np.maximum(count, 1), 0.0).astype(np.float32)

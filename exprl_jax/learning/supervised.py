@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float32
 
-from exprl_jax.learning.update import accumulate, apply_gradient, stride_slots
-from exprl_jax.records import Packed, TrainState
-
-PackedLogp = Callable[[Any, Packed], tuple[Float32[Array, "B T"], Float32[Array, "B T"]]]
+from exprl_jax.learning.update import PackedLogp, accumulate, apply_gradient
+from exprl_jax.records import Lesson, TrainState
 
 METRICS: Mapping[str, str] = {
     "loss/total": "negative log-probability of the response tokens, end of sequence included, mean over them, nats",
@@ -22,19 +19,18 @@ METRICS: Mapping[str, str] = {
     "update/skipped": "1 if loss or gradient were not finite and nothing was updated",
     "update/tokens": "counted tokens",
     "update/learning_rate": "learning rate of the update",
-    "data/padding": "fraction of the batch's slots that hold no token",
 }
 """Every key of `sft_step`'s metrics and what it is the value of, for the update's whole batch."""
 
 
 def sft_step(
     state: TrainState,
-    packed: Packed,
+    lesson: Lesson,
     *,
     logp_fn: PackedLogp,
     optimizer: optax.GradientTransformation,
     rate: optax.Schedule,
-    microbatch: int,
+    keep_sharded: Callable[[Any], Any],
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
     """One update by −Σ m · log π(token) / Σ m; meant to be jitted with `state` donated.
 
@@ -44,31 +40,30 @@ def sft_step(
 
     Args:
       state: as of the last update; its `step` is that of a run with one update a step, and is left alone.
-      packed: a whole number of microbatches.
-      logp_fn: (params, packed) → (log π of each slot's token given those before it in its example, the entropy of
-        that distribution); what stands where the mask is False is not read.
+      lesson: packed examples.
+      logp_fn: (params, packed) → (log π of each slot's target, the entropy of that distribution); what stands where the
+        mask is False is not read.
       optimizer: see `update.make_optimizer`.
       rate: the learning rate that the optimizer uses, as a function of the updates it has made; for the metric.
-      microbatch: rows whose activations exist at once, over all devices; a multiple of the mesh's data axis.
+      keep_sharded: constrains a tree of gradients to the parameters' sharding.
 
     Returns:
       (state, metrics); the metrics are those of `METRICS`.
     """
-    tokens = packed.mask_BT.sum()
+    tokens = lesson.mask_MBT.sum()
     weight = 1.0 / jnp.maximum(tokens, 1)
     made = state.step - state.skipped
 
     def objective(params, part):
+        packed, mask_BT = part
         # Whatever stands outside the mask must not reach the loss: 0 · NaN is NaN, in the gradient too.
-        logp, entropy = (jnp.where(part.mask_BT, x, 0.0) for x in logp_fn(params, part))
-        return -weight * logp.sum(), entropy.sum()
+        logp, entropy = (jnp.where(mask_BT, x, 0.0) for x in logp_fn(params, packed))
+        return -weight * logp.sum(), ({"policy/entropy": entropy.sum() * weight}, {})
 
-    parts = jax.tree.map(lambda x: stride_slots(x, microbatch), packed)
-    gradient, totals, entropy = accumulate(objective, state.params, (parts,))
-    state, applied = apply_gradient(state, gradient, totals.sum(), optimizer)
-    return state, applied | {
-        "policy/entropy": entropy.sum() * weight,
+    slots = lesson.packed, lesson.mask_MBT
+    gradient, total, (sums, _) = accumulate(objective, state.params, slots, lesson.used, keep_sharded)
+    state, applied = apply_gradient(state, gradient, total, optimizer)
+    return state, applied | sums | {
         "update/tokens": tokens.astype(jnp.float32),
         "update/learning_rate": jnp.asarray(rate(made), jnp.float32),
-        "data/padding": jnp.mean(packed.segment_BT == 0, dtype=jnp.float32),
     }

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Float32
 
 from exprl_jax import config
-from exprl_jax.learning.losses import Diagnostics, normaliser, policy_loss
-from exprl_jax.records import Context, Experience, TrainState
+from exprl_jax.learning.losses import Diagnostics, policy_loss
+from exprl_jax.records import Experience, Packed, TrainState
 
-TokenLogp = Callable[
-    [Any, Context, Int[Array, "P"], Int[Array, "P G R"]], tuple[Float32[Array, "P G R"], Float32[Array, "P G R"]]
-]
+PackedLogp = Callable[[Any, Packed], tuple[Float32[Array, "B T"], Float32[Array, "B T"]]]
 
 METRICS: Mapping[str, str] = {
     "loss/total": "what was minimised, under loss.aggregate: loss/policy plus kl_coef times the k3 KL minus entropy_coef times the entropy",
@@ -60,111 +57,84 @@ def learning_rate(how: config.Optimizer, updates: int) -> optax.ScalarOrSchedule
     return how.learning_rate
 
 
-def microbatch_shape(problems: int, group: int, rows: int, data_shards: int) -> tuple[int, int]:
-    """The (p, g) of a microbatch: p contexts with g rows each, p·g = rows.
-
-    g is the largest divisor of `group` for which p is a whole number of contexts on each of the `data_shards`: a group
-    is split, and its context computed again for each part, no more than the devices require.
-
-    Raises:
-      ValueError: there is no such shape.
-    """
-    if rows < 1 or problems * group % rows:
-        raise ValueError(
-            f"updates.microbatch: got {rows} rows, expected a divisor of the {problems * group} rows of one update "
-            f"({problems} problems x {group} rollouts)"
-        )
-    if problems % data_shards:
-        raise ValueError(
-            f"mesh.data: got {data_shards} shards, expected a divisor of the {problems} problems of one update "
-            "(rollout.prompts / updates.per_batch)"
-        )
-    for g in range(group, 0, -1):
-        if group % g == 0 and rows % g == 0 and rows // g % data_shards == 0:
-            return rows // g, g
-    raise ValueError(
-        f"updates.microbatch: got {rows} rows, expected a multiple of mesh.data = {data_shards}, "
-        "so that every device has a row in every microbatch"
-    )
-
-
 def train_step(
     state: TrainState,
     experience: Experience,
     *,
-    token_logp_fn: TokenLogp,
+    logp_fn: PackedLogp,
     optimizer: optax.GradientTransformation,
     loss: config.Loss,
-    microbatch: int,
-    data_shards: int,
     on_policy: bool,
-    max_tokens: int,
+    keep_sharded: Callable[[Any], Any],
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
     """One update of the policy on `experience`; meant to be jitted with `state` donated.
 
     Gradients are summed over microbatches in float32, with weights made from the whole batch (`losses.normaliser`):
-    how the batch is cut changes nothing but memory and time.  An update that is not finite is skipped
+    how the batch is packed changes nothing but memory and time.  An update that is not finite is skipped
     (`apply_gradient`).  `step` is left alone: it counts RL steps, of which an update may be a part.
 
     Args:
       state: as of the last update.
-      experience: P problems × G rows.  What stands where the mask is False is never read.
-      token_logp_fn: (params, context, last_P, tokens_PGR) → (logp_PGR, entropy_PGR), for any P and G.
+      experience: packed rollouts.  What stands where the mask is False is never read.
+      logp_fn: (params, packed) → (log π of each slot's target, the entropy of that distribution).
       optimizer: see `make_optimizer`.
-      loss: see `config.Loss`; with kl_coef 0 `ref_logp_PGR` is not read, and with entropy_coef 0 no gradient flows
+      loss: see `config.Loss`; with kl_coef 0 `ref_logp_MBT` is not read, and with entropy_coef 0 no gradient flows
         through the entropy.
-      microbatch: rows whose activations exist at once, over all devices.
-      data_shards: size of the mesh axis over which P is sharded.
       on_policy: the batch's first and only update.  The old policy is then the current one, so that the old log-probs
-        are this forward's own, detached, and `old_logp_PGR` is not read.
-      max_tokens: response budget, for the `constant` aggregate.
+        are this forward's own, detached, and `old_logp_MBT` is not read.
+      keep_sharded: constrains a tree of gradients to the parameters' sharding.
 
     Returns:
       (state, metrics); the metrics are those of `METRICS`.
-
-    Raises:
-      ValueError: `microbatch_shape` has no answer.
     """
-    P, G, _ = experience.tokens_PGR.shape
-    p, g = microbatch_shape(P, G, microbatch, data_shards)
-    weight_PGR = normaliser(experience.mask_PGR, loss.aggregate, max_tokens)
 
-    def objective(params, part, weight):
-        logp, entropy = token_logp_fn(params, part.context, part.last_P, part.tokens_PGR)
+    def objective(params, part):
+        logp, entropy = logp_fn(params, part.packed)
         # Whatever stands outside the mask must not reach the loss: 0 · NaN is NaN, in the gradient too.
         logp, entropy, old, ref, advantage = (
-            jnp.where(part.mask_PGR, x, 0.0)
-            for x in (logp, entropy, part.old_logp_PGR, part.ref_logp_PGR, part.advantage_PGR)
+            jnp.where(part.mask_MBT, x, 0.0)
+            for x in (logp, entropy, part.old_logp_MBT, part.ref_logp_MBT, part.advantage_MBT)
         )
         if on_policy:
             old = jax.lax.stop_gradient(logp)
         token_loss, diagnostics = policy_loss(logp, old, ref, entropy, advantage, loss)
-        gap = jnp.abs(part.sampler_logp_PGR - old)
-        return (weight * token_loss).sum(), _summaries(part.mask_PGR, weight, diagnostics, entropy, gap)
+        gap = jnp.abs(part.sampler_logp_MBT - old)
+        return (part.weight_MBT * token_loss).sum(), _summaries(part.mask_MBT, part.weight_MBT, diagnostics, entropy, gap)
 
-    gradient, totals, summaries = accumulate(objective, state.params, _slots(experience, weight_PGR, p, g))
-    state, applied = apply_gradient(state, gradient, totals.sum(), optimizer)
-    return state, _reduce(summaries, experience.mask_PGR.sum()) | applied
+    slots = experience.replace(used=jnp.zeros(experience.mask_MBT.shape[0]))
+    gradient, total, summaries = accumulate(objective, state.params, slots, experience.used, keep_sharded)
+    state, applied = apply_gradient(state, gradient, total, optimizer)
+    return state, _reduce(summaries, experience.mask_MBT.sum()) | applied
 
 
-def accumulate(objective: Callable, params: Any, slots: Any) -> tuple[Any, Any, Any]:
-    """Sums a gradient over microbatches, in float32.
+def accumulate(
+    objective: Callable, params: Any, slots: Any, used: Array, keep_sharded: Callable[[Any], Any]
+) -> tuple[Any, Array, tuple[Mapping, Mapping]]:
+    """Sums a gradient over microbatches, in float32; as many as are used are computed, whatever room there is.
 
     Args:
-      objective: (params, *slot) → (total, summaries).
+      objective: (params, slot) → (total, (sums, maxima)), the last two dicts of scalars.
       slots: arguments of every microbatch, stacked in front.
+      used: microbatches that count, the first ones.
+      keep_sharded: see `train_step`.
 
     Returns:
-      (gradient, totals_M, summaries, each with M in front).
+      (gradient, total, (sums, maxima)) over all.
     """
 
-    def add(gradient, slot):
-        (total, summaries), part = jax.value_and_grad(objective, has_aux=True)(params, *slot)
-        return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), gradient, part), (total, summaries)
+    def slot(m):
+        return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, m, keepdims=False), slots)
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    gradient, (totals, summaries) = jax.lax.scan(add, zeros, slots)
-    return gradient, totals, summaries
+    def add(m, so_far):
+        gradient, total, (sums, maxima) = so_far
+        (value, (more, larger)), part = jax.value_and_grad(objective, has_aux=True)(params, slot(m))
+        gradient = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), gradient, keep_sharded(part))
+        return gradient, total + value, (jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.maximum, maxima, larger))
+
+    zeros = keep_sharded(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params))
+    shapes = jax.eval_shape(objective, params, jax.eval_shape(slot, 0))
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.fori_loop(0, used, add, (zeros, *nothing))
 
 
 def apply_gradient(
@@ -192,36 +162,8 @@ def apply_gradient(
     return state, {"loss/total": total, "grad/norm": norm, "update/skipped": skipped.astype(jnp.float32)}
 
 
-def stride_slots(x: Array, p: int) -> Array:
-    """[M·p, ...] → [M, p, ...]: microbatch m takes every M-th slot, starting with the m-th.
-
-    With slots sharded in blocks over devices that is a part from every device, in place; consecutive slots would all
-    be one device's.
-    """
-    return jnp.swapaxes(x.reshape(p, -1, *x.shape[1:]), 0, 1)
-
-
-def slot_rows(tree: Any, p: int, g: int) -> Any:
-    """[P, G, ...] → [M, p, g, ...]: the rows of every microbatch, stacked in front."""
-    return jax.tree.map(lambda x: stride_slots(x.reshape(-1, g, *x.shape[2:]), p), tree)
-
-
-def slot_problems(tree: Any, p: int, repeats: int) -> Any:
-    """[P, ...] → [M, p, ...]: what every microbatch's rows share; a problem repeats for each part of its group."""
-    return jax.tree.map(lambda x: stride_slots(jnp.repeat(x, repeats, axis=0), p), tree)
-
-
-def _slots(experience, weight_PGR, p, g):
-    """(experience, weight) of the microbatches, stacked in front: P is cut to p, G to g, and contexts repeat."""
-    shared = {name: getattr(experience, name) for name in ("context", "last_P")}
-    own = {field.name: getattr(experience, field.name) for field in dataclasses.fields(experience)}
-    own = {name: x for name, x in own.items() if name not in shared}
-    parts = slot_problems(shared, p, weight_PGR.shape[1] // g) | slot_rows(own, p, g)
-    return Experience(**parts), slot_rows(weight_PGR, p, g)
-
-
 def _summaries(mask, weight, diagnostics: Diagnostics, entropy, gap):
-    """Three dicts of scalars that reduce over microbatches: by sum, by token mean and by maximum."""
+    """Two dicts of scalars that reduce over microbatches, by sum and by maximum."""
 
     def total(x):
         return jnp.where(mask, x, 0).astype(jnp.float32).sum()
@@ -229,8 +171,8 @@ def _summaries(mask, weight, diagnostics: Diagnostics, entropy, gap):
     def largest(x):
         return jnp.where(mask, x, 0).max()
 
-    sums = {"loss/policy": (weight * diagnostics.policy).sum()}
-    means = {
+    sums = {
+        "loss/policy": (weight * diagnostics.policy).sum(),
         "loss/kl": total(diagnostics.kl),
         "policy/entropy": total(entropy),
         "policy/ratio_mean": total(diagnostics.ratio),
@@ -240,15 +182,11 @@ def _summaries(mask, weight, diagnostics: Diagnostics, entropy, gap):
         "policy/sampler_gap_mean": total(gap),
     }
     maxima = {"policy/ratio_max": largest(diagnostics.ratio), "policy/sampler_gap_max": largest(gap)}
-    return sums, means, maxima
+    return sums, maxima
 
 
 def _reduce(summaries, tokens):
-    sums, means, maxima = summaries
+    sums, maxima = summaries
     count = jnp.maximum(tokens, 1).astype(jnp.float32)
-    return (
-        {name: x.sum() for name, x in sums.items()}
-        | {name: x.sum() / count for name, x in means.items()}
-        | {name: x.max() for name, x in maxima.items()}
-        | {"update/tokens": tokens.astype(jnp.float32)}
-    )
+    means = {name: x if name == "loss/policy" else x / count for name, x in sums.items()}
+    return means | maxima | {"update/tokens": tokens.astype(jnp.float32)}

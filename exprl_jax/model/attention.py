@@ -1,17 +1,30 @@
-"""Rotary positions and the attention of rows over their problem's context and their own past."""
+"""Rotary positions, and attention in memory linear in the tokens: of rows over a context and themselves, and of packed
+rows over what their segments may see.
+
+Each has two implementations behind one function: query chunks of plain XLA, and on TPU the splash kernel.
+"""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Float, Int
 
+from exprl_jax.mesh import MODEL, ONE_DEVICE, Placement
 from exprl_jax.model.cache import KV
 from exprl_jax.model.config import Architecture
 
-# Queries attended at a time; bounds the score matrix to [rows, heads, QUERY_CHUNK, keys] in forward and backward.
-QUERY_CHUNK = 512
+# Scores (query × key × head × row) that exist at once on a device, in forward and backward; queries are cut to fit.
+SCORES = 2**26
+# Under this name a rematerialised layer may keep the result of its attention.
+KEPT = "attention"
+# Tokens of a block of the splash kernel, and the lanes of a TPU vector: heads are padded to a multiple of those.
+_BLOCK, _LANES = 512, 128
 
 
 def rotary_frequencies(arch: Architecture) -> np.ndarray:
@@ -43,39 +56,79 @@ def attend(
     context: KV,
     length_P: Int[Array, "P"],
     own: KV,
-    start_PGT: Int[Array, "P G #T"],
+    start_PG: Int[Array, "P G"],
     slot: Int[Array, ""] | int,
+    place: Placement = ONE_DEVICE,
 ) -> Float[Array, "P G T H E"]:
     """Softmax attention over two sets of keys: the problem's context and the row's own slots.
 
-    The query in own slot `slot + t` sees every real context token and own slots `start … slot + t`.  A start for each
-    query, rather than one for the row, is what keeps the examples of a packed row apart: each is a run of slots.
+    The query in own slot `slot + t` sees every real context token and own slots `start … slot + t`; before `start`, itself.
 
     Args:
       q_PGTHE: rotated queries.
       context: rotated keys and values, [P, K, C, E]; the first `length_P` slots are real.
       own: rotated keys and values, [P, G, K, S, E], the queries' own included.
-      start_PGT: the first own slot that each query sees, or that all of a row see.
-      slot: own slot of the first query.
+      start_PG: first real own slot.
+      slot: own slot of the first query; 0 on TPU, where rows with a past have pages (`model.paged`).
     """
-    queries = q_PGTHE.shape[2]
-    if queries <= QUERY_CHUNK:
-        return _attend(q_PGTHE, context, length_P, own, start_PGT, slot + jnp.arange(queries))
-    chunks = -(-queries // QUERY_CHUNK)
-    padding = chunks * QUERY_CHUNK - queries
-
-    def cut(x_PGT):
-        x = jnp.pad(x_PGT, ((0, 0), (0, 0), (0, padding)) + ((0, 0),) * (x_PGT.ndim - 3))
-        return jnp.moveaxis(x.reshape(*x.shape[:2], chunks, QUERY_CHUNK, *x.shape[3:]), 2, 0)
-
-    start = cut(jnp.broadcast_to(start_PGT, q_PGTHE.shape[:3]))
-    slots = (slot + jnp.arange(chunks * QUERY_CHUNK)).reshape(chunks, QUERY_CHUNK)
-    one = jax.checkpoint(lambda chunk: _attend(chunk[0], context, length_P, own, *chunk[1:]))
-    out = jnp.moveaxis(jax.lax.map(one, (cut(q_PGTHE), start, slots)), 0, 2)
-    return out.reshape(*out.shape[:2], -1, *out.shape[4:])[:, :, :queries]
+    if place.on_tpu:
+        return _splash_rows(q_PGTHE, context, length_P, own, start_PG, place)
+    slot_T = slot + jnp.arange(q_PGTHE.shape[2])
+    return _in_chunks(
+        lambda q, slot_T: _attend_rows(q, context, length_P, own, start_PG, slot_T[0, 0]),
+        (q_PGTHE, slot_T[None, None]), context.k.shape[2] + own.k.shape[3], place,
+    )  # fmt: skip
 
 
-def _attend(q, context: KV, length_P, own: KV, start_PGT, slot_T):
+def attend_packed(
+    q_BTHE: Float[Array, "B T H E"],
+    k_BTKE: Float[Array, "B T K E"],
+    v_BTKE: Float[Array, "B T K E"],
+    segment_BT: Int[Array, "B T"],
+    shared_BT: Int[Array, "B T"],
+    place: Placement = ONE_DEVICE,
+) -> Float[Array, "B T H E"]:
+    """Softmax attention within packed rows: a token sees earlier slots of its own segment and of the one it shares.
+
+    Args:
+      q_BTHE, k_BTKE, v_BTKE: rotated queries and keys, and values.
+      segment_BT: a segment is a run of slots with one id, unique in its row.
+      shared_BT: id of another segment of the row that a slot sees too; its own where there is none.  The splash kernel
+        knows only segments, and does not read this.
+    """
+    if place.on_tpu:
+        swap = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
+        return swap(_splash(swap(q_BTHE), swap(k_BTKE), swap(v_BTKE), segment_BT, segment_BT, place))
+    slot_BT = jnp.broadcast_to(jnp.arange(segment_BT.shape[1]), segment_BT.shape)
+    queries = [x[:, None] for x in (q_BTHE, segment_BT, shared_BT, slot_BT)]
+    return _in_chunks(
+        lambda q, *where: _attend_segments(q[:, 0], k_BTKE, v_BTKE, segment_BT, *(x[:, 0] for x in where))[:, None],
+        queries, segment_BT.shape[1], place,
+    )[:, 0]  # fmt: skip
+
+
+def _in_chunks(function, queries, keys, place):
+    """`function` of some tokens (axis 2) of each of `queries` at a time, recomputed in the backward pass."""
+    P, G, T, H, _ = queries[0].shape
+    if place.mesh is not None:
+        P = P // place.mesh.shape[place.data] if place.data else P
+        H = H // place.mesh.shape[MODEL] if place.axis_of(H) else H
+    length = max(1, SCORES // (P * G * H * keys))
+    if T <= length:
+        return function(*queries)
+    chunks = -(-T // length)
+    length = -(-T // chunks)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, chunks * length - T)) + ((0, 0),) * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], chunks, length, *x.shape[3:]), 2, 0)
+
+    out = jax.lax.map(jax.checkpoint(lambda part: function(*part)), tuple(map(cut, queries)))
+    out = jnp.moveaxis(out, 0, 2)
+    return out.reshape(*out.shape[:2], -1, *out.shape[4:])[:, :, :T]
+
+
+def _attend_rows(q, context: KV, length_P, own: KV, start_PG, slot_T):
     P, G, T, H, E = q.shape
     K, C, S = own.k.shape[2], context.k.shape[2], own.k.shape[3]
     q = q.reshape(P, G, T, K, H // K, E) * jnp.asarray(E**-0.5, q.dtype)
@@ -85,7 +138,7 @@ def _attend(q, context: KV, length_P, own: KV, start_PGT, slot_T):
 
     real_PC = jnp.arange(C) < length_P[:, None]
     slot_S = jnp.arange(S)
-    past_PGTS = (slot_S >= start_PGT[..., None]) & (slot_S <= slot_T[:, None])
+    past_PGTS = (slot_S >= start_PG[..., None, None]) & (slot_S <= slot_T[:, None])
     # Padding queries (slots before `start`) would see nothing, and a softmax over nothing is NaN: they see themselves.
     past_PGTS |= slot_S == slot_T[:, None]
     score_context = jnp.where(real_PC[:, None, None, None, None], score_context, -jnp.inf)
@@ -96,3 +149,71 @@ def _attend(q, context: KV, length_P, own: KV, start_PGT, slot_T):
     out = jnp.swapaxes(jnp.einsum("pgkmtc,pkce->pkgmte", weight[..., :C], context.v, **f32), 1, 2)
     out += jnp.einsum("pgkmts,pgkse->pgkmte", weight[..., C:], own.v, **f32)
     return jnp.moveaxis(out.astype(q.dtype), 4, 2).reshape(P, G, T, H, E)
+
+
+def _attend_segments(q, k, v, segment_BS, segment_BT, shared_BT, slot_BT):
+    B, T, H, E = q.shape
+    K, S = k.shape[2], k.shape[1]
+    q = q.reshape(B, T, K, H // K, E) * jnp.asarray(E**-0.5, q.dtype)
+    score = jnp.einsum("btkme,bske->bkmts", q, k, preferred_element_type=jnp.float32)
+    seen = (segment_BS[:, None] == segment_BT[..., None]) | (segment_BS[:, None] == shared_BT[..., None])
+    seen &= jnp.arange(S) <= slot_BT[..., None]
+    # What pads the last chunk stands for slot 0 of a segment that may not be that slot's: it sees it all the same.
+    seen |= jnp.arange(S) == slot_BT[..., None]
+    weight = jax.nn.softmax(jnp.where(seen[:, None, None], score, -jnp.inf), axis=-1).astype(q.dtype)
+    out = jnp.einsum("bkmts,bske->bkmte", weight, v, preferred_element_type=jnp.float32).astype(q.dtype)
+    return jnp.moveaxis(out, 3, 1).reshape(B, T, H, E)
+
+
+def _splash_rows(q_PGTHE, context: KV, length_P, own: KV, start_PG, place):
+    """Rows without a past: keys are the context's, once for every row, then the row's own."""
+    P, G, T, H, E = q_PGTHE.shape
+    C = context.k.shape[2]
+    k, v = (
+        jnp.concatenate([jnp.broadcast_to(x[:, None], (P, G, *x.shape[1:])), y], axis=3).reshape(P * G, -1, C + T, E)
+        for x, y in ((context.k, own.k), (context.v, own.v))
+    )
+    real_PGT = (jnp.arange(T) >= start_PG[..., None]).astype(jnp.int32)
+    # The context's padding has an id of its own; a row's padding sees only itself.
+    real_PGC = jnp.broadcast_to(jnp.where(jnp.arange(C) < length_P[:, None], 1, 2)[:, None], (P, G, C))
+    segment_BS = jnp.concatenate([real_PGC, real_PGT], axis=2).reshape(P * G, C + T)
+    q = jnp.swapaxes(q_PGTHE.reshape(P * G, T, H, E), 1, 2)
+    out = _splash(q, k, v, real_PGT.reshape(P * G, T), segment_BS, place)
+    return jnp.swapaxes(out, 1, 2).reshape(P, G, T, H, E)
+
+
+def _splash(q_BHTE, k_BKSE, v_BKSE, segment_BT, segment_BS, place, interpret=False):
+    """The splash kernel on each device's rows and heads; causal, with the last query in the last key's slot."""
+    (_, H, T, E), (_, K, S, _) = q_BHTE.shape, k_BKSE.shape
+    heads = place.axis_of(K)
+    lanes, block = -E % _LANES, min(_BLOCK, -(-T // _LANES) * _LANES)
+    # Queries are padded behind, keys as much behind and, to whole blocks, in front: the two ends stay aligned.
+    behind = -T % block
+    front = -(S + behind) % block
+    q, k, v = (
+        jnp.pad(x, ((0, 0), (0, 0), before, (0, lanes)))
+        for x, before in ((q_BHTE * jnp.asarray(E**-0.5, q_BHTE.dtype), (0, behind)), *((x, (front, behind)) for x in (k_BKSE, v_BKSE)))
+    )
+    nothing = {"constant_values": -1}
+    segment_q = jnp.pad(segment_BT, ((0, 0), (0, behind)), **nothing)
+    segment_kv = jnp.pad(jnp.pad(segment_BS, ((0, 0), (0, behind)), **nothing), ((0, 0), (front, 0)), constant_values=-2)
+    shards = 1 if heads is None else place.mesh.shape[MODEL]
+    offset = k.shape[2] - q.shape[2]
+    mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((q.shape[2], k.shape[2]), offset)] * (H // shards))
+    sizes = splash.BlockSizes(**dict.fromkeys(_SIZES, block))
+
+    def each_row(q, k, v, segment_q, segment_kv):
+        kernel = splash.make_splash_mha(
+            mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, residual_checkpoint_name=KEPT, interpret=interpret
+        )
+        return jax.vmap(lambda *row: kernel(*row[:3], splash.SegmentIds(*row[3:])))(q, k, v, segment_q, segment_kv)
+
+    rows = (place.data, heads)
+    out = place.split(each_row, (rows, rows, rows, rows[:1], rows[:1]), rows)(q, k, v, segment_q, segment_kv)
+    return out[:, :, :T, :E]
+
+
+_SIZES = (
+    "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq",
+    "block_kv_dq",
+)  # fmt: skip

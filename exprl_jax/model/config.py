@@ -72,9 +72,12 @@ class Execution:
       scan_layers: True stacks the layers' parameters in one array each and scans over them (one layer is compiled,
         for accelerators); False keeps a subtree a layer (no copy of a layer's weights a step, for CPUs).
       compute_dtype: dtype of the matrix products; norms, softmax and log-probabilities are float32 in any case.
-      remat: recompute each layer's activations in the backward pass instead of keeping them.
+      remat: what the backward pass computes again instead of keeping it: `none`; a `full` layer from its input;
+        `but_attention`, a layer with the result of its attention kept.
+      kv_dtype: of the keys and values that rows are decoded with: `compute_dtype`'s, or `int8`.
     """
 
     scan_layers: bool
     compute_dtype: Literal["float32", "bfloat16"]
-    remat: bool
+    remat: Literal["none", "full", "but_attention"]
+    kv_dtype: Literal["compute", "int8"]

@@ -6,25 +6,22 @@ the mathematics is in plain functions.  Keys and values are an argument and a re
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from typing import Any, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from exprl_jax.model import attention
+from exprl_jax.mesh import ONE_DEVICE, Placement
+from exprl_jax.model import attention, paged
 from exprl_jax.model.cache import KV, empty_cache, empty_context, row_to_context
 from exprl_jax.model.config import Architecture, Execution
 from exprl_jax.records import Context, Packed, Prefix, Rows
 
 Params = dict[str, Any]
-
-
-def identity(x: Array) -> Array:
-    """The constraint of an unsharded run: none."""
-    return x
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
@@ -35,15 +32,21 @@ def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> F
 
 
 class Block(nn.Module):
-    """One layer: attention, then a gated feed-forward, each on the normed residual."""
+    """One layer: attention, then a gated feed-forward, each on the normed residual.
+
+    Attributes:
+      look: what its queries attend to (`Look`).
+    """
 
     arch: Architecture
     how: Execution
-    constrain: Callable[[Array], Array]
+    place: Placement
+    look: Look
 
     @nn.compact
-    def __call__(self, x_PGTD, layer, positions_PGT, length_P, start_PGT, slot):
-        """Args: the residual; `layer` = (context KV, own cache KV) of this layer; the rest as in `Decoder`."""
+    def __call__(self, carried, each, positions_PGT, view):
+        """Args: `carried` = the residual and the look's memory; `each` = the layer's number and its part of the past; the
+        rest as in `Decoder`."""
         arch, dtype = self.arch, jnp.dtype(self.how.compute_dtype)
         D, F, H, K, E = arch.width, arch.ffn, arch.heads, arch.kv_heads, arch.head_size
         normal, ones, zeros = nn.initializers.normal(0.02), nn.initializers.ones, nn.initializers.zeros
@@ -51,7 +54,7 @@ class Block(nn.Module):
         def weight(name, init, *shape):
             return self.param(name, init, shape).astype(dtype)
 
-        context, cache = layer
+        x_PGTD, memory = carried
         h = rms_norm(x_PGTD, self.param("attn_norm", ones, (D,)), arch.norm_eps)
         q = jnp.einsum("pgtd,dhe->pgthe", h, weight("q", normal, D, H, E))
         k = jnp.einsum("pgtd,dhe->pgthe", h, weight("k", normal, D, K, E))
@@ -66,67 +69,107 @@ class Block(nn.Module):
         frequency = attention.rotary_frequencies(arch)
         q = attention.rotate(q, positions_PGT, frequency)
         k = attention.rotate(k, positions_PGT, frequency)
-        own = _write(cache, KV(jnp.swapaxes(k, 2, 3), jnp.swapaxes(v, 2, 3)), slot)
-        a = attention.attend(q, context, length_P, own, start_PGT, slot)
+        a, memory, kept = self.look(q, k, v, memory, each, view)
+        a = checkpoint_name(a, attention.KEPT)
         x_PGTD += jnp.einsum("pgthe,hed->pgtd", a, weight("o", normal, H, E, D))
-        x_PGTD = self.constrain(x_PGTD)
+        x_PGTD = self.place.residual(x_PGTD)
 
         h = rms_norm(x_PGTD, self.param("ffn_norm", ones, (D,)), arch.norm_eps)
         gate, up = h @ weight("gate", normal, D, F), h @ weight("up", normal, D, F)
         x_PGTD += (jax.nn.silu(gate) * up) @ weight("down", normal, F, D)
-        return self.constrain(x_PGTD), own
+        return (self.place.residual(x_PGTD), memory), kept
 
 
 class Decoder(nn.Module):
-    """Embedding, layers, final norm.  The unembedding is left to whoever needs logits, and of how many tokens.
-
-    Attributes:
-      constrain: applied to the residual [P, G, T, D] between blocks; where the mesh comes in.
-    """
+    """Embedding, layers, final norm.  The unembedding is left to whoever needs logits, and of how many tokens."""
 
     arch: Architecture
     how: Execution
-    constrain: Callable[[Array], Array] = identity
+    place: Placement
+    look: Look
 
     @nn.compact
-    def __call__(self, tokens_PGT, prefix: Prefix, cache: Any, start_PGT, slot) -> tuple[Array, Any]:
-        """Continues each row by T tokens.
+    def __call__(self, tokens_PGT, positions_PGT, past: Any, memory: Any, view: Any) -> tuple[Array, Any, Any]:
+        """Hidden states of some tokens.
 
         Args:
-          tokens_PGT: int32.
-          prefix: the contexts' keys and values.
-          cache: the rows' own past; the new tokens go to slots slot … slot + T − 1.  A cache of 0 slots keeps
-            nothing: the rows' past is these T tokens alone, and `slot` is 0.
-          start_PGT: first own slot that each token sees, from which its position counts on after the context's; with T
-            1, the same for a whole row.
-          slot: own slot of the first of these tokens.
+          tokens_PGT, positions_PGT: int32.
+          past: what the look reads of each layer: a tuple by layer, or, where layers are scanned, arrays with L in front.
+          memory: what the look carries from layer to layer.
+          view: what is the same for all layers.
 
         Returns:
-          hidden_PGTD after the final norm, and the own keys and values, these tokens included.
+          hidden_PGTD after the final norm, the memory, and what the look keeps of each layer, arranged as `past` is.
         """
         arch, how = self.arch, self.how
         embed = self.param("embed", nn.initializers.normal(0.02), (arch.vocab_size, arch.width))
         if not arch.tied:
             self.param("unembed", nn.initializers.normal(0.02), (arch.width, arch.vocab_size))
-        own_position = slot + jnp.arange(tokens_PGT.shape[2]) - start_PGT
-        positions = jnp.maximum(prefix.length_P[:, None, None] + own_position, 0)
-        x = self.constrain(embed[tokens_PGT].astype(how.compute_dtype))
-        shared = (positions, prefix.length_P, start_PGT, slot)
+        carried = self.place.residual(embed[tokens_PGT].astype(how.compute_dtype)), memory
 
-        block = nn.remat(Block, prevent_cse=not how.scan_layers) if how.remat else Block
+        block = Block
+        if how.remat != "none":
+            kept = (attention.KEPT,) if how.remat == "but_attention" else ()
+            policy = jax.checkpoint_policies.save_only_these_names(*kept)
+            block = nn.remat(Block, prevent_cse=not how.scan_layers, policy=policy)
         if how.scan_layers:
             scanned = nn.scan(
-                block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(0, *(nn.broadcast,) * 4),
-                length=arch.layers,
+                block, variable_axes={"params": 0}, split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast), length=arch.layers,
             )  # fmt: skip
-            x, own = scanned(arch, how, self.constrain, name="layers")(x, (prefix.layers, cache), *shared)
+            each = jnp.arange(arch.layers), past
+            carried, kept = scanned(arch, how, self.place, self.look, name="layers")(carried, each, positions_PGT, view)
         else:
             layers = []
-            for i, layer in enumerate(zip(prefix.layers, cache, strict=True)):
-                x, kept = block(arch, how, self.constrain, name=f"layer_{i}")(x, layer, *shared)
-                layers.append(kept)
-            own = tuple(layers)
-        return rms_norm(x, self.param("final_norm", nn.initializers.ones, (arch.width,)), arch.norm_eps), own
+            for i, each in enumerate(past):
+                layer = block(arch, how, self.place, self.look, name=f"layer_{i}")
+                carried, own = layer(carried, (i, each), positions_PGT, view)
+                layers.append(own)
+            kept = tuple(layers)
+        x, memory = carried
+        return rms_norm(x, self.param("final_norm", nn.initializers.ones, (arch.width,)), arch.norm_eps), memory, kept
+
+
+class Look(Protocol):
+    """What a layer's queries attend to; equal looks are equal values."""
+
+    def __call__(self, q_PGTHE: Array, k_PGTKE: Array, v_PGTKE: Array, memory: Any, each: Any, view: Any) -> tuple:
+        """(attention's result, memory, what is kept of this layer)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OnRows:
+    """Rows on their context and their own slots.  `past` is (context KV, own KV), `view` (length_P, start_PG, slot)."""
+
+    place: Placement
+
+    def __call__(self, q, k, v, memory, each, view):
+        (_, (context, cache)), (length_P, start_PG, slot) = each, view
+        own = _write(cache, KV(jnp.swapaxes(k, 2, 3), jnp.swapaxes(v, 2, 3)), slot)
+        return attention.attend(q, context, length_P, own, start_PG, slot, self.place), memory, own
+
+
+@dataclasses.dataclass(frozen=True)
+class OnPages:
+    """Rows on pages.  `memory` is the cache, `view` the slot."""
+
+    how: Execution
+    place: Placement
+
+    def __call__(self, q, k, v, memory, each, view):
+        a, memory = paged.attend_pages(q, k, v, memory, each[0], view, self.how, self.place)
+        return a, memory, ()
+
+
+@dataclasses.dataclass(frozen=True)
+class OnSegments:
+    """Packed rows on themselves.  `view` is (segment_BT, shared_BT)."""
+
+    place: Placement
+
+    def __call__(self, q, k, v, memory, each, view):
+        a = attention.attend_packed(q[:, 0], k[:, 0], v[:, 0], *view, self.place)
+        return a[:, None], memory, ()
 
 
 def _write(cache: KV, new: KV, slot) -> KV:
@@ -136,11 +179,21 @@ def _write(cache: KV, new: KV, slot) -> KV:
     return KV(jax.lax.dynamic_update_slice(cache.k, new.k, at), jax.lax.dynamic_update_slice(cache.v, new.v, at))
 
 
+def _nothing(arch: Architecture, how: Execution) -> Any:
+    """The past of a look that has none."""
+    return () if how.scan_layers else ((),) * arch.layers
+
+
+def _both(how: Execution, contexts: Any, caches: Any) -> Any:
+    """The past of `OnRows`."""
+    return (contexts, caches) if how.scan_layers else tuple(zip(contexts, caches, strict=True))
+
+
 def init_params(arch: Architecture, how: Execution, dtype: str, key: jax.Array) -> Params:
     """Random parameters: kernels and embeddings normal with deviation 0.02, norms 1, biases 0."""
-    prefix = Prefix(empty_context(arch, how, 1), jnp.zeros((1,), jnp.int32))
-    zeros = jnp.zeros((1, 1, 1), jnp.int32)
-    params = Decoder(arch, how).init(key, zeros, prefix, empty_cache(arch, how, 1, 1, 0), zeros, 0)["params"]
+    zeros_111, zeros_11 = jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
+    decoder = Decoder(arch, how, ONE_DEVICE, OnSegments(ONE_DEVICE))
+    params = decoder.init(key, zeros_111, zeros_111, _nothing(arch, how), (), (zeros_11, zeros_11))["params"]
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
@@ -162,52 +215,72 @@ def cast_kernels(params: Params, how: Execution) -> Params:
 
 
 def prefill(
-    params: Params, arch: Architecture, how: Execution, context: Context, constrain: Callable = identity
+    params: Params, arch: Architecture, how: Execution, context: Context, place: Placement = ONE_DEVICE
 ) -> Prefix:
     """Computes the keys and values of each context once, for all its rows."""
-    P, _ = context.tokens_PC.shape
-    nothing = Prefix(empty_context(arch, how, P), jnp.zeros_like(context.length_P))
-    start_P11 = jnp.zeros((P, 1, 1), jnp.int32)
-    cache = empty_cache(arch, how, P, 1, 0)
-    tokens_P1C = context.tokens_PC[:, None]
-    _, own = Decoder(arch, how, constrain).apply({"params": params}, tokens_P1C, nothing, cache, start_P11, 0)
+    P, C = context.tokens_PC.shape
+    none_P = jnp.zeros((P,), jnp.int32)
+    past = _both(how, empty_context(arch, how, P), empty_cache(arch, how, P, 1, 0))
+    positions_P1C = jnp.broadcast_to(jnp.arange(C), (P, 1, C))
+    decoder = Decoder(arch, how, place, OnRows(place))
+    _, _, own = decoder.apply(
+        {"params": params}, context.tokens_PC[:, None], positions_P1C, past, (), (none_P, none_P[:, None], 0)
+    )
     return Prefix(row_to_context(own), context.length_P)
 
 
 def hidden_states(
-    params: Params, arch: Architecture, how: Execution, prefix: Prefix, rows: Rows, constrain: Callable = identity
+    params: Params, arch: Architecture, how: Execution, prefix: Prefix, rows: Rows, place: Placement = ONE_DEVICE
 ) -> Float[Array, "P G T D"]:
-    """The final hidden state of every row token, in one pass (training, scoring)."""
-    P, G, _ = rows.tokens_PGT.shape
-    cache = empty_cache(arch, how, P, G, 0)
-    decoder = Decoder(arch, how, constrain)
-    return decoder.apply({"params": params}, rows.tokens_PGT, prefix, cache, rows.start_PG[..., None], 0)[0]
+    """The final hidden state of every row token, in one pass (scoring)."""
+    P, G, T = rows.tokens_PGT.shape
+    past = _both(how, prefix.layers, empty_cache(arch, how, P, G, 0))
+    positions_PGT = _positions(prefix.length_P, rows.start_PG, 0, T)
+    decoder = Decoder(arch, how, place, OnRows(place))
+    view = prefix.length_P, rows.start_PG, 0
+    return decoder.apply({"params": params}, rows.tokens_PGT, positions_PGT, past, (), view)[0]
 
 
 def packed_hidden_states(
-    params: Params, arch: Architecture, how: Execution, packed: Packed, constrain: Callable = identity
+    params: Params, arch: Architecture, how: Execution, packed: Packed, place: Placement = ONE_DEVICE
 ) -> Float[Array, "B T D"]:
-    """The final hidden state of every token of packed rows, each example as if it stood alone."""
-    B, _ = packed.tokens_BT.shape
-    nothing = Prefix(empty_context(arch, how, B), jnp.zeros((B,), jnp.int32))
-    cache, start_BT = empty_cache(arch, how, B, 1, 0), segment_starts(packed.segment_BT)
-    decoder = Decoder(arch, how, constrain)
-    return decoder.apply({"params": params}, packed.tokens_BT[:, None], nothing, cache, start_BT[:, None], 0)[0][:, 0]
+    """The final hidden state of every token of packed rows, each sequence as if it stood alone."""
+    tokens, positions = packed.tokens_BT[:, None], packed.position_BT[:, None]
+    decoder = Decoder(arch, how, place, OnSegments(place))
+    view = packed.segment_BT, packed.shared_BT
+    return decoder.apply({"params": params}, tokens, positions, _nothing(arch, how), (), view)[0][:, 0]
 
 
-def segment_starts(segment_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """The slot in which each slot's segment begins; a segment is a run of equal ids."""
-    slots = jnp.broadcast_to(jnp.arange(segment_BT.shape[1]), segment_BT.shape)
-    before = jnp.pad(segment_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-    return jax.lax.cummax(jnp.where(segment_BT != before, slots, 0), axis=1)
+def open_cache(
+    arch: Architecture, how: Execution, prefix: Prefix, start_PG: Int[Array, "P G"], slots: int,
+    place: Placement = ONE_DEVICE,
+) -> Any:  # fmt: skip
+    """Room for `slots` tokens of each row, its context at hand: pages on TPU and for int8, else slots of the rows' own."""
+    if paged.is_paged(how, place):
+        return paged.open_pages(arch, how, place, prefix, start_PG, slots)
+    return empty_cache(arch, how, *start_PG.shape, slots)
 
 
 def continue_rows(
     params: Params, arch: Architecture, how: Execution, prefix: Prefix, cache: Any, tokens_PGT: Int[Array, "P G T"],
-    start_PG: Int[Array, "P G"], slot: Int[Array, ""] | int, constrain: Callable = identity,
+    start_PG: Int[Array, "P G"], slot: Int[Array, ""] | int, place: Placement = ONE_DEVICE,
 ) -> tuple[Float[Array, "P G T D"], Any]:  # fmt: skip
     """Feeds T more tokens a row at cache slots slot … slot + T − 1; returns their hidden states and the cache."""
-    return Decoder(arch, how, constrain).apply({"params": params}, tokens_PGT, prefix, cache, start_PG[..., None], slot)
+    variables, positions_PGT = {"params": params}, _positions(prefix.length_P, start_PG, slot, tokens_PGT.shape[2])
+    if isinstance(cache, paged.PagedCache):
+        decoder = Decoder(arch, how, place, OnPages(how, place))
+        return decoder.apply(variables, tokens_PGT, positions_PGT, _nothing(arch, how), cache, slot)[:2]
+    past, view = _both(how, prefix.layers, cache), (prefix.length_P, start_PG, slot)
+    hidden, _, cache = Decoder(arch, how, place, OnRows(place)).apply(
+        variables, tokens_PGT, positions_PGT, past, (), view
+    )
+    return hidden, cache
+
+
+def _positions(length_P: Array, start_PG: Array, slot: Any, tokens: int) -> Array:
+    """Of each row's tokens, counted on after its context's; 0 for padding before its start."""
+    own = slot + jnp.arange(tokens) - start_PG[..., None]
+    return jnp.maximum(length_P[:, None, None] + own, 0)
 
 
 def unembedding(params: Params, arch: Architecture) -> Float[Array, "D V"]:

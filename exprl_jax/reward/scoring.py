@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from exprl_jax.mesh import DATA, ONE_DEVICE, Placement
 from exprl_jax.model import decoder
 from exprl_jax.model.config import Architecture, Execution
 from exprl_jax.records import Prefix, Rows
@@ -21,23 +22,23 @@ def score(
     rows: Rows,
     *,
     digit_ids: tuple[int, ...],
-    constrain: Callable = decoder.identity,
+    place: Placement = ONE_DEVICE,
 ) -> Float32[Array, "P J digits"]:
     """Probabilities of the digits 1..5, given that one of them follows each row.
 
     One problem's rows are scored against its prefix; the pass is mapped over problems.  Only the five digits' columns
     of the unembedding are used, at the last slot alone.
     """
-    params = decoder.cast_kernels(params, how)
+    params, inside = decoder.cast_kernels(params, how), dataclasses.replace(place, mapped=True)
     table_D5 = decoder.unembedding(params, arch)[:, jnp.asarray(digit_ids)]
 
     def score_problem(layers, length, tokens_JT, start_J):
         one = Prefix(jax.tree.map(lambda x: jnp.expand_dims(x, -4), layers), length[None])
         own = Rows(tokens_JT[None], start_J[None])
-        hidden_JTD = decoder.hidden_states(params, arch, how, one, own, constrain)[0]
+        hidden_JTD = decoder.hidden_states(params, arch, how, one, own, inside)[0]
         return jax.nn.softmax(decoder.logits(hidden_JTD[:, -1], table_D5), axis=-1)
 
     # Stacked layers carry L before P.
     problem_axis = 1 if how.scan_layers else 0
-    mapped = jax.vmap(score_problem, in_axes=(problem_axis, 0, 0, 0), spmd_axis_name="data")
+    mapped = jax.vmap(score_problem, in_axes=(problem_axis, 0, 0, 0), spmd_axis_name=DATA)
     return mapped(prefix.layers, prefix.length_P, rows.tokens_PGT, rows.start_PG)

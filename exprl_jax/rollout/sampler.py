@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from exprl_jax.mesh import ONE_DEVICE, Placement
 from exprl_jax.model import decoder
-from exprl_jax.model.cache import empty_cache
 from exprl_jax.model.config import Architecture, Execution
 from exprl_jax.records import Array, Draw, Prefix, Rollouts, Rows
 from exprl_jax.rollout.sampling import draw_tokens, row_keys
+
+# Tokens of every row read at a time before the first is sampled; bounds activations.
+CHUNK = 1024
 
 
 @flax.struct.dataclass
@@ -48,7 +50,7 @@ def sample(
     max_tokens: int,
     eos_ids: tuple[int, ...],
     pad_id: int,
-    constrain: Callable = decoder.identity,
+    place: Placement = ONE_DEVICE,
 ) -> Rollouts:
     """Samples up to `max_tokens` tokens a row; stops early when every row has ended.
 
@@ -59,12 +61,14 @@ def sample(
       draw: seeds, identities, temperatures, and which rows to sample at all.
       eos_ids: any of these ends a row.
     """
+    rows = _whole_chunks(rows)
     P, G, T = rows.tokens_PGT.shape
-    params = decoder.cast_kernels(params, how)
+    # A copy in the compute dtype and the layout of decoding, made once: no step of the loop casts or gathers.
+    params = place.decoding(decoder.cast_kernels(params, how), arch, how)
     table_DV, key_PG, eos = decoder.unembedding(params, arch), row_keys(draw), jnp.asarray(eos_ids, jnp.int32)
 
     def feed(cache, tokens_PGT, slot):
-        return decoder.continue_rows(params, arch, how, prefix, cache, tokens_PGT, rows.start_PG, slot, constrain)
+        return decoder.continue_rows(params, arch, how, prefix, cache, tokens_PGT, rows.start_PG, slot, place)
 
     def more(s: Sampling):
         return (s.step < max_tokens) & ~jnp.all(s.ended_PG)
@@ -91,9 +95,15 @@ def sample(
         )
 
     # The last slot's token is fed by the loop, so the cache needs no room for the last sampled one.
-    cache = empty_cache(arch, how, P, G, T - 1 + max_tokens)
+    cache = decoder.open_cache(arch, how, prefix, rows.start_PG, T - 1 + max_tokens, place)
     if T > 1:
-        _, cache = feed(cache, rows.tokens_PGT[..., :-1], 0)
+        length = min(CHUNK, T - 1)
+
+        def read(i, cache):
+            return feed(cache, jax.lax.dynamic_slice_in_dim(rows.tokens_PGT, i * length, length, axis=2), i * length)[1]
+
+        # Rows are left-padded: before the first token of the longest there is nothing to read.
+        cache = jax.lax.fori_loop(rows.start_PG.min() // length, (T - 1) // length, read, cache)
     responses = (P, G, max_tokens)
     start = Sampling(
         step=jnp.int32(0),
@@ -106,3 +116,10 @@ def sample(
     )
     s = jax.lax.while_loop(more, advance, start)
     return Rollouts(s.tokens_PGR, s.mask_PGR, s.logp_PGR, s.ended_PG)
+
+
+def _whole_chunks(rows: Rows) -> Rows:
+    """Pads rows on the left until all but their last token, which the loop feeds, are whole chunks."""
+    read = rows.tokens_PGT.shape[2] - 1
+    padding = -read % CHUNK if read > CHUNK else 0
+    return Rows(jnp.pad(rows.tokens_PGT, ((0, 0), (0, 0), (padding, 0))), rows.start_PG + padding)

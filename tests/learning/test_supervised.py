@@ -124,7 +124,7 @@ def model_logp(arch, how, data=1, model=1):
 
 
 def test_sharded_is_unsharded():
-    how = execution(scan_layers=True, remat=True)
+    how = execution(scan_layers=True, remat="full")
     params, packed = random_params(QWEN3, how), batch()
     optimizer = make_optimizer(ADAMW, 40)
     state = TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))

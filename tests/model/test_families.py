@@ -22,7 +22,7 @@ class FakeTokenizer:
 
 
 def execution(scan_layers):
-    return Execution(scan_layers=scan_layers, compute_dtype="float32", remat=False)
+    return Execution(scan_layers=scan_layers, compute_dtype="float32", remat="none", kv_dtype="compute")
 
 
 def load(spec, how, dtype="float32"):

@@ -169,7 +169,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_sharded_is_unsharded(scan):
-    how = execution(scan, remat=True)
+    how = execution(scan, remat="full")
     params, rows = random_params(QWEN3, how), packed()
     mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
     run = jax.jit(lambda params, rows: packed_hidden_states(params, QWEN3, how, rows, constrain_rows(mesh)))

@@ -17,8 +17,8 @@ from exprl_jax.model.hf_layout import parse_config, render_config
 from exprl_jax.model.sources import resolve_model
 from oracles import torch_models
 
-UNROLLED = Execution(scan_layers=False, compute_dtype="float32", remat=False)
-SCANNED = Execution(scan_layers=True, compute_dtype="float32", remat=False)
+UNROLLED = Execution(scan_layers=False, compute_dtype="float32", remat="none", kv_dtype="compute")
+SCANNED = Execution(scan_layers=True, compute_dtype="float32", remat="none", kv_dtype="compute")
 
 
 class FakeTokenizer:

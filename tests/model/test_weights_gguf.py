@@ -13,7 +13,7 @@ from exprl_jax.model.decoder import abstract_params, forward_logits
 from exprl_jax.model.sources import PACKAGES, default_cache_dir, resolve_model
 from oracles import torch_models
 
-HOW = Execution(scan_layers=True, compute_dtype="float32", remat=False)
+HOW = Execution(scan_layers=True, compute_dtype="float32", remat="none", kv_dtype="compute")
 TOKENS = np.random.default_rng(3).integers(0, 97, (2, 40), dtype=np.int32)
 NAMES = {theirs: ours for ours, theirs in (gguf_file._LAYER_NAMES | gguf_file._OUTER_NAMES).items()}
 

@@ -43,7 +43,7 @@ class Spy:
 asked = []
 opened = weights._open_folder
 weights._open_folder = lambda source: {name: Spy(array) for name, array in opened(source).items()}
-how = Execution(scan_layers=scan == "scanned", compute_dtype="float32", remat=False)
+how = Execution(scan_layers=scan == "scanned", compute_dtype="float32", remat="none", kv_dtype="compute")
 source = resolve_model(folder)
 arch = weights.read_architecture(source)
 mesh = jax.make_mesh((8,), ("data",))

@@ -22,8 +22,10 @@ def architecture(family: str) -> Architecture:
     return dataclasses.replace(QWEN3, family=family, tied=family == "qwen2")
 
 
-def execution(scan_layers: bool = False, remat: bool = False, dtype: str = "float32") -> Execution:
-    return Execution(scan_layers=scan_layers, compute_dtype=dtype, remat=remat)
+def execution(
+    scan_layers: bool = False, remat: str = "none", dtype: str = "float32", kv_dtype: str = "compute"
+) -> Execution:
+    return Execution(scan_layers=scan_layers, compute_dtype=dtype, remat=remat, kv_dtype=kv_dtype)
 
 
 def random_params(arch: Architecture, how: Execution, seed: int = 0):

@@ -1,0 +1,226 @@
+"""Keys and values of rows in one pool of pages, for decoding: the context of a problem is kept once for all its rows.
+
+    pages of one device   [ layer 0: contexts' pages, rows' pages | layer 1: … | … ]      [L·N, page, 2·K, E]
+
+The layer is folded into the page's number, so that a loop over layers and tokens carries one array and writes into it in
+place.  A row's table lists its context's full pages, shared with its group, then its own; the tokens of a context that
+do not fill a page are copied to the head of every row's first own page.  Keys and values of a head lie side by side (even
+and odd, as the TPU kernel wants them).  On TPU attention is JAX's ragged paged attention kernel; elsewhere the pages are
+gathered.  Pages may be int8: each channel of a problem's context sets its scale (`Scales`).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
+from jaxtyping import Array, Float, Int
+
+from exprl_jax.mesh import Placement
+from exprl_jax.model.config import Architecture, Execution
+from exprl_jax.records import Prefix
+
+PAGE = 128
+# Lanes of a TPU vector: heads are padded to a multiple.
+_LANES = 128
+# The kernel's buffers of pages, in bytes, and its queries at a time while decoding and while reading rows.
+_BUFFER, _DECODED, _READ = 4 * 1024**2, 32, 128
+# How far later keys and values may exceed their context's largest before an int8 saturates.
+_HEADROOM = 1.5
+
+
+@flax.struct.dataclass
+class Pages:
+    """Which pages a row reads, in the order of its tokens.
+
+    Attributes:
+      table_PGn: int32, numbers of pages, without the layer.
+      length_P: int32, tokens of the context.
+      start_PG: int32, first real slot of each row.
+    """
+
+    table_PGn: Array
+    length_P: Array
+    start_PG: Array
+
+
+@flax.struct.dataclass
+class PagedCache:
+    """A pool and what reads it.
+
+    Attributes:
+      pool: [data shards · L·N, page, 2·K, E], in the compute dtype or int8.
+      pages: of every row.
+      k_scale, v_scale: float32 [L, P, K, E], one step of an int8; 1 where pages are not int8.
+    """
+
+    pool: Array
+    pages: Pages
+    k_scale: Array
+    v_scale: Array
+
+
+def is_paged(how: Execution, place: Placement) -> bool:
+    """Whether rows are decoded from pages: on TPU, and wherever keys and values are int8."""
+    return place.on_tpu or how.kv_dtype == "int8"
+
+
+def open_pages(
+    arch: Architecture, how: Execution, place: Placement, prefix: Prefix, start_PG: Int[Array, "P G"], slots: int
+) -> PagedCache:
+    """A pool that holds the contexts, with room for `slots` tokens of each row."""
+    k, v = (
+        getattr(prefix.layers, name) if how.scan_layers else jnp.stack([getattr(layer, name) for layer in prefix.layers])
+        for name in ("k", "v")
+    )
+    heads, wide = place.axis_of(arch.kv_heads), jnp.float32
+    scales = jnp.ones((), wide), jnp.ones((), wide)
+    if how.kv_dtype == "int8":
+        real = (jnp.arange(k.shape[3]) < prefix.length_P[:, None])[None, :, None, :, None]
+        first, second = jnp.split(jnp.where(real, k, 0).astype(wide), 2, axis=-1)
+        length = jnp.sqrt(first**2 + second**2)
+        largest = jnp.concatenate([length, length], -1).max(3), jnp.abs(jnp.where(real, v, 0).astype(wide)).max(3)
+        # A context of no tokens says nothing; normed keys and values are of the order of 1.
+        scales = [jnp.where(x > 0, x, 4.0) * (_HEADROOM / 127) for x in largest]
+    scales = [jnp.broadcast_to(x, (*k.shape[:3], arch.head_size)) for x in scales]
+
+    def fill(k_LPKCE, v_LPKCE, k_scale, v_scale, length_P, start_PG):
+        (L, P, _, C, _), G = k_LPKCE.shape, start_PG.shape[1]
+        shared, own = C // PAGE, -(-(PAGE - 1 + slots) // PAGE)
+        kv = _combine(*(jnp.moveaxis(x, 2, 3) for x in (k_LPKCE, v_LPKCE)), k_scale[:, :, None], v_scale[:, :, None], how, place)
+        full_P = length_P // PAGE
+        rest = jnp.minimum(full_P[:, None] * PAGE + jnp.arange(PAGE), max(C - 1, 0))
+        pool = jnp.zeros((L, P * (shared + G * own), PAGE, *kv.shape[3:]), kv.dtype)
+        if C:
+            tail = jnp.take_along_axis(kv, rest[None, :, :, None, None], axis=2)
+            whole = kv[:, :, : shared * PAGE].reshape(L, P * shared, PAGE, *kv.shape[3:])
+            pool = pool.at[:, : P * shared].set(whole)
+            pool = pool.at[:, P * shared :: own].set(jnp.repeat(tail, G, axis=1))
+        number = jnp.arange(shared + own)
+        after = number - full_P[:, None, None]
+        first_own = P * shared + jnp.arange(P * G).reshape(P, G, 1) * own
+        # Past its own pages a row has none; it never gets there.
+        table = jnp.where(after < 0, jnp.arange(P)[:, None, None] * shared + number, first_own + jnp.clip(after, 0, own - 1))
+        return pool.reshape(-1, *pool.shape[2:]), table.astype(jnp.int32)
+
+    cache, scale = (None, place.data, heads), (None, place.data, heads)
+    fill = place.split(
+        fill, (cache, cache, scale, scale, (place.data,), (place.data,)), ((place.data, None, heads), (place.data,))
+    )
+    pool, table = fill(k, v, *scales, prefix.length_P, start_PG)
+    return PagedCache(pool, Pages(table, prefix.length_P, start_PG), *scales)
+
+
+def attend_pages(
+    q_PGTHE: Float[Array, "P G T H E"],
+    k_PGTKE: Float[Array, "P G T K E"],
+    v_PGTKE: Float[Array, "P G T K E"],
+    cache: PagedCache,
+    layer: Int[Array, ""] | int,
+    slot: Int[Array, ""] | int,
+    how: Execution,
+    place: Placement,
+) -> tuple[Float[Array, "P G T H E"], PagedCache]:
+    """Writes T more tokens a row into its pages, and attends to all that it has by then, its context included.
+
+    Args:
+      q_PGTHE, k_PGTKE, v_PGTKE: rotated queries and keys, and values.
+      layer: whose pages.
+      slot: of the first of these tokens; a row's tokens before its start are padding, whose results mean nothing.
+    """
+    heads = place.axis_of(k_PGTKE.shape[3])
+    layers = cache.k_scale.shape[0]
+    local = functools.partial(_write_and_attend, layers=layers, how=how, place=place)
+    rows, pool, scale = (place.data, None, None, heads), (place.data, None, heads), (place.data, heads)
+    takes = (rows, rows, rows, pool, (place.data,), (place.data,), (place.data,), scale, scale, (), ())
+    out, pool = place.split(local, takes, (rows, pool))(
+        q_PGTHE, k_PGTKE, v_PGTKE, cache.pool, cache.pages.table_PGn, cache.pages.length_P, cache.pages.start_PG,
+        cache.k_scale[layer], cache.v_scale[layer], jnp.int32(layer), jnp.int32(slot),
+    )  # fmt: skip
+    return out, cache.replace(pool=pool)
+
+
+def _write_and_attend(q, k, v, pool, table, length_P, start_PG, k_scale, v_scale, layer, slot, *, layers, how, place):
+    P, G, T, H, E = q.shape
+    K, pages = k.shape[3], pool.shape[0] // layers
+    slot_T = slot + jnp.arange(T)
+    position_PGT = length_P[:, None, None] + slot_T - start_PG[..., None]
+    page_PGT = jnp.take_along_axis(table, jnp.clip(position_PGT // PAGE, 0, table.shape[2] - 1), axis=2)
+    # Padding is written nowhere: a number past the pool is dropped.
+    page_PGT = jnp.where(slot_T >= start_PG[..., None], page_PGT + layer * pages, pool.shape[0])
+    kv = _combine(k, v, k_scale[:, None, None], v_scale[:, None, None], how, place)
+    pool = pool.at[page_PGT.ravel(), (position_PGT % PAGE).ravel()].set(kv.reshape(-1, *kv.shape[3:]), mode="drop")
+
+    q = q.reshape(P, G, T, K, H // K, E)
+    if how.kv_dtype == "int8":
+        q = (q * k_scale[:, None, None, :, None]).astype(q.dtype)
+    # A row that has not begun asks for its context's last token, to no purpose: the kernel wants a query of every row.
+    own_PG = slot + T - start_PG
+    asked, known = jnp.clip(own_PG, 1, T).ravel(), jnp.maximum(length_P[:, None] + jnp.maximum(own_PG, 0), 1).ravel()
+    attention = _kernel if place.on_tpu else _gathered
+    out = attention(q.reshape(P * G, T, K, H // K, E), pool, (table + layer * pages).reshape(P * G, -1), known, asked)
+    out = out.reshape(P, G, T, K, H // K, E)
+    if how.kv_dtype == "int8":
+        out = (out * v_scale[:, None, None, :, None]).astype(q.dtype)
+    return out.reshape(P, G, T, H, E), pool
+
+
+def _combine(k, v, k_scale, v_scale, how: Execution, place: Placement):
+    """[..., K, E] keys and values → [..., 2·K, E], as pages hold them."""
+    if how.kv_dtype == "int8":
+        k, v = (
+            jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -127, 127).astype(jnp.int8)
+            for x, scale in ((k, k_scale), (v, v_scale))
+        )
+    K, E = k.shape[-2:]
+    kv = jnp.stack([k, v], axis=-2)
+    if place.on_tpu:
+        padding = [(0, 0)] * (kv.ndim - 3) + [(0, _tiled(K, kv.dtype) - K), (0, 0), (0, -E % _LANES)]
+        kv = jnp.pad(kv, padding)
+    return kv.reshape(*kv.shape[:-3], 2 * kv.shape[-3], kv.shape[-1])
+
+
+def _tiled(heads: int, dtype: Any) -> int:
+    """Key/value heads, with some of zeros, in a number that the TPU kernel's tiles are made for."""
+    packing = 4 // jnp.dtype(dtype).itemsize
+    sizes = [n for n in (1, 2, 4, 8) if n * packing >= 2 * heads and n * packing % 2 == 0]
+    return sizes[0] * packing // 2 if sizes else -(-heads // (4 * packing)) * 4 * packing
+
+
+def _gathered(q_BTKmE, pool, table, known_B, asked_B):
+    """Attention over pages gathered into rows."""
+    B, T, K, m, E = q_BTKmE.shape
+    kv = pool[table].reshape(B, -1, K, 2, E).astype(q_BTKmE.dtype)
+    score = jnp.einsum("btkme,bske->bkmts", q_BTKmE * E**-0.5, kv[..., 0, :], preferred_element_type=jnp.float32)
+    # The last query is the row's last token; what comes before the first asked one is padding.
+    position_BT = known_B[:, None] - T + jnp.arange(T)
+    seen = jnp.arange(kv.shape[1]) <= jnp.maximum(position_BT, 0)[..., None]
+    weight = jax.nn.softmax(jnp.where(seen[:, None, None], score, -jnp.inf), axis=-1).astype(q_BTKmE.dtype)
+    out = jnp.einsum("bkmts,bske->bkmte", weight, kv[..., 1, :], preferred_element_type=jnp.float32)
+    return jnp.moveaxis(out.astype(q_BTKmE.dtype), 3, 1)
+
+
+def _kernel(q_BTKmE, pool, table, known_B, asked_B):
+    """The ragged paged attention kernel; it wants each row's queries behind one another, without padding."""
+    B, T, K, m, E = q_BTKmE.shape
+    end = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(asked_B, dtype=jnp.int32)])
+    place = jnp.arange(B * T)
+    row = jnp.minimum(jnp.searchsorted(end[1:], place, side="right"), B - 1)
+    source = jnp.minimum((row + 1) * T - asked_B[row] + place - end[row], B * T - 1)
+    heads = pool.shape[2] // 2
+    q = q_BTKmE.reshape(B * T, K, m, E)[source]
+    q = jnp.pad(q, ((0, 0), (0, heads - K), (0, 0), (0, pool.shape[3] - E))).reshape(B * T, heads * m, -1)
+    page_bytes = pool[0].size * pool.dtype.itemsize
+    out = ragged_paged_attention(
+        q, pool, known_B.astype(jnp.int32), table, end, jnp.full(1, B, jnp.int32), sm_scale=E**-0.5,
+        k_scale=1.0 if pool.dtype == jnp.int8 else None, v_scale=1.0 if pool.dtype == jnp.int8 else None,
+        num_kv_pages_per_block=max(1, min(table.shape[1], _BUFFER // (2 * page_bytes))),
+        num_queries_per_block=_DECODED if T == 1 else _READ,
+    )  # fmt: skip
+    out = out.reshape(B * T, heads, m, -1)[:, :K, :, :E]
+    back = jnp.maximum(end[1:, None] - T + jnp.arange(T), 0)
+    return out[back.ravel()].reshape(B, T, K, m, E)
