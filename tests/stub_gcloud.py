@@ -1,0 +1,130 @@
+"""Google Cloud in a folder, for the tests of tpu_scripts/: `gcloud`, and on its workers `sudo`, `python3` and the program.
+
+Each of these commands is this file under another name.  All record their words in calls.jsonl.  What gcloud answers of
+a slice comes from scripts in the folder $STUB: a line of `queued` and of `nodes` each time it is asked (the last line
+stays; none: the node is READY).  `tpu-vm ssh` runs its command in a real shell, with a folder of workers/ as home.  A
+line of `programs` says what the program does when it is started for the n-th time: a number to exit with, `run` until
+it is killed, or `lost`: killed together with the shell that waits for it.  A call that holds a line of `refuse` among
+its words fails.
+"""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+COMMANDS = ("gcloud", "sudo", "mountpoint", "python3")
+
+
+def install(folder: pathlib.Path, name: str, scripts: dict[str, list[str]], workers: int = 2) -> dict[str, str]:
+    """Makes the folder; returns what a shell's environment must have."""
+    for command in COMMANDS:
+        _executable(folder / "bin" / command)
+    for script, lines in scripts.items():
+        (folder / script).write_text("".join(f"{line}\n" for line in lines))
+    for worker in range(workers):
+        (folder / "workers" / str(worker)).mkdir(parents=True)
+    return {"STUB": str(folder), "STUB_NAME": name, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
+
+
+def calls(folder: pathlib.Path) -> list[list[str]]:
+    """What was called so far."""
+    file = folder / "calls.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def end_programs(folder: pathlib.Path) -> None:
+    """As when the machines go."""
+    for file in folder.glob("program-*.pid"):
+        try:
+            os.kill(int(file.read_text()), signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        file.unlink()
+
+
+def _executable(path: pathlib.Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!{sys.executable}\n{pathlib.Path(__file__).read_text()}")
+    path.chmod(0o755)
+
+
+def _next(folder: pathlib.Path, name: str) -> str:
+    """The script's next line; the last one stays."""
+    file = folder / name
+    lines = file.read_text().splitlines() if file.exists() else []
+    if len(lines) > 1:
+        file.write_text("".join(f"{line}\n" for line in lines[1:]))
+    return lines[0] if lines else ""
+
+
+def _option(words: list[str], name: str) -> str:
+    return next(word.partition("=")[2] for word in words if word.startswith(f"--{name}="))
+
+
+def _gcloud(folder: pathlib.Path, words: list[str]) -> int:
+    match words:
+        case ["compute", "tpus", "queued-resources", "list", *_]:
+            state = _next(folder, "queued")
+            print("another\tACTIVE" + f"\n{os.environ['STUB_NAME']}\t{state}" * (state not in ("", "-")))
+        case ["compute", "tpus", "tpu-vm", "list", *_]:
+            state = _next(folder, "nodes") or "READY"
+            print("another\tREADY" + f"\n{os.environ['STUB_NAME']}\t{state}" * (state != "-"))
+        case ["compute", "tpus", "queued-resources", "delete", *_]:
+            end_programs(folder)
+            for home in (folder / "workers").iterdir():
+                shutil.rmtree(home)
+                home.mkdir()
+        case ["compute", "tpus", "tpu-vm", "scp", source, *rest]:
+            for home in (folder / "workers").iterdir():
+                shutil.copy(source, home)
+        case ["compute", "tpus", "tpu-vm", "ssh", *rest]:
+            worker = _option(rest, "worker")
+            homes = sorted((folder / "workers").glob("*" if worker == "all" else worker))
+            shells = [
+                subprocess.Popen(["bash", "-c", _option(rest, "command")], cwd=home, env=os.environ | {"HOME": str(home)})
+                for home in homes
+            ]
+            return max(shell.wait() for shell in shells)
+        case ["storage", "buckets", "describe", *_]:
+            print(_next(folder, "bucket"))
+    return 0
+
+
+def _python(folder: pathlib.Path, words: list[str]) -> int:
+    """The image's Python, which can make a virtual environment, and that environment's."""
+    match words:
+        case ["-m", "uv", "venv", *_, path]:
+            _executable(pathlib.Path(path) / "bin" / "python")
+        case ["-m", "exprl_jax.main", *_]:
+            home = pathlib.Path(os.environ["HOME"])
+            print(f"stub program on worker {home.name}", flush=True)
+            does = _next(folder, f"programs-{home.name}")
+            if does == "run":
+                (folder / f"program-{home.name}-{os.getpid()}.pid").write_text(str(os.getpid()))
+                time.sleep(600)
+            elif does == "lost":
+                os.kill(os.getppid(), signal.SIGKILL)
+            else:
+                return int(does)
+    return 0
+
+
+def main(name: str, words: list[str]) -> int:
+    folder = pathlib.Path(os.environ["STUB"])
+    home = pathlib.Path(os.environ["HOME"]).relative_to(folder).name if name != "gcloud" else ""
+    with open(folder / "calls.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps([f"{home}:{name}" if home else name, *words]) + "\n")
+    refused = (folder / "refuse").read_text().splitlines() if (folder / "refuse").exists() else []
+    if any(each in words for each in refused):
+        print(f"{name}: refused", file=sys.stderr)
+        return 1
+    return {"gcloud": _gcloud, "python3": _python, "python": _python}.get(name, lambda *_: name == "mountpoint")(folder, words)
+
+
+if __name__ == "__main__":
+    sys.exit(main(pathlib.Path(sys.argv[0]).name, sys.argv[1:]))

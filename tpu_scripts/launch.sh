@@ -1,0 +1,43 @@
+#!/bin/sh
+# Starts a run on all workers of a slice, or goes on with it; it does not need this connection to live.
+#
+#     tpu_scripts/launch.sh --project=P --zone=Z --name=N --config=configs/stage1.py --workdir=/mnt/exprl/runs/outcome \
+#         [-- --config.KEY=VALUE ...]
+#
+# --project, --zone, --name   as in create.sh (or PROJECT, ZONE, NAME)
+# --config                    the experiment, a file of the repository, optionally with :arm
+# --workdir                   absolute, on the file system that all workers share; starting again in it resumes
+# --dry-run                   print the commands, run nothing
+#
+# What follows -- goes to python -m exprl_jax.main as it is.  Output is in ~/runs<workdir>/log on each worker (logs.sh).
+
+set -eu
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. "$(dirname "$0")/common.sh"
+
+CONFIG='' WORKDIR=''
+option() {
+    case $1 in
+    --config=*) CONFIG=${1#*=} ;;
+    --workdir=*) WORKDIR=${1#*=} ;;
+    --) ;;
+    *) return 1 ;;
+    esac
+}
+parse "$@"
+need --config "$CONFIG" '--config=configs/stage1.py'
+need --workdir "$WORKDIR" '--workdir=/mnt/exprl/runs/outcome'
+need_absolute --workdir "$WORKDIR"
+
+program=$(program "$WORKDIR" "$CONFIG")
+# The lock belongs to the shell that waits for the program, not to the program's own children, and goes with it however
+# it ends.  That shell writes how the program ended, unless the machine goes down: then nothing is written.
+on_workers all "set -eu
+cd exprl_jax
+run=$(records_of "$WORKDIR")
+mkdir -p \"\$run\"
+exec 9>\"\$run\"/lock
+flock -n 9 || { echo \"a run is under way in \$run\" >&2; exit 1; }
+rm -f \"\$run\"/status
+printf '%s\n' $(quote "$program") >\"\$run\"/command
+nohup sh -c $(quote "{ $program; } 9>&-; echo \$? >\"\$0\"/status") \"\$run\" >>\"\$run\"/log 2>&1 </dev/null &"
