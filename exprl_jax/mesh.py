@@ -133,9 +133,14 @@ class Placement:
     mapped: bool = False
 
     @property
+    def platform(self) -> str | None:
+        """Of the mesh's devices, as JAX calls it."""
+        return None if self.mesh is None else self.mesh.devices.flat[0].platform
+
+    @property
     def on_tpu(self) -> bool:
-        """Whether the devices run Pallas TPU kernels."""
-        return self.mesh is not None and self.mesh.devices.flat[0].platform == "tpu"
+        """Whether forwards go the TPU's way: Pallas TPU kernels, and rows decoded from pages."""
+        return self.platform == "tpu"
 
     @property
     def shares_segments(self) -> bool:

@@ -182,8 +182,9 @@ def _splash_rows(q_PGTHE, context: KV, length_P, own: KV, start_PG, place):
     return jnp.swapaxes(out, 1, 2).reshape(P, G, T, H, E)
 
 
-def _splash(q_BHTE, k_BKSE, v_BKSE, segment_BT, segment_BS, place, interpret=False):
-    """The splash kernel on each device's rows and heads; causal, with the last query in the last key's slot."""
+def _splash(q_BHTE, k_BKSE, v_BKSE, segment_BT, segment_BS, place):
+    """The splash kernel on each device's rows and heads, interpreted where those are no TPUs; causal, with the last query in
+    the last key's slot."""
     (_, H, T, E), (_, K, S, _) = q_BHTE.shape, k_BKSE.shape
     heads = place.axis_of(K)
     lanes, block = -E % _LANES, min(_BLOCK, -(-T // _LANES) * _LANES)
@@ -204,8 +205,9 @@ def _splash(q_BHTE, k_BKSE, v_BKSE, segment_BT, segment_BS, place, interpret=Fal
 
     def each_row(q, k, v, segment_q, segment_kv):
         kernel = splash.make_splash_mha(
-            mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, residual_checkpoint_name=KEPT, interpret=interpret
-        )
+            mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, residual_checkpoint_name=KEPT,
+            interpret=place.platform != "tpu",
+        )  # fmt: skip
         return jax.vmap(lambda *row: kernel(*row[:3], splash.SegmentIds(*row[3:])))(q, k, v, segment_q, segment_kv)
 
     rows = (place.data, heads)
