@@ -92,20 +92,24 @@ def open_pages(
         (L, P, _, C, _), G = k_LPKCE.shape, start_PG.shape[1]
         shared, own = C // PAGE, -(-(PAGE - 1 + slots) // PAGE)
         kv = _combine(*(jnp.moveaxis(x, 2, 3) for x in (k_LPKCE, v_LPKCE)), k_scale[:, :, None], v_scale[:, :, None], how, place)
-        full_P = length_P // PAGE
-        rest = jnp.minimum(full_P[:, None] * PAGE + jnp.arange(PAGE), max(C - 1, 0))
-        pool = jnp.zeros((L, P * (shared + G * own), PAGE, *kv.shape[3:]), kv.dtype)
+        full_P, pages = length_P // PAGE, P * (shared + G * own)
+        pool = jnp.zeros((L * pages, PAGE, *kv.shape[3:]), kv.dtype)
         if C:
+            first_of_layer, offset = jnp.arange(L)[:, None, None] * pages, jnp.arange(PAGE)
+            whole = first_of_layer + (jnp.arange(P)[:, None] * shared + jnp.arange(C) // PAGE)
+            # Token by token, as the loop writes: another form of the same would have the compiler lay the pool out anew.
+            whole = jnp.where(jnp.arange(C) < shared * PAGE, whole, pool.shape[0])
+            pool = _put(pool, whole, jnp.broadcast_to(jnp.arange(C) % PAGE, whole.shape), kv)
+            rest = jnp.minimum(full_P[:, None] * PAGE + offset, C - 1)
             tail = jnp.take_along_axis(kv, rest[None, :, :, None, None], axis=2)
-            whole = kv[:, :, : shared * PAGE].reshape(L, P * shared, PAGE, *kv.shape[3:])
-            pool = pool.at[:, : P * shared].set(whole)
-            pool = pool.at[:, P * shared :: own].set(jnp.repeat(tail, G, axis=1))
+            heads = first_of_layer + (P * shared + jnp.arange(P * G) * own)[:, None] + jnp.zeros_like(offset)
+            pool = _put(pool, heads, jnp.broadcast_to(offset, heads.shape), jnp.repeat(tail, G, axis=1))
         number = jnp.arange(shared + own)
         after = number - full_P[:, None, None]
         first_own = P * shared + jnp.arange(P * G).reshape(P, G, 1) * own
         # Past its own pages a row has none; it never gets there.
         table = jnp.where(after < 0, jnp.arange(P)[:, None, None] * shared + number, first_own + jnp.clip(after, 0, own - 1))
-        return pool.reshape(-1, *pool.shape[2:]), table.astype(jnp.int32)
+        return pool, table.astype(jnp.int32)
 
     cache, scale = (None, place.data, heads), (None, place.data, heads)
     fill = place.split(
@@ -153,7 +157,7 @@ def _write_and_attend(q, k, v, pool, table, length_P, start_PG, k_scale, v_scale
     # Padding is written nowhere: a number past the pool is dropped.
     page_PGT = jnp.where(slot_T >= start_PG[..., None], page_PGT + layer * pages, pool.shape[0])
     kv = _combine(k, v, k_scale[:, None, None], v_scale[:, None, None], how, place)
-    pool = pool.at[page_PGT.ravel(), (position_PGT % PAGE).ravel()].set(kv.reshape(-1, *kv.shape[3:]), mode="drop")
+    pool = _put(pool, page_PGT, position_PGT % PAGE, kv)
 
     q = q.reshape(P, G, T, K, H // K, E)
     if how.kv_dtype == "int8":
@@ -167,6 +171,11 @@ def _write_and_attend(q, k, v, pool, table, length_P, start_PG, k_scale, v_scale
     if how.kv_dtype == "int8":
         out = (out * v_scale[:, None, None, :, None]).astype(q.dtype)
     return out.reshape(P, G, T, H, E), pool
+
+
+def _put(pool, page, offset, kv):
+    """Writes tokens into the pool in place; those whose page is none of its are dropped."""
+    return pool.at[page.ravel(), offset.ravel()].set(kv.reshape(-1, *pool.shape[2:]), mode="drop")
 
 
 def _combine(k, v, k_scale, v_scale, how: Execution, place: Placement):
