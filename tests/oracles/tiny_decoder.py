@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from exprl_jax.mesh import Placement
 from exprl_jax.model.config import Architecture, Execution
 from exprl_jax.model.decoder import abstract_params
 
@@ -15,6 +16,15 @@ QWEN3 = Architecture(
     family="qwen3", vocab_size=61, width=16, ffn=24, layers=2, heads=4, kv_heads=2, head_size=8, rope_theta=10_000.0,
     rope_scaling=None, norm_eps=1e-6, tied=False, max_positions=128,
 )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class TpuWay(Placement):
+    """Forwards go the TPU's way on devices that are none; splash is interpreted there."""
+
+    @property
+    def on_tpu(self) -> bool:
+        return True
 
 
 def architecture(family: str) -> Architecture:
