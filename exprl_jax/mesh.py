@@ -7,6 +7,7 @@ vocabulary.  Batch arrays are sharded along their first dimension, the problems.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -156,17 +157,28 @@ class Placement:
         """`model`, if it divides a dimension of this size."""
         return MODEL if self.mesh is not None and size % self.mesh.shape[MODEL] == 0 else None
 
-    def residual(self, x_PGTD: jax.Array) -> jax.Array:
-        """Keeps the residual between blocks sharded by problems and, where they divide, by tokens over `model`:
-        norms and residual sums are then not repeated on every device of that axis (sequence parallelism)."""
+    def by_tokens(self, x_PGTD: jax.Array) -> jax.Array:
+        """Keeps the residual between blocks sharded by problems and, where they divide, by tokens over `model`: norms and
+        sums are not repeated on every device of that axis, and its copies kept for the backward pass are parts."""
+        return x_PGTD if self.mesh is None else jax.lax.with_sharding_constraint(x_PGTD, self._by_tokens(x_PGTD))
+
+    def whole_tokens(self, x_PGTD: jax.Array) -> jax.Array:
+        """Gathers what `by_tokens` sharded, for products with weights whose columns are sharded; the cotangent, a sum over
+        their devices, is scattered again."""
         if self.mesh is None:
             return x_PGTD
-        tokens = self.axis_of(x_PGTD.shape[2]) if x_PGTD.shape[2] > 1 else None
-        return self._constrain(x_PGTD, self.data, None, tokens)
+        return _constrain_apart(x_PGTD, NamedSharding(self.mesh, PartitionSpec(self.data)), self._by_tokens(x_PGTD))
 
-    def whole_tokens(self, x: jax.Array) -> jax.Array:
-        """Undoes the sharding by tokens of `residual`."""
-        return x if self.mesh is None else self._constrain(x, self.data)
+    def by_columns(self, x_PGTF: jax.Array) -> jax.Array:
+        """Keeps products with such weights sharded along their last dimension."""
+        if self.mesh is None:
+            return x_PGTF
+        spec = PartitionSpec(self.data, None, None, self.axis_of(x_PGTF.shape[3]))
+        return jax.lax.with_sharding_constraint(x_PGTF, NamedSharding(self.mesh, spec))
+
+    def _by_tokens(self, x_PGTD: jax.Array) -> NamedSharding:
+        tokens = self.axis_of(x_PGTD.shape[2]) if x_PGTD.shape[2] > 1 else None
+        return NamedSharding(self.mesh, PartitionSpec(self.data, None, tokens))
 
     def decoding(self, params: Any, arch: Architecture, how: Execution) -> Any:
         """Parameters in the layout in which tokens are sampled: whole along `data`, so that no decode step gathers."""
@@ -202,11 +214,20 @@ class Placement:
             check_vma=False,
         )  # fmt: skip
 
-    def _constrain(self, x: jax.Array, *axes: str | None) -> jax.Array:
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
-
 
 ONE_DEVICE = Placement(None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _constrain_apart(x: jax.Array, forward: NamedSharding, backward: NamedSharding) -> jax.Array:
+    """A sharding constraint whose cotangent has another one."""
+    return jax.lax.with_sharding_constraint(x, forward)
+
+
+_constrain_apart.defvjp(
+    lambda x, forward, backward: (_constrain_apart(x, forward, backward), None),
+    lambda forward, backward, _, cotangent: (jax.lax.with_sharding_constraint(cotangent, backward),),
+)
 
 
 def local_problems(mesh: Mesh, problems: int) -> np.ndarray:

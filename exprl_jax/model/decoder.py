@@ -54,8 +54,8 @@ class Block(nn.Module):
         def weight(name, init, *shape):
             return self.param(name, init, shape).astype(dtype)
 
-        x_PGTD, memory = carried
-        h = rms_norm(x_PGTD, self.param("attn_norm", ones, (D,)), arch.norm_eps)
+        (x_PGTD, memory), place = carried, self.place
+        h = place.whole_tokens(rms_norm(x_PGTD, self.param("attn_norm", ones, (D,)), arch.norm_eps))
         q = jnp.einsum("pgtd,dhe->pgthe", h, weight("q", normal, D, H, E))
         k = jnp.einsum("pgtd,dhe->pgthe", h, weight("k", normal, D, K, E))
         v = jnp.einsum("pgtd,dhe->pgthe", h, weight("v", normal, D, K, E))
@@ -71,13 +71,12 @@ class Block(nn.Module):
         k = attention.rotate(k, positions_PGT, frequency)
         a, memory, kept = self.look(q, k, v, memory, each, view)
         a = checkpoint_name(a, attention.KEPT)
-        x_PGTD += jnp.einsum("pgthe,hed->pgtd", a, weight("o", normal, H, E, D))
-        x_PGTD = self.place.residual(x_PGTD)
+        x_PGTD += place.by_tokens(jnp.einsum("pgthe,hed->pgtd", a, weight("o", normal, H, E, D)))
 
-        h = rms_norm(x_PGTD, self.param("ffn_norm", ones, (D,)), arch.norm_eps)
+        h = place.whole_tokens(rms_norm(x_PGTD, self.param("ffn_norm", ones, (D,)), arch.norm_eps))
         gate, up = h @ weight("gate", normal, D, F), h @ weight("up", normal, D, F)
-        x_PGTD += (jax.nn.silu(gate) * up) @ weight("down", normal, F, D)
-        return (self.place.residual(x_PGTD), memory), kept
+        x_PGTD += place.by_tokens(place.by_columns(jax.nn.silu(gate) * up) @ weight("down", normal, F, D))
+        return (x_PGTD, memory), kept
 
 
 class Decoder(nn.Module):
@@ -105,7 +104,7 @@ class Decoder(nn.Module):
         embed = self.param("embed", nn.initializers.normal(0.02), (arch.vocab_size, arch.width))
         if not arch.tied:
             self.param("unembed", nn.initializers.normal(0.02), (arch.width, arch.vocab_size))
-        carried = self.place.residual(embed[tokens_PGT].astype(how.compute_dtype)), memory
+        carried = self.place.by_tokens(embed[tokens_PGT].astype(how.compute_dtype)), memory
 
         block = Block
         if how.remat != "none":
