@@ -38,6 +38,7 @@ def base() -> ConfigDict:
             mesh=dict(data=2, model=8),
             # The policy's float32 parameters are trained; one bfloat16 copy of its start is KL reference and judge.
             policy=model(QWEN3_4B, param_dtype="float32", **accelerator),
+            lora=dict(rank=0, alpha=32.0, targets="q,k,v,o,gate,up,down"),
             reference=model(QWEN3_4B, param_dtype="bfloat16", **accelerator),
             routes=dict(math="outcome", choice="outcome", science="outcome", code="outcome"),
             judge=dict(
@@ -145,7 +146,7 @@ def large(config: ConfigDict) -> ConfigDict:
 
 def supervised(config: ConfigDict) -> ConfigDict:
     """SFT on the references with what it shares with an RL config: data, mesh, policy, checkpoints."""
-    shared = {name: config[name].to_dict() for name in ("data", "mesh", "policy", "checkpoint")}
+    shared = {name: config[name].to_dict() for name in ("data", "mesh", "policy", "lora", "checkpoint")}
     optimizer = config.optimizer.to_dict() | dict(b2=0.95, schedule="cosine", warmup=0.1)
     return ConfigDict(
         dict(

@@ -17,6 +17,7 @@ ARMS = {
     "stage2": stage2,
     "distill": distill,
     "sft": lambda c: c,
+    "lora": lambda c: c,
 }
 
 
@@ -48,6 +49,9 @@ def get_config(arm: str = "outcome"):
         config.judge.model.weights = "random:llama"
     elif arm == "stage2":
         config.policy.weights = "runs/tiny"
+    elif arm == "lora":
+        config.lora.rank = 4
+        config.optimizer.learning_rate = 1e-3
     elif arm == "sft":
         config = supervised(config)
         config.update(batch=8, microbatch=8, row_tokens=512, logp_chunk=512)

@@ -80,6 +80,26 @@ class Model:
 
 
 @dataclasses.dataclass(frozen=True)
+class Lora:
+    """Training low-rank adapters of a frozen policy, instead of all its parameters.
+
+    Attributes:
+      rank: of the adapters; 0 trains the parameters themselves.
+      alpha: adapters count alpha / rank times.
+      targets: of `q,k,v,o,gate,up,down`, with commas between.
+    """
+
+    rank: int
+    alpha: float
+    targets: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The targets."""
+        return tuple(self.targets.split(","))
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollout:
     """Sampling from the policy.
 
@@ -351,6 +371,7 @@ class Config:
     data: Data
     mesh: Mesh
     policy: Model
+    lora: Lora
     reference: Model
     routes: Routes
     judge: Judge
@@ -385,6 +406,7 @@ class Sft:
     data: Data
     mesh: Mesh
     policy: Model
+    lora: Lora
     batch: int
     microbatch: int
     row_tokens: int
@@ -611,12 +633,12 @@ def _type_name(hint: Any) -> str:
 
 
 _POSITIVE = {
-    "steps", "epochs", "batch", "row_tokens", "max_prompt_tokens", "model", "prompts", "group", "wave", "max_tokens",
+    "alpha", "steps", "epochs", "batch", "row_tokens", "max_prompt_tokens", "model", "prompts", "group", "wave", "max_tokens",
     "max_segments", "max_context_tokens", "max_trace_tokens", "per_batch", "microbatch", "logp_chunk", "every", "keep",
     "workers", "seconds", "clip_norm", "eps", "memory_mb", "samples", "concurrency", "count",
 }  # fmt: skip
 _NOT_NEGATIVE = {
-    "seed", "min_spread", "kl_coef", "entropy_coef", "clip_low", "clip_high", "rollouts", "learning_rate",
+    "seed", "rank", "min_spread", "kl_coef", "entropy_coef", "clip_low", "clip_high", "rollouts", "learning_rate",
     "weight_decay", "temperature", "max_resample", "retries",
 }  # fmt: skip
 _FRACTIONS = {"b1": "[0, 1)", "b2": "[0, 1)", "warmup": "[0, 1)", "max_missing": "[0, 1)"}
@@ -650,6 +672,10 @@ def _check_parts(section: Any, path: str) -> None:
     if isinstance(section, Mesh):
         counted = section.data > 0 or section.data == -1
         _require(counted, f"{path}.data", section.data, "a positive number, or -1 for all devices")
+    if isinstance(section, Lora):
+        known = {"q", "k", "v", "o", "gate", "up", "down"}
+        some = len(section.names) == len(set(section.names)) and set(section.names) <= known
+        _require(some, f"{path}.targets", section.targets, "some of q,k,v,o,gate,up,down, each once, with commas between")
     if isinstance(section, Judge) and section.backend == "openai":
         _require(section.readout == "text", f"{path}.readout", section.readout, "'text' with judge.backend = 'openai'")
         url = section.endpoint.base_url

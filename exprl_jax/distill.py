@@ -94,7 +94,7 @@ def take_step(
     for place in places:
         problems = [run.problems[i] for i in indices[place]]
         with clock.phase("sample"):
-            waves.append(sample_wave(run, state.params, problems, step, 0, np.ones(len(problems), bool)))
+            waves.append(sample_wave(run, run.model(state), problems, step, 0, np.ones(len(problems), bool)))
         gradings.append(graders.submit([(p, text) for p, group in zip(problems, waves[-1].responses) for text in group]))
 
     with clock.phase("pack"):
@@ -107,11 +107,11 @@ def take_step(
     wait()
     with clock.phase("train"):
         if config.distillation.kl == "full":
-            state, update = tuition.programs.distill_step(state, teacher, teaching, experience)
+            state, update = tuition.programs.distill_step(state, run.base, teacher, teaching, experience)
             row = over_updates([jax.device_get(update)])
         else:
-            signal, kl = tuition.programs.signal(state.params, teacher, teaching, experience)
-            state, update = run.programs.train_step(state, experience.replace(advantage_MBT=signal))
+            signal, kl = tuition.programs.signal(run.model(state), teacher, teaching, experience)
+            state, update = run.programs.train_step(state, run.base, experience.replace(advantage_MBT=signal))
             row = learned(config, [jax.device_get(update)]) | {"distill/kl": float(kl)}
 
     with clock.phase("grade"):

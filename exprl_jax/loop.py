@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from exprl_jax.checkpoint import Checkpoints
-from exprl_jax.config import Checkpoint, to_dict
+from exprl_jax.config import Checkpoint, Lora, to_dict
 from exprl_jax.data.problems import Problem
 from exprl_jax.metrics import Clock, CompileLedger, Metrics, Progress, truncate_after, write_rollouts
 from exprl_jax.model.language_model import LanguageModel, save_description
-from exprl_jax.model.weights import export_folder
+from exprl_jax.model.lora import adapt, save_adapters
+from exprl_jax.model.weights import export_folder, whole_array
+from exprl_jax.programs import build_merge
 from exprl_jax.records import TrainState
 from exprl_jax.stopping import StopRequest
 from exprl_jax.workdir import Workdir, open_workdir
@@ -53,6 +56,7 @@ class Task:
       problems: what a position in the data refers to.
       take_step: (state, step, clock, checkpoints' wait) → Taken; `step` counts from 0.  The wait must be called before
         the state is donated.
+      export: writes a model from parameters to a workdir; every process calls it.
       shows: what the headline is.
     """
 
@@ -65,6 +69,7 @@ class Task:
     first_state: Callable[[], TrainState]
     problems: Sequence[Problem]
     take_step: Callable[[TrainState, int, Clock, Callable[[], None]], Taken]
+    export: Callable[[Any, Workdir], None]
     shows: str
 
 
@@ -123,11 +128,19 @@ def follow(task: Task, workdir_path: str) -> None:
         if int(state.step) < task.steps:
             say(f"stopped after step {int(state.step)} of {task.steps}; start again with the same command to go on")
             return
-        policy = task.policy
-        export_folder(
-            state.params, policy.arch, policy.execution, workdir.export, policy.tokenizer, policy.how.param_dtype
-        )
+        task.export(state.params, workdir)
         _summary(workdir)
+
+
+def export(lora: Lora, policy: LanguageModel, mesh: Mesh, base: Any, params: Any, workdir: Workdir) -> None:
+    """Writes the trained policy as a Hugging Face folder; adapters merged into their base, and beside it for PEFT."""
+    how, dtype = policy.execution, policy.how.param_dtype
+    if lora.rank:
+        adapters = jax.tree.map(whole_array, params)
+        if jax.process_index() == 0:
+            save_adapters(workdir.adapter, adapters, policy.arch, how, lora, policy.how.weights)
+        params = build_merge(policy, mesh)(adapt(lora, base, params))
+    export_folder(params, policy.arch, how, workdir.export, policy.tokenizer, dtype)
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:

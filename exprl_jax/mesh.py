@@ -71,8 +71,20 @@ def parameter_rules(arch: Architecture) -> tuple[tuple[str, PartitionSpec], ...]
     return tuple(rules)
 
 
+# Of adapters (`model.lora`): as their target on its side, whole along the rank.
+_ADAPTER_RULES = (
+    (r"(q|k|v|gate|up)_lora_a", PartitionSpec(DATA, None)),
+    (r"(q|k|v)_lora_b", PartitionSpec(None, MODEL, None)),
+    (r"(gate|up)_lora_b", PartitionSpec(None, MODEL)),
+    (r"o_lora_a", PartitionSpec(MODEL, None, None)),
+    (r"down_lora_a", PartitionSpec(MODEL, None)),
+    (r"(o|down)_lora_b", PartitionSpec(None, DATA)),
+)
+
+
 def shard_parameters(tree: Any, arch: Architecture, how: Execution, mesh: Mesh) -> Any:
-    """Shardings for a tree of parameters, or for any tree that mirrors it (gradients, Adam's moments, a TrainState).
+    """Shardings for a tree of parameters, or for any tree that mirrors it (gradients, Adam's moments, a TrainState), with
+    adapters or of adapters alone.
 
     A leaf is matched by the last key of its path; scalars are replicated.  An axis that does not divide its dimension
     (3 heads over 2 devices) is left out: that dimension is replicated.
@@ -80,7 +92,8 @@ def shard_parameters(tree: Any, arch: Architecture, how: Execution, mesh: Mesh) 
     Raises:
       ValueError: a leaf that no rule matches, or a rule that matches no leaf (names it).
     """
-    rules, used = parameter_rules(arch), set()
+    own, used = parameter_rules(arch), set()
+    rules = (*own, *_ADAPTER_RULES)
 
     def place(path, leaf):
         if leaf.ndim == 0:
@@ -94,8 +107,8 @@ def shard_parameters(tree: Any, arch: Architecture, how: Execution, mesh: Mesh) 
         raise ValueError(f"no parameter rule matches {jax.tree_util.keystr(path)} of shape {leaf.shape}")
 
     shardings = jax.tree_util.tree_map_with_path(place, tree)
-    unused = [pattern for pattern, _ in rules if pattern not in used]
-    if unused:
+    unused = [pattern for pattern, _ in own if pattern not in used]
+    if unused and used - {pattern for pattern, _ in _ADAPTER_RULES}:
         raise ValueError(f"parameter rule {unused[0]!r} matches no parameter of this {arch.family} model")
     return shardings
 

@@ -135,7 +135,7 @@ def _memory(config: Config, archs: dict[Model, Architecture], mesh: Any, state: 
             policy, how, wave, config.data.max_prompt_tokens, wave * group, config.rollout.max_tokens
         ),
         # The sum so far and one microbatch's part.
-        "training: gradients": 2 * 4 * bytes_per_device(state.params, shardings.params) / state.params["embed"].dtype.itemsize,
+        "training: gradients": 2 * bytes_per_device(_float32(state.params), shardings.params),
         "training: activations": residuals,
         "training: attention scores": 2 * scores(
             policy, config.updates.microbatch, config.updates.row_tokens, config.updates.row_tokens
@@ -156,7 +156,12 @@ def _memory(config: Config, archs: dict[Model, Architecture], mesh: Any, state: 
 def _frozen(config: Config) -> set[Model]:
     """Models that a run holds beside the policy, whatever its problems turn out to be."""
     reference = {config.reference} if needs_reference_model(config) else set()
-    return reference | ({config.judge.model} if has_local_judge(config) else set())
+    base = {config.policy} if config.lora.rank else set()
+    return reference | base | ({config.judge.model} if has_local_judge(config) else set())
+
+
+def _float32(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.float32), tree)
 
 
 def _at(tree: Any, path: Any) -> Any:

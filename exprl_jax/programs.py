@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from exprl_jax.config import Config, Judge, Model, Sft
+from exprl_jax.config import Config, Judge, Lora, Model, Sft
 from exprl_jax.learning.distillation import distill_step
 from exprl_jax.learning.logprobs import token_logprobs
 from exprl_jax.learning.supervised import sft_step
@@ -20,6 +20,7 @@ from exprl_jax.mesh import Placement, microbatches_sharding, replicated, rows_sh
 from exprl_jax.model import decoder
 from exprl_jax.model.config import Architecture
 from exprl_jax.model.language_model import LanguageModel
+from exprl_jax.model.lora import adapt, attached, init_adapters, merged
 from exprl_jax.records import Array, Packed, TrainState
 from exprl_jax.reward.judge_prompts import digit_token_ids
 from exprl_jax.reward.scoring import score
@@ -32,9 +33,10 @@ class Programs:
     """What trains a policy.
 
     Attributes:
-      init_state: params → TrainState; the parameters are copied, so a frozen model's buffers stay its own.
+      init_state: params → TrainState; the parameters are copied, so a frozen model's buffers stay its own.  With adapters
+        the state is theirs alone.
       token_logp: params, Packed [M, B, T], used → log π of each slot's target, [M, B, T].
-      train_step: TrainState (donated), Experience → TrainState, metrics.
+      train_step: TrainState (donated), the base of its adapters (() for none), Experience → TrainState, metrics.
     """
 
     init_state: Callable
@@ -62,7 +64,7 @@ class TeacherPrograms:
     Attributes:
       signal: policy params, teacher params, Teaching, Experience → log π_teacher − log π of each slot's target, and the
         estimate of the KL that its mean is   (`sampled`).
-      distill_step: TrainState (donated), teacher params, Teaching, Experience → TrainState, metrics   (`full`).
+      distill_step: TrainState (donated), base, teacher params, Teaching, Experience → TrainState, metrics   (`full`).
     """
 
     signal: Callable
@@ -76,7 +78,7 @@ class SftPrograms:
     Attributes:
       abstract, shardings: shapes and dtypes of the state, and where each of its arrays lies.
       init_state: params → TrainState.
-      sft_step: TrainState (donated), Lesson → TrainState, metrics.
+      sft_step: TrainState (donated), base, Lesson → TrainState, metrics.
     """
 
     abstract: TrainState
@@ -88,14 +90,17 @@ class SftPrograms:
 def build(config: Config, mesh: Mesh, policy: LanguageModel) -> Programs:
     """Binds a config's static choices to the programs; compiles nothing yet."""
     optimizer, logp = _optimizer(config), _logp_of(config, mesh, policy)
-    updating = functools.partial(
-        train_step, logp_fn=logp, optimizer=optimizer, loss=config.loss, on_policy=config.updates.per_batch == 1,
-        keep_sharded=_keep_sharded(mesh, policy),
-    )  # fmt: skip
+
+    def updating(state, base, experience):
+        return train_step(
+            state, experience, logp_fn=lambda params, packed: logp(adapt(config.lora, base, params), packed),
+            optimizer=optimizer, loss=config.loss, on_policy=config.updates.per_batch == 1,
+            keep_sharded=_keep_sharded(mesh, policy),
+        )  # fmt: skip
+
     state_shardings = shard_state(config, mesh, policy)
-    initialise = functools.partial(init_state, optimizer=optimizer, dtype=policy.how.param_dtype)
     return Programs(
-        init_state=_jit("init_state", initialise, state_shardings),
+        init_state=_jit("init_state", _init_state(config, policy, optimizer), state_shardings),
         token_logp=_jit("token_logp", functools.partial(every_logp, logp_fn=logp), microbatches_sharding(mesh)),
         train_step=_jit("train_step", updating, (state_shardings, replicated(mesh)), donate_argnums=0),
     )
@@ -125,16 +130,21 @@ def build_teacher(config: Config, mesh: Mesh, policy: LanguageModel) -> TeacherP
     """The programs of a teacher of the policy's own architecture."""
     logp = functools.partial(every_logp, logp_fn=_logp_of(config, mesh, policy))
 
+    optimizer, states = _optimizer(config), functools.partial(packed_states, mesh=mesh, policy=policy)
+
     def signal(params, teacher, teaching, experience):
         shown = logp(teacher, teaching.packed, experience.used)
         gap = jnp.take_along_axis(shown, teaching.at_MBT, axis=2) - logp(params, experience.packed, experience.used)
         return gap, -jnp.where(experience.mask_MBT, gap, 0.0).sum() / jnp.maximum(experience.mask_MBT.sum(), 1)
 
-    distilling = functools.partial(
-        distill_step, states_fn=functools.partial(packed_states, mesh=mesh, policy=policy),
-        temperature=config.rollout.temperature, chunk=config.updates.logp_chunk, optimizer=_optimizer(config),
-        place=Placement(mesh), keep_sharded=_keep_sharded(mesh, policy),
-    )  # fmt: skip
+    def distilling(state, base, teacher, teaching, experience):
+        return distill_step(
+            state, teacher, teaching, experience, optimizer=optimizer,
+            states_fn=lambda params, packed: states(adapt(config.lora, base, params), packed), teacher_fn=states,
+            temperature=config.rollout.temperature, chunk=config.updates.logp_chunk, place=Placement(mesh),
+            keep_sharded=_keep_sharded(mesh, policy),
+        )  # fmt: skip
+
     state_shardings = shard_state(config, mesh, policy)
     return TeacherPrograms(
         signal=_jit("teacher_signal", signal, (microbatches_sharding(mesh), replicated(mesh))),
@@ -145,14 +155,18 @@ def build_teacher(config: Config, mesh: Mesh, policy: LanguageModel) -> TeacherP
 def build_sft(config: Sft, mesh: Mesh, policy: LanguageModel, updates: int) -> SftPrograms:
     """The programs of a supervised run of so many updates."""
     optimizer, rate = make_optimizer(config.optimizer, updates), learning_rate(config.optimizer, updates)
-    initialise = functools.partial(init_state, optimizer=optimizer, dtype=policy.how.param_dtype)
-    abstract = _abstract(policy.how, policy.arch, optimizer)
-    shardings = shard_parameters(abstract, policy.arch, policy.execution, mesh)
     logp = functools.partial(packed_logp_and_entropy, mesh=mesh, policy=policy, temperature=1.0, chunk=config.logp_chunk)
-    updating = functools.partial(
-        sft_step, logp_fn=logp, optimizer=optimizer, rate=rate if callable(rate) else optax.constant_schedule(rate),
-        keep_sharded=_keep_sharded(mesh, policy),
-    )  # fmt: skip
+
+    def updating(state, base, lesson):
+        return sft_step(
+            state, lesson, logp_fn=lambda params, packed: logp(adapt(config.lora, base, params), packed),
+            optimizer=optimizer, rate=rate if callable(rate) else optax.constant_schedule(rate),
+            keep_sharded=_keep_sharded(mesh, policy),
+        )  # fmt: skip
+
+    initialise = _init_state(config, policy, optimizer)
+    abstract = _abstract(config.lora, policy.how, policy.arch, optimizer)
+    shardings = shard_parameters(abstract, policy.arch, policy.execution, mesh)
     return SftPrograms(
         abstract=abstract,
         shardings=shardings,
@@ -161,8 +175,18 @@ def build_sft(config: Sft, mesh: Mesh, policy: LanguageModel, updates: int) -> S
     )
 
 
+def build_merge(policy: LanguageModel, mesh: Mesh) -> Callable:
+    """Adapters on their base (`model.lora.Adapted`) → the parameters of an ordinary model."""
+    dtype = policy.how.param_dtype
+    abstract = decoder.abstract_params(policy.arch, policy.execution, dtype)
+    shardings = shard_parameters(abstract, policy.arch, policy.execution, mesh)
+    return _jit("merge", functools.partial(merged, how=policy.execution, dtype=dtype), shardings)
+
+
 def _prefill(model: LanguageModel, mesh: Mesh) -> Callable:
-    return lambda params, context: decoder.prefill(params, model.arch, model.execution, context, Placement(mesh))
+    return lambda params, context: decoder.prefill(
+        attached(params), model.arch, model.execution, context, Placement(mesh)
+    )
 
 
 def _sample(model: LanguageModel, mesh: Mesh, max_tokens: int) -> Callable:
@@ -170,7 +194,7 @@ def _sample(model: LanguageModel, mesh: Mesh, max_tokens: int) -> Callable:
         sample, arch=model.arch, how=model.execution, max_tokens=max_tokens, eos_ids=model.tokenizer.eos_ids,
         pad_id=model.tokenizer.pad_id, place=Placement(mesh),
     )  # fmt: skip
-    return lambda params, prefix, rows, draw: sampling(params, prefix=prefix, rows=rows, draw=draw)
+    return lambda params, prefix, rows, draw: sampling(attached(params), prefix=prefix, rows=rows, draw=draw)
 
 
 def _logp_of(config: Config, mesh: Mesh, policy: LanguageModel) -> Callable:
@@ -186,20 +210,35 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
     return make_optimizer(config.optimizer, config.steps * config.updates.per_batch)
 
 
-def init_state(params: decoder.Params, *, optimizer: optax.GradientTransformation, dtype: str) -> TrainState:
-    """The state before the first step."""
-    params = jax.tree.map(lambda x: jnp.array(x, dtype, copy=True), params)
+def _init_state(config: Config | Sft, policy: LanguageModel, optimizer: optax.GradientTransformation) -> Callable:
+    return functools.partial(init_state, lora=config.lora, how=policy.how, arch=policy.arch, optimizer=optimizer, seed=config.seed)
+
+
+def init_state(
+    params: decoder.Params, *, lora: Lora, how: Model, arch: Architecture, optimizer: optax.GradientTransformation, seed: int
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+      params: of the policy; with adapters they are left where they are, and the state is the adapters'.
+    """
+    if lora.rank:
+        key = jax.random.fold_in(jax.random.key(seed), lora.rank)
+        params = init_adapters(arch, how.execution, lora, "float32", key)
+    else:
+        params = jax.tree.map(lambda x: jnp.array(x, how.param_dtype, copy=True), params)
     return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
 
 
 def abstract_state(config: Config, arch: Architecture) -> TrainState:
     """Shapes and dtypes of a run's state; allocates nothing."""
-    return _abstract(config.policy, arch, _optimizer(config))
+    return _abstract(config.lora, config.policy, arch, _optimizer(config))
 
 
-def _abstract(how: Model, arch: Architecture, optimizer: optax.GradientTransformation) -> TrainState:
+def _abstract(lora: Lora, how: Model, arch: Architecture, optimizer: optax.GradientTransformation) -> TrainState:
     params = decoder.abstract_params(arch, how.execution, how.param_dtype)
-    return jax.eval_shape(functools.partial(init_state, optimizer=optimizer, dtype=how.param_dtype), params)
+    initialise = functools.partial(init_state, lora=lora, how=how, arch=arch, optimizer=optimizer, seed=0)
+    return jax.eval_shape(initialise, params)
 
 
 def shard_state(config: Config, mesh: Mesh, policy: LanguageModel) -> Any:
@@ -209,6 +248,7 @@ def shard_state(config: Config, mesh: Mesh, policy: LanguageModel) -> Any:
 
 def packed_states(params: decoder.Params, packed: Packed, *, mesh: Mesh, policy: LanguageModel) -> tuple[Array, Array]:
     """The hidden states of packed rows [B, T, D], and the unembedding."""
+    params = attached(params)
     hidden = decoder.packed_hidden_states(params, policy.arch, policy.execution, packed, Placement(mesh))
     return hidden, decoder.unembedding(params, policy.arch)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,12 +22,12 @@ from exprl_jax.config import Sft, to_dict
 from exprl_jax.data.packing import Example, Filled, assign_rows, fill_rows
 from exprl_jax.data.problems import Problem, batch_indices
 from exprl_jax.data.tokenizer import Tokenizer
-from exprl_jax.loop import Taken, Task, follow, say
+from exprl_jax.loop import Taken, Task, export, follow, say
 from exprl_jax.mesh import DATA, make_mesh, put_microbatches
 from exprl_jax.metrics import Clock
-from exprl_jax.model.language_model import LanguageModel, load, open_model
+from exprl_jax.model.language_model import LanguageModel, open_model
 from exprl_jax.records import Lesson, TrainState
-from exprl_jax.train import fitting, over_updates, policy_prompts, read_training_problems
+from exprl_jax.train import fitting, load_frozen, over_updates, policy_prompts, read_training_problems
 from exprl_jax.workdir import check_workdir
 
 
@@ -37,6 +38,7 @@ class Run:
     Attributes:
       problems: those whose examples fit.
       examples: of the problems, in their order.
+      base: what the policy's adapters stand on; nothing where it has none.
       steps: batches of all epochs.
     """
 
@@ -46,6 +48,7 @@ class Run:
     programs: programs_room.SftPrograms
     problems: Sequence[Problem]
     examples: Sequence[Example]
+    base: Any
     steps: int
 
 
@@ -71,7 +74,7 @@ def take_step(run: Run, state: TrainState, step: int, clock: Clock, wait: Callab
         tokens = int((filled.packed.segment_BT > 0).sum())
     wait()
     with clock.phase("train"):
-        state, update = run.programs.sft_step(state, lesson)
+        state, update = run.programs.sft_step(state, run.base, lesson)
         row = over_updates([jax.device_get(update)]) | {"update/padding": filled.padding, "data/epoch": epoch}
     return Taken(state, row, {"train": tokens}, row["loss/total"], [])
 
@@ -123,6 +126,7 @@ def prepare(config: Sft) -> Run:
         programs=programs_room.build_sft(config, mesh, policy, steps),
         problems=problems,
         examples=kept,
+        base=load_frozen(policy, mesh, config.seed) if config.lora.rank else (),
         steps=steps,
     )
 
@@ -144,10 +148,11 @@ def task_of(run: Run) -> Task:
         first_state=functools.partial(first_state, run),
         problems=run.problems,
         take_step=functools.partial(take_step, run),
+        export=functools.partial(export, run.config.lora, run.policy, run.mesh, run.base),
         shows="loss",
     )
 
 
 def first_state(run: Run) -> TrainState:
     """The state before the first step."""
-    return run.programs.init_state(load(run.policy, run.programs.shardings.params, run.config.seed))
+    return run.programs.init_state(run.base or load_frozen(run.policy, run.mesh, run.config.seed))

@@ -28,7 +28,7 @@ from exprl_jax.data.problems import (
 from exprl_jax.data.prompts import PromptStyle, policy_prompt, worked_examples
 from exprl_jax.learning.advantages import Assigned, assign, to_tokens
 from exprl_jax.learning.losses import normaliser
-from exprl_jax.loop import Taken, Task, follow, say
+from exprl_jax.loop import Taken, Task, export, follow, say
 from exprl_jax.mesh import (
     DATA, Placement, agree_rows, gather_rows, largest_over_processes, local_problems, make_mesh, owned_problems,
     put_microbatches, shard_parameters,
@@ -37,6 +37,7 @@ from exprl_jax.metrics import Clock
 from exprl_jax.model import decoder
 from exprl_jax.model.config import Architecture
 from exprl_jax.model.language_model import LanguageModel, load, open_model
+from exprl_jax.model.lora import adapt
 from exprl_jax.probe import look
 from exprl_jax.records import Experience, Rollouts, TrainState
 from exprl_jax.reward.judge import Judgements, Query
@@ -70,6 +71,15 @@ class Run:
     prompts: Prompts
     splitter: Splitter
     frozen: Mapping[Model, decoder.Params]
+
+    @property
+    def base(self) -> Any:
+        """What the policy's adapters stand on; nothing where it has none."""
+        return self.frozen[self.config.policy] if self.config.lora.rank else ()
+
+    def model(self, state: TrainState) -> Any:
+        """The policy as it stands."""
+        return adapt(self.config.lora, self.base, state.params)
 
     def route(self, problem: Problem) -> Route:
         """What scores the problem's rollouts."""
@@ -135,12 +145,12 @@ def take_step(run: Run, graders: Graders, state: TrainState, step: int, clock: C
     # Verifiers work on one wave while the next is sampled.
     begun = [
         begin_wave(
-            run, graders, state.params, [run.problems[i] for i in indices[place]], place, step, clock, 0,
+            run, graders, run.model(state), [run.problems[i] for i in indices[place]], place, step, clock, 0,
             np.ones(len(place), bool),
         )
         for place in local_places(run, config.rollout.prompts)
     ]  # fmt: skip
-    scored = [finish_wave(run, graders, state.params, wave, step, clock) for wave in begun]
+    scored = [finish_wave(run, graders, run.model(state), wave, step, clock) for wave in begun]
     table = [_table(run, wave.place, each) for wave, each in zip(begun, scored)]
     rows = gather_rows({k: np.concatenate([t[k] for t in table]) for k in table[0]}, _places(table))
     row = summarise(rows, config.advantage, run.kinds) | {"data/epoch": epoch}
@@ -151,12 +161,12 @@ def take_step(run: Run, graders: Graders, state: TrainState, step: int, clock: C
         batch = whole_batch(run, [run.problems[i] for i in indices], scored, [wave.place for wave in begun])
         ready = ready_updates(run, batch)
     with clock.phase("logp"):
-        batches = jax.block_until_ready([with_logp(run, state.params, each.experience) for each in ready])
+        batches = jax.block_until_ready([with_logp(run, run.model(state), each.experience) for each in ready])
     wait()
     with clock.phase("train"):
         updates = []
         for experience in batches:
-            state, update = run.programs.train_step(state, experience)
+            state, update = run.programs.train_step(state, run.base, experience)
             updates.append(jax.device_get(update))
     sampled = int(rows["sampled_P"].sum())
     return Taken(
@@ -207,6 +217,8 @@ def prepare(config: Config, held: contextlib.ExitStack) -> Run:
             raise ValueError("config.reference: expected the policy's architecture and execution; one program serves both")
         frozen[config.reference] = load_frozen(reference, mesh, config.seed)
         say(f"reference {config.reference.weights}")
+    if config.lora.rank and config.policy not in frozen:
+        frozen[config.policy] = load_frozen(policy, mesh, config.seed)
 
     def load_judge(model: LanguageModel) -> decoder.Params:
         say(f"judge {model.how.weights}")
@@ -244,6 +256,7 @@ def task_of(run: Run, step: Callable[..., Taken]) -> Task:
         first_state=functools.partial(_first_state, run),
         problems=run.problems,
         take_step=step,
+        export=functools.partial(export, config.lora, policy, run.mesh, run.base),
         shows="reward" if config.task == "rl" else "accuracy",
     )
 

@@ -84,6 +84,10 @@ class Workdir:
     def export(self) -> pathlib.Path:
         return self.path / "export"
 
+    @property
+    def adapter(self) -> pathlib.Path:
+        return self.path / "adapter"
+
 
 @contextlib.contextmanager
 def open_workdir(

@@ -33,6 +33,7 @@ def distill_step(
     experience: Experience,
     *,
     states_fn: PackedStates,
+    teacher_fn: PackedStates,
     temperature: float,
     chunk: int,
     optimizer: optax.GradientTransformation,
@@ -47,7 +48,7 @@ def distill_step(
       teacher: parameters of the policy's architecture.
       teaching: the same responses after the teacher's prompts, which hold the references, in the same rows.
       experience: the rollouts, with the policy's own prompts; advantages and log-probs are not read.
-      states_fn: (params, packed) → (the hidden states of its slots, unembedding).
+      states_fn, teacher_fn: (params, packed) → (the hidden states of its slots, unembedding), of policy and teacher.
       chunk: rows × tokens whose logits exist at once.
       keep_sharded: as in `update.train_step`.
 
@@ -58,7 +59,7 @@ def distill_step(
     def objective(params, part):
         packed, teaching, mask_BT, weight_BT = part
         hidden_BTD, table_DV = states_fn(params, packed)
-        shown_BTD, teacher_table_DV = states_fn(teacher, teaching.packed)
+        shown_BTD, teacher_table_DV = teacher_fn(teacher, teaching.packed)
         shown_BTD = jnp.take_along_axis(shown_BTD, teaching.at_MBT[..., None], axis=1)
         kl = reverse_kl(hidden_BTD, table_DV, shown_BTD, teacher_table_DV, temperature, chunk, place)
         kl = jnp.where(mask_BT, kl, 0.0)

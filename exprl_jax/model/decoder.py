@@ -22,6 +22,8 @@ from exprl_jax.model.config import Architecture, Execution
 from exprl_jax.records import Context, Packed, Prefix, Rows
 
 Params = dict[str, Any]
+# What the names of a parameter's adapters end in.
+LORA_A, LORA_B = "_lora_a", "_lora_b"
 
 
 def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
@@ -54,11 +56,17 @@ class Block(nn.Module):
         def weight(name, init, *shape):
             return self.param(name, init, shape).astype(dtype)
 
+        def product(x, name, *shape, inner=1):
+            """x · weight over x's last `inner` dims, its adapters' part included where there are any."""
+            y = jnp.tensordot(x, weight(name, normal, *shape), inner)
+            if self.has_variable("params", name + LORA_A):
+                a, b = (self.get_variable("params", name + part).astype(dtype) for part in (LORA_A, LORA_B))
+                y += jnp.tensordot(jnp.tensordot(x, a, inner), b, 1)
+            return y
+
         (x_PGTD, memory), place = carried, self.place
         h = place.whole_tokens(rms_norm(x_PGTD, self.param("attn_norm", ones, (D,)), arch.norm_eps))
-        q = jnp.einsum("pgtd,dhe->pgthe", h, weight("q", normal, D, H, E))
-        k = jnp.einsum("pgtd,dhe->pgthe", h, weight("k", normal, D, K, E))
-        v = jnp.einsum("pgtd,dhe->pgthe", h, weight("v", normal, D, K, E))
+        q, k, v = product(h, "q", D, H, E), product(h, "k", D, K, E), product(h, "v", D, K, E)
         if arch.qkv_bias:
             q += weight("q_bias", zeros, H, E)
             k += weight("k_bias", zeros, K, E)
@@ -71,11 +79,11 @@ class Block(nn.Module):
         k = attention.rotate(k, positions_PGT, frequency)
         a, memory, kept = self.look(q, k, v, memory, each, view)
         a = checkpoint_name(a, attention.KEPT)
-        x_PGTD += place.by_tokens(jnp.einsum("pgthe,hed->pgtd", a, weight("o", normal, H, E, D)))
+        x_PGTD += place.by_tokens(product(a, "o", H, E, D, inner=2))
 
         h = place.whole_tokens(rms_norm(x_PGTD, self.param("ffn_norm", ones, (D,)), arch.norm_eps))
-        gate, up = h @ weight("gate", normal, D, F), h @ weight("up", normal, D, F)
-        x_PGTD += place.by_tokens(place.by_columns(jax.nn.silu(gate) * up) @ weight("down", normal, F, D))
+        gated = place.by_columns(jax.nn.silu(product(h, "gate", D, F)) * product(h, "up", D, F))
+        x_PGTD += place.by_tokens(product(gated, "down", F, D))
         return (x_PGTD, memory), kept
 
 

@@ -36,6 +36,9 @@ PUBLISHED = {
     "Qwen/Qwen3-4B-Instruct-2507": Architecture(
         width=2560, ffn=9728, rope_theta=5e6, tied=True, max_positions=262_144, **_QWEN3
     ),
+    "Qwen/Qwen3-0.6B": Architecture(
+        **_QWEN3 | dict(layers=28, heads=16), width=1024, ffn=3072, rope_theta=1e6, tied=True, max_positions=40_960
+    ),
     "Qwen/Qwen3-8B": Architecture(width=4096, ffn=12_288, rope_theta=1e6, tied=False, max_positions=40_960, **_QWEN3),
 }
 
@@ -153,6 +156,8 @@ def find_checkpoint(weights: str) -> Checkpoint | None:
     recorded = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     if "task" not in recorded or "policy" not in recorded:
         return None
+    if recorded.get("lora", {}).get("rank"):
+        raise ValueError(f"model {weights}: its run trained adapters, which stand on another model; name {workdir}/export")
     if workdir == path:
         step = newest_step(workdir / "checkpoints")
         if step is None:

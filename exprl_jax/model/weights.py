@@ -223,6 +223,11 @@ def _gather(params: Params, how: Execution, entry: Entry) -> np.ndarray:
         array = jax.lax.dynamic_index_in_dim(params["layers"][key], layer, keepdims=False)
     else:
         array = params[f"layer_{layer}"][key]
+    return whole_array(array)
+
+
+def whole_array(array: jax.Array) -> np.ndarray:
+    """An array on this host, wherever its parts are; every process takes part."""
     return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
 
 
@@ -244,12 +249,24 @@ def _plan_files(arch: Architecture, dtype: np.dtype, shard_bytes: int) -> dict[s
 def _write_safetensors(
     path: pathlib.Path, dtype: np.dtype, leaves: Sequence[hf_layout.Leaf], arrays: Iterable[np.ndarray]
 ) -> None:
+    """Writes the leaves' arrays as they come."""
+    _write_stream(path, dtype, {leaf.name: leaf.stored_shape for leaf in leaves}, arrays)
+
+
+def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+    """Writes float32 arrays by name."""
+    _write_stream(path, np.dtype(np.float32), {name: x.shape for name, x in tensors.items()}, tensors.values())
+
+
+def _write_stream(
+    path: pathlib.Path, dtype: np.dtype, shapes: Mapping[str, Sequence[int]], arrays: Iterable[np.ndarray]
+) -> None:
     """Writes the header, then the arrays as they come.  Format: https://github.com/huggingface/safetensors."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for leaf in leaves:
-        end = at + math.prod(leaf.shape) * dtype.itemsize
-        header[leaf.name] = {"dtype": _CODES[dtype], "shape": leaf.stored_shape, "data_offsets": [at, end]}
+    for name, shape in shapes.items():
+        end = at + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data start aligned
