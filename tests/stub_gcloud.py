@@ -1,4 +1,4 @@
-"""Google Cloud in a folder, for the tests of tpu_scripts/: `gcloud`, and on its workers `sudo`, `python3` and the program.
+"""Google Cloud in a folder, for the tests of tpu_scripts/: `gcloud`, and on its workers sudo, python3 and the program.
 
 Each of these commands is this file under another name.  All record their words in calls.jsonl.  What gcloud answers of
 a slice comes from scripts in the folder $STUB: a line of `queued` and of `nodes` each time it is asked (the last line
@@ -8,6 +8,7 @@ it is killed, or `lost`: killed together with the shell that waits for it.  A ca
 its words fails.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -40,11 +41,9 @@ def calls(folder: pathlib.Path) -> list[list[str]]:
 def end_programs(folder: pathlib.Path) -> None:
     """As when the machines go."""
     for file in folder.glob("program-*.pid"):
-        try:
+        with contextlib.suppress(ProcessLookupError, FileNotFoundError):
             os.kill(int(file.read_text()), signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-        file.unlink()
+        file.unlink(missing_ok=True)
 
 
 def _executable(path: pathlib.Path) -> None:
@@ -76,8 +75,8 @@ def _gcloud(folder: pathlib.Path, words: list[str]) -> int:
             print("another\tREADY" + f"\n{os.environ['STUB_NAME']}\t{state}" * (state != "-"))
         case ["compute", "tpus", "queued-resources", "delete", *_]:
             end_programs(folder)
-            for home in (folder / "workers").iterdir():
-                shutil.rmtree(home)
+            for home in list((folder / "workers").iterdir()):
+                home.rename(folder / f"gone-{home.name}-{time.monotonic_ns()}")  # something may still write there
                 home.mkdir()
         case ["compute", "tpus", "tpu-vm", "scp", source, *rest]:
             for home in (folder / "workers").iterdir():
@@ -85,11 +84,13 @@ def _gcloud(folder: pathlib.Path, words: list[str]) -> int:
         case ["compute", "tpus", "tpu-vm", "ssh", *rest]:
             worker = _option(rest, "worker")
             homes = sorted((folder / "workers").glob("*" if worker == "all" else worker))
-            shells = [
-                subprocess.Popen(["bash", "-c", _option(rest, "command")], cwd=home, env=os.environ | {"HOME": str(home)})
-                for home in homes
-            ]
-            return max(shell.wait() for shell in shells)
+            command = ["bash", "-c", _option(rest, "command")]
+            started = _started(folder)
+            shells = [subprocess.Popen(command, cwd=home, env=os.environ | {"HOME": str(home)}) for home in homes]
+            status = max(shell.wait() for shell in shells)
+            while "nohup" in command[2] and not status and _started(folder) < started + len(homes):
+                time.sleep(0.01)  # what is launched has begun, so that what a test does next comes next
+            return status
         case ["storage", "buckets", "describe", *_]:
             print(_next(folder, "bucket"))
     return 0
@@ -102,28 +103,44 @@ def _python(folder: pathlib.Path, words: list[str]) -> int:
             _executable(pathlib.Path(path) / "bin" / "python")
         case ["-m", "exprl_jax.main", *_]:
             home = pathlib.Path(os.environ["HOME"])
-            print(f"stub program on worker {home.name}", flush=True)
             does = _next(folder, f"programs-{home.name}")
+            print(f"stub program on worker {home.name}", flush=True)
             if does == "run":
-                (folder / f"program-{home.name}-{os.getpid()}.pid").write_text(str(os.getpid()))
                 time.sleep(600)
-            elif does == "lost":
+            if does == "lost":
                 os.kill(os.getppid(), signal.SIGKILL)
-            else:
-                return int(does)
+            return int(does) if does.isdecimal() else 0
     return 0
+
+
+def _started(folder: pathlib.Path) -> int:
+    return sum("exprl_jax.main" in call for call in calls(folder))
 
 
 def main(name: str, words: list[str]) -> int:
     folder = pathlib.Path(os.environ["STUB"])
     home = pathlib.Path(os.environ["HOME"]).relative_to(folder).name if name != "gcloud" else ""
+    standing = folder / f"program-{home}-{os.getpid()}.pid"
+    if "exprl_jax.main" in words:
+        standing.write_text(str(os.getpid()))
     with open(folder / "calls.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps([f"{home}:{name}" if home else name, *words]) + "\n")
+    try:
+        return _do(folder, name, words)
+    finally:
+        standing.unlink(missing_ok=True)
+
+
+def _do(folder: pathlib.Path, name: str, words: list[str]) -> int:
     refused = (folder / "refuse").read_text().splitlines() if (folder / "refuse").exists() else []
     if any(each in words for each in refused):
         print(f"{name}: refused", file=sys.stderr)
         return 1
-    return {"gcloud": _gcloud, "python3": _python, "python": _python}.get(name, lambda *_: name == "mountpoint")(folder, words)
+    if name == "gcloud":
+        return _gcloud(folder, words)
+    if name.startswith("python"):
+        return _python(folder, words)
+    return 1 if name == "mountpoint" else 0  # nothing is mounted yet
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ parse() {
         shift
     done
     need --project "$PROJECT" 'PROJECT or --project=my-project'
-    need --zone "$ZONE" 'ZONE or --zone=us-east5-b'
+    need --zone "$ZONE" 'ZONE or --zone=us-central1-a'
     need --name "$NAME" 'NAME or --name=exprl'
 }
 

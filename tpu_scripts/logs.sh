@@ -5,7 +5,7 @@
 #
 # --project, --zone, --name   as in create.sh (or PROJECT, ZONE, NAME)
 # --workdir                   as in launch.sh
-# --worker                    a worker's number; all by default (process 0 reports progress, the others their own faults)
+# --worker                    a worker's number; all by default (process 0 reports progress, the others only faults)
 # --dry-run                   print the command, run nothing
 
 set -eu

@@ -71,7 +71,8 @@ launch() {
 # started as another run.
 ask_workers() {
     on_workers all "run=$(records_of "$WORKDIR")
-if ! [ -f \"\$run\"/command ] || [ \"\$(cat \"\$run\"/command)\" != $(quote "$(program "$WORKDIR" "$CONFIG")") ]; then echo new
+program=$(quote "$(program "$WORKDIR" "$CONFIG")")
+if ! [ -f \"\$run\"/command ] || [ \"\$(cat \"\$run\"/command)\" != \"\$program\" ]; then echo new
 elif ! flock -n \"\$run\"/lock true; then echo running
 elif [ -f \"\$run\"/status ]; then echo \"ended \$(cat \"\$run\"/status)\"
 else echo lost

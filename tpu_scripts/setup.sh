@@ -37,7 +37,8 @@ elif [ -n "$NFS" ]; then
     # No locks on the server: a preempted worker would hold its workdir's for ever.  No cached names or sizes: a worker
     # must see what another has just written.
     options=vers=3,hard,nolock,actimeo=0,lookupcache=none
-    mount="$install nfs-common && sudo mount -t nfs -o $options $(quote "$NFS") /mnt/exprl && sudo chmod a+rwx /mnt/exprl"
+    mount="$install nfs-common && sudo mount -t nfs -o $options $(quote "$NFS") /mnt/exprl \
+&& sudo chmod a+rwx /mnt/exprl"
 elif [ -n "$BUCKET" ]; then
     # Names and sizes as above.  Staged writes: of a streamed one nothing is in the bucket before the file is closed.
     caches='--metadata-cache-ttl-secs=0 --metadata-cache-negative-ttl-secs=0 --enable-streaming-writes=false'
@@ -46,7 +47,8 @@ elif [ -n "$BUCKET" ]; then
 && echo \"deb [signed-by=$key] $packages gcsfuse-\$(lsb_release -cs) main\" \
 | sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null && sudo apt-get update -q && $install gcsfuse \
 && sudo chown \"\$(id -u)\" /mnt/exprl && gcsfuse $caches $(quote "$BUCKET") /mnt/exprl"
-    described=$(run gcloud storage buckets describe "gs://$BUCKET" --raw --format='value(hierarchicalNamespace.enabled)')
+    renames='value(hierarchicalNamespace.enabled)'
+    described=$(run gcloud storage buckets describe "gs://$BUCKET" --raw --format="$renames")
     if [ -n "$DRY_RUN" ]; then
         printf '%s\n' "$described"
     elif [ "$described" != True ]; then
