@@ -71,6 +71,11 @@ def test_it_asks_for_the_repository_where_there_is_no_package(tmp_path):
         execute(tmp_path, "tiny", cwd=tmp_path, PYTHONPATH="")
 
 
+def test_a_process_that_fails_ends_it(tmp_path):
+    with pytest.raises(CellExecutionError, match="CalledProcessError"):
+        execute(tmp_path, "tiny", JAX_PLATFORMS="abacus")
+
+
 @pytest.mark.slow
 def test_it_runs_the_smoke_config(tmp_path):
     check_run(execute(tmp_path, "smoke"), tmp_path, "smoke", 4)
