@@ -1,25 +1,29 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend import core
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as Spec
 
 from exprl_jax.learning.logprobs import reverse_kl, slices, token_logprobs
+from exprl_jax.mesh import DATA, MODEL, ONE_DEVICE, Placement
 from tests.oracles import learning_numpy as oracle
 
-P, G, R, D, W, V = 2, 3, 7, 5, 3, 64
+B, T, D, W, V = 6, 7, 5, 3, 64
 TEMPERATURE = 0.8
 CHUNKS = [1, 6, 13, 18, 1000]  # slices of 1, 1, 2, 3 and 7 tokens, with and without padding
 
 
 def problem(dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 4)
-    hidden = jax.random.normal(keys[0], (P, G, R, D), dtype)
+    hidden = jax.random.normal(keys[0], (B, T, D), dtype)
     table = jax.random.normal(keys[1], (D, V))
-    targets = jax.random.randint(keys[2], (P, G, R), 0, V)
-    return hidden, table, targets, np.asarray(jax.random.normal(keys[3], (P, G, R)))
+    targets = jax.random.randint(keys[2], (B, T), 0, V)
+    return hidden, table, targets, np.asarray(jax.random.normal(keys[3], (B, T)))
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -80,7 +84,7 @@ def test_an_entropy_that_no_loss_reads_costs_no_pass_over_the_vocabulary():
 
     def passes(use):
         program = jax.make_jaxpr(jax.jit(jax.grad(functools.partial(loss, use), has_aux=True)))(hidden)
-        size = P * G * slices(P * G, R, 12)[1] * V
+        size = B * slices(B, T, 12)[1] * V
         return sum(v.aval.size == size for e in equations(program.jaxpr) for v in e.outvars)
 
     metric = passes(lambda logp, entropy: (logp, entropy))
@@ -105,7 +109,7 @@ def test_large_logits_stay_finite():
 
 def teacher(dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(1))
-    return jax.random.normal(keys[0], (P, G, R, W), dtype), jax.random.normal(keys[1], (W, V))
+    return jax.random.normal(keys[0], (B, T, W), dtype), jax.random.normal(keys[1], (W, V))
 
 
 @pytest.mark.parametrize("chunk", CHUNKS)
@@ -206,7 +210,7 @@ def test_every_product_takes_bfloat16_and_gives_float32():
 def test_logits_exist_for_one_slice_at_a_time():
     hidden, table, targets, slope = problem()
     chunk = 12
-    _, length = slices(P * G, R, chunk)
+    _, length = slices(B, T, chunk)
 
     def logp_and_entropy(hidden, table):
         return (sum(token_logprobs(hidden, table, targets, TEMPERATURE, chunk)) * slope).sum()
@@ -214,17 +218,117 @@ def test_logits_exist_for_one_slice_at_a_time():
     def kl(hidden, table):
         return (reverse_kl(hidden, table, *teacher(), TEMPERATURE, chunk) * slope).sum()
 
-    assert P * G * length * V > D * V  # so that the bound below is one on logits, not on the table
+    assert B * length * V > D * V  # so that the bound below is one on logits, not on the table
     for loss in (logp_and_entropy, kl):
         for function in (loss, jax.value_and_grad(loss, (0, 1))):
             sizes = [v.aval.size for e in equations(jax.make_jaxpr(function)(hidden, table).jaxpr) for v in e.outvars]
-            assert max(sizes) == P * G * length * V
+            assert max(sizes) == B * length * V
 
 
 def test_a_product_over_all_tokens_would_be_seen():
     hidden, table, _, _ = problem()
     program = jax.make_jaxpr(jax.checkpoint(lambda h, t: (h @ t).sum()))(hidden, table)
-    assert max(v.aval.size for e in equations(program.jaxpr) for v in e.outvars) == P * G * R * V
+    assert max(v.aval.size for e in equations(program.jaxpr) for v in e.outvars) == B * T * V
+
+
+# Rows and vocabulary sharded.
+
+MESHES = [(2, 4), (1, 8), (8, 1)]
+ROWS = 8
+
+
+def placement(data, model):
+    return Placement(Mesh(np.array(jax.devices()).reshape(data, model), (DATA, MODEL)))
+
+
+def sharded_problem(vocabulary, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(2), 7)
+    hidden, shown = jax.random.normal(keys[0], (ROWS, T, D), dtype), jax.random.normal(keys[1], (ROWS, T, W), dtype)
+    table, teacher_table = jax.random.normal(keys[2], (D, vocabulary)), jax.random.normal(keys[3], (W, vocabulary))
+    targets = jax.random.randint(keys[4], (ROWS, T), 0, vocabulary)
+    return (hidden, table), (shown, teacher_table), targets, jax.random.normal(keys[5], (3, ROWS, T))
+
+
+def every_result(policy, teacher, targets, slope_3BT, chunk, place):
+    """A scalar that reads log-probs, entropies and KLs, each with slopes of its own; and those."""
+    logp, entropy = token_logprobs(*policy, targets, TEMPERATURE, chunk, place)
+    results = jnp.stack([logp, entropy, reverse_kl(*policy, *teacher, TEMPERATURE, chunk, place)])
+    return (results * slope_3BT).sum(), results
+
+
+@pytest.mark.parametrize("vocabulary", [64, 63])  # of which `model` divides one
+@pytest.mark.parametrize("data, model", MESHES)
+def test_sharded_is_unsharded(data, model, vocabulary):
+    """With 4, 2 and 1 slices a device; the last target of the vocabulary is the last device's."""
+    policy, teacher, targets, slope = sharded_problem(vocabulary)
+    targets = targets.at[0, :2].set(jnp.array([0, vocabulary - 1]))
+    run = jax.jit(jax.value_and_grad(every_result, has_aux=True), static_argnums=(4, 5))
+    (_, expected), gradient = run(policy, teacher, targets, slope, 10**6, ONE_DEVICE)
+    for chunk in (2 * ROWS, 5 * ROWS, 10**6):
+        (_, results), sharded_gradient = run(policy, teacher, targets, slope, chunk, placement(data, model))
+        np.testing.assert_allclose(results, expected, rtol=1e-5, atol=1e-5)
+        assert_close(sharded_gradient, gradient)
+
+
+@pytest.mark.parametrize("data, model", [(0, 0), *MESHES])
+def test_a_target_outside_the_vocabulary_is_not_a_number(data, model):
+    policy, _, targets, slope = sharded_problem(V)
+    place = placement(data, model) if data else ONE_DEVICE
+    outside = jnp.zeros((ROWS, T), bool).at[0, 0].set(True).at[3, 4].set(True).at[7, 6].set(True)
+    unknown = targets.at[0, 0].set(-1).at[3, 4].set(V).at[7, 6].set(V + 5)
+
+    def loss(policy, targets):
+        logp, entropy = token_logprobs(*policy, targets, TEMPERATURE, 16, place)
+        return jnp.where(outside, 0.0, logp * slope[0]).sum(), (logp, entropy)
+
+    run = jax.jit(jax.grad(loss, has_aux=True))
+    gradient, (logp, entropy) = run(policy, unknown)
+    expected, (known_logp, known_entropy) = run(policy, targets)
+    np.testing.assert_array_equal(np.isnan(logp), outside)
+    np.testing.assert_array_equal(logp[~outside], known_logp[~outside])
+    np.testing.assert_array_equal(entropy, known_entropy)
+    assert_close(gradient, expected)  # where no loss reads them they have none
+
+
+def collectives(text):
+    """(kind, shapes of the result, whether it is in a loop) of every collective of a compiled program."""
+    bodies, found, computation = set(re.findall(r"body=%?([\w.\-]+)", text)), [], ""
+    for line in text.splitlines():
+        head = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        computation = head[1] if head else computation
+        op = re.search(r"= (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(", line)
+        if op:
+            shapes = [tuple(map(int, filter(None, dims.split(",")))) for dims in re.findall(r"\w+\[([\d,]*)\]", op[1])]
+            found.append((op[2], shapes, computation in bodies))
+    return found
+
+
+@pytest.mark.parametrize("data, model", [(2, 4), (8, 1)])
+def test_devices_exchange_no_logits_and_the_tables_gradient_once(data, model):
+    """The table lies as a parameter does; in the loop over slices go per-token numbers and hidden states alone."""
+    vocabulary, place = 1024, placement(data, model)
+    (hidden, table), _, targets, slope = sharded_problem(vocabulary)
+
+    def loss(hidden, table, targets):
+        logp, entropy = token_logprobs(hidden, table, targets, TEMPERATURE, 2 * ROWS, place)
+        return (logp * slope[0] + entropy * slope[1]).sum()
+
+    rows, of_table = NamedSharding(place.mesh, Spec(DATA)), NamedSharding(place.mesh, Spec(None, MODEL))
+    given = [jax.device_put(x, how) for x, how in ((hidden, rows), (table, of_table), (targets, rows))]
+    gradient = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(rows, of_table))
+    text = gradient.lower(*given).compile().as_text()
+    assert text.count(" while(") == 2  # forward and backward
+    found, tokens = collectives(text), ROWS // data * 2
+    assert {kind for kind, _, _ in found} == {"all-reduce"}
+    of_gradient = [inside for _, shapes, inside in found for shape in shapes if shape == (D, vocabulary // model)]
+    assert of_gradient == [False]
+    others = [shape for _, shapes, _ in found for shape in shapes if shape != (D, vocabulary // model)]
+    assert all(np.prod(shape) <= tokens * D for shape in others)
+    # The maximum; sum, moment and target; the cotangent of the hidden states.
+    assert sum(inside for _, _, inside in found) >= (3 if model > 1 else 0)
+
+
+# Slices and doors.
 
 
 def test_slices_cover_the_tokens_within_the_chunk():

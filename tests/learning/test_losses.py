@@ -162,23 +162,23 @@ def test_stage_2_caps_the_ratio_of_positive_advantages_alone(ratio, advantage, l
 def distillation_problem():
     keys = jax.random.split(jax.random.key(3), 4)
     V, W = 6, 3
-    student = (jax.random.normal(keys[0], (1, 2, 4, 5)), jax.random.normal(keys[1], (5, V)))
-    teacher = (jax.random.normal(keys[2], (1, 2, 4, W)), jax.random.normal(keys[3], (W, V)))
+    student = (jax.random.normal(keys[0], (2, 4, 5)), jax.random.normal(keys[1], (5, V)))
+    teacher = (jax.random.normal(keys[2], (2, 4, W)), jax.random.normal(keys[3], (W, V)))
     return student, teacher, V
 
 
 def every_token(hidden, V):
     """(hidden, tokens) of V times the rows, in which every slot has drawn each token of the vocabulary."""
-    P, G, R, D = hidden.shape
-    tokens = jnp.broadcast_to(jnp.arange(V)[:, None, None, None], (V, P, G, R)).reshape(1, V * P * G, R)
-    return jnp.broadcast_to(hidden, (V, P, G, R, D)).reshape(1, V * P * G, R, D), tokens
+    B, R, D = hidden.shape
+    tokens = jnp.broadcast_to(jnp.arange(V)[:, None, None], (V, B, R)).reshape(V * B, R)
+    return jnp.broadcast_to(hidden, (V, B, R, D)).reshape(V * B, R, D), tokens
 
 
 @pytest.mark.parametrize("how", [PLAIN, dataclasses.replace(STAGE_2, entropy_coef=0.0)])
 def test_sampled_reverse_kl_is_the_on_policy_loss(how):
     """No ratio, no clip: with A = −d the on-policy loss has the gradient of Σ d.detach · log π, and no more."""
     student, teacher, V = distillation_problem()
-    tokens = jax.random.randint(jax.random.key(4), (1, 2, 4), 0, V)
+    tokens = jax.random.randint(jax.random.key(4), (2, 4), 0, V)
     teacher_logp, _ = token_logprobs(*teacher, tokens, 0.8, 4)
 
     def released(student):
@@ -199,8 +199,8 @@ def test_sampled_reverse_kl_is_the_full_one_in_expectation():
     hidden, tokens = every_token(student[0], V)
     teacher_logp, _ = token_logprobs(every_token(teacher[0], V)[0], teacher[1], tokens, 0.8, 4)
     probability = jnp.exp(token_logprobs(hidden, student[1], tokens, 0.8, 4)[0])
-    slope = jax.random.normal(jax.random.key(5), (1, 2, 4))  # so that every slot's KL is compared
-    weight = probability * jnp.broadcast_to(slope, (V, 1, 2, 4)).reshape(tokens.shape)
+    slope = jax.random.normal(jax.random.key(5), (2, 4))  # so that every slot's KL is compared
+    weight = probability * jnp.broadcast_to(slope, (V, 2, 4)).reshape(tokens.shape)
 
     def sampled(student):
         logp, entropy = token_logprobs(every_token(student[0], V)[0], student[1], tokens, 0.8, 4)
@@ -230,14 +230,15 @@ def masks():
 def test_weights_make_the_aggregate(aggregate, name):
     mask = masks()[name]
     loss = np.random.default_rng(1).normal(size=mask.shape).astype(np.float32)
-    weight = np.asarray(normaliser(jnp.asarray(mask), aggregate, 8))
+    weight = normaliser(mask, aggregate, 8)
     expected = oracle.aggregate(loss.reshape(6, 5), mask.reshape(6, 5), aggregate, 8)
     assert (weight * loss).sum() == pytest.approx(expected, rel=1e-5, abs=1e-6)
     assert (weight[~mask] == 0).all() and np.isfinite(weight).all()
+    assert weight.dtype == np.float32
 
 
 def test_rows_without_a_counted_token_count_in_sums_and_not_in_means():
-    mask = jnp.array([[[True, True], [False, False]], [[True, False], [False, False]]])
+    mask = np.array([[[True, True], [False, False]], [[True, False], [False, False]]])
     weight = {how: normaliser(mask, how, 4)[mask] for how in AGGREGATES}
     np.testing.assert_allclose(weight["sequence_sum"], [1 / 4, 1 / 4, 1 / 4])
     np.testing.assert_allclose(weight["constant"], [1 / 16, 1 / 16, 1 / 16])

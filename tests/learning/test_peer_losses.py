@@ -72,24 +72,31 @@ def batch(seed, shortest):
 
 def off_policy(b):
     """The batch with old and reference log-probs at its distances from the policy's."""
-    logp, _ = token_logprobs(b.hidden, b.table, b.tokens, TEMPERATURE, 8)
+    logp, _ = logp_of_groups(b.hidden, b.table, b.tokens)
     b.old, b.ref = logp + b.away  # near half a nat and 2 nats
     return b
 
 
 def ours(b, how, max_tokens):
     """(loss, its gradients to hidden states and unembedding, entropy, diagnostics), put together as in `train_step`."""
-    (loss, (entropy, diagnostics)), gradient = _objective_and_gradient(b.hidden, b.table, vars(b), how, max_tokens)
+    numbers = vars(b) | {"weight": normaliser(b.mask, how.aggregate, max_tokens)}
+    (loss, (entropy, diagnostics)), gradient = _objective_and_gradient(b.hidden, b.table, numbers, how)
     return loss, gradient, entropy, diagnostics
 
 
-def _objective(hidden, table, b, how, max_tokens):
-    logp, entropy = token_logprobs(hidden, table, b["tokens"], TEMPERATURE, 8)
+def _objective(hidden, table, b, how):
+    logp, entropy = logp_of_groups(hidden, table, b["tokens"])
     loss, diagnostics = policy_loss(logp, b["old"], b["ref"], entropy, b["advantage"], how)
-    return (normaliser(b["mask"], how.aggregate, max_tokens) * loss).sum(), (entropy, diagnostics)
+    return (b["weight"] * loss).sum(), (entropy, diagnostics)
 
 
-_objective_and_gradient = jax.jit(jax.value_and_grad(_objective, (0, 1), has_aux=True), static_argnums=(3, 4))
+def logp_of_groups(hidden_PGRD, table_DV, tokens_PGR):
+    """`token_logprobs` of rows, in groups again."""
+    results = token_logprobs(hidden_PGRD.reshape(P * G, R, D), table_DV, tokens_PGR.reshape(P * G, R), TEMPERATURE, 8)
+    return tuple(x.reshape(P, G, R) for x in results)
+
+
+_objective_and_gradient = jax.jit(jax.value_and_grad(_objective, (0, 1), has_aux=True), static_argnums=3)
 
 
 def flat_tensors(b, *names):

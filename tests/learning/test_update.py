@@ -1,20 +1,27 @@
+"""The update: packed rows are the rollouts, one by one, of the equations."""
+
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as Spec
+from jax.sharding import Mesh
 
-from exprl_jax import config
+from exprl_jax import config, programs
+from exprl_jax.data.packing import Example, assign_rows, fill_rows
 from exprl_jax.learning import advantages
 from exprl_jax.learning.logprobs import token_logprobs
-from exprl_jax.learning.update import METRICS, make_optimizer, microbatch_shape, train_step
-from exprl_jax.records import Context, Experience, TrainState
+from exprl_jax.learning.losses import normaliser
+from exprl_jax.learning.update import METRICS, make_optimizer, train_step
+from exprl_jax.mesh import DATA, MODEL, ONE_DEVICE, Placement, put_microbatches, replicated
+from exprl_jax.model.language_model import LanguageModel
+from exprl_jax.records import Experience, TrainState
 from tests.oracles import learning_numpy as oracle
+from tests.oracles.tiny_decoder import QWEN3, execution, random_params
 
-P, G, R, V, D = 4, 4, 5, 7, 3
+P, G, R, V, D = 4, 4, 5, 8, 3
 COEFFICIENTS = (0.2, 0.28, 3.0, 0.1, 0.05)  # the numbers of LOSS, in the order of config.Loss
 LOSS = config.Loss(0.2, 0.28, dual_clip=3.0, kl_coef=0.1, entropy_coef=0.05, aggregate="token_mean")
 NO_KL = config.Loss(0.2, 0.28, dual_clip=3.0, kl_coef=0.0, entropy_coef=0.0, aggregate="token_mean")
@@ -26,12 +33,91 @@ PLAIN = CONSTANT(learning_rate=0.05, b1=0.9, b2=0.999, eps=1e-8, weight_decay=0.
 UPDATES = 100
 
 
-def bigram(params, context, last_P, tokens_PGR):
-    """A policy whose next token depends on the last one and, so that a lost context shows, on the context's sum."""
-    first = jnp.broadcast_to(last_P[:, None, None], (*tokens_PGR.shape[:2], 1))
-    hidden = params["embed"][jnp.concatenate([first, tokens_PGR[..., :-1]], -1)]
-    hidden += params["context"] * context.tokens_PC.sum(-1)[:, None, None, None]
-    return token_logprobs(hidden, params["table"], tokens_PGR, 0.9, 8)
+class Sampled(NamedTuple):
+    """Rollouts before they are packed; `mask` are the tokens with a loss, of the `length` that were sampled."""
+
+    prompts: list
+    tokens: np.ndarray
+    length: np.ndarray
+    mask: np.ndarray
+    advantage: np.ndarray
+    sampler: np.ndarray
+    old: np.ndarray
+    ref: np.ndarray
+
+
+class Packing(NamedTuple):
+    """How rollouts are packed: prompts once a row or with every rollout, width and number of a microbatch's rows."""
+
+    share: bool
+    row_tokens: int
+    microbatch: int
+
+
+APART = Packing(False, 0, P * G)  # a row for each rollout
+NARROW = Packing(True, 9, 2)
+PACKINGS = {
+    "shared": Packing(True, 24, 2),
+    "repeated": Packing(False, 24, 2),
+    "wide": Packing(True, 64, 3),
+    "narrow": NARROW,
+    "row by row": Packing(True, 16, 1),
+}
+
+
+def sampled(seed=0):
+    """Prompts of one to four tokens; rollouts of every length, one that is masked and one with a hole."""
+    rng = np.random.default_rng(seed)
+    length = rng.integers(0, R + 1, (P, G))
+    length[0, :2], length[1, :2] = (0, R), (3, 4)
+    mask = np.arange(R) < length[..., None]
+    mask[1, 0], mask[1, 1, 1] = False, False
+    prompts = [tuple(rng.integers(0, V, n).tolist()) for n in (1, 2, 3, 4)]
+    numbers = rng.normal(size=(4, P, G, R)).astype(np.float32) - np.array([0, 2, 2, 2], np.float32).reshape(4, 1, 1, 1)
+    return Sampled(prompts, rng.integers(0, V, (P, G, R)), length, mask, *numbers)
+
+
+def experience(batch, packing=NARROW, aggregate="token_mean", spare=0):
+    """The rollouts that have a token, packed; `spare` microbatches more than they need."""
+    group, index = np.nonzero(batch.length)
+    examples = [Example(batch.prompts[p], batch.tokens[p, g, : batch.length[p, g]]) for p, g in zip(group, index)]
+    shared, own, each = [len(e.prompt) - 1 for e in examples], [len(e.response) for e in examples], np.arange(len(group))
+    width = packing.row_tokens or 3 + R
+    row = assign_rows(shared, own, group if packing.share else each, width) if packing.row_tokens else each
+    microbatches = -(-(row.max() + 1) // packing.microbatch) + spare
+    filled = fill_rows(examples, group, row, (microbatches, packing.microbatch, width), packing.share)
+
+    def spread(x):
+        return filled.spread([x[p, g, : batch.length[p, g]] for p, g in zip(group, index)], x.dtype)
+
+    weight = normaliser(batch.mask, aggregate, R + 1)
+    numbers = map(spread, (batch.mask, weight, batch.advantage, batch.sampler, batch.old, batch.ref))
+    return jax.tree.map(jnp.asarray, Experience(filled.packed, *numbers, filled.used))
+
+
+def bigram(params, packed, place=ONE_DEVICE):
+    """A policy whose next token depends on the last one and, so that a lost or foreign context shows, on the sum of all
+    that a slot sees."""
+    segment, position = packed.segment_BT, packed.position_BT
+    same = segment[:, :, None] == segment[:, None, :]
+    shared = packed.shared_BT[:, :, None] == segment[:, None, :]
+    seen = (same | shared) & (position[:, :, None] >= position[:, None, :])
+    total = (seen * packed.tokens_BT[:, None, :]).sum(-1, keepdims=True)
+    hidden = params["embed"][packed.tokens_BT] + 0.1 * params["context"] * total
+    return token_logprobs(hidden, params["table"], packed.target_BT, 0.9, 16, place)
+
+
+def by_sequence(params, batch, table=None):
+    """(log-probs, entropies) [P, G, R] of the same policy in float64, prompt and response as one sequence."""
+    params = {name: np.asarray(x, np.float64) for name, x in params.items()} | ({} if table is None else {"table": table})
+    logp, entropy = np.zeros((2, P, G, R))
+    for p, g in np.ndindex(P, G):
+        prompt = batch.prompts[p]
+        ids = np.array([*prompt, *batch.tokens[p, g]])[:-1]
+        hidden = params["embed"][ids] + 0.1 * params["context"] * np.cumsum(ids)[:, None]
+        hidden = hidden[len(prompt) - 1 :]
+        logp[p, g], entropy[p, g] = oracle.token_logprobs(hidden, params["table"], batch.tokens[p, g], 0.9)
+    return logp, entropy
 
 
 def fresh(optimizer=ADAMW, dtype=jnp.float32):
@@ -41,29 +127,12 @@ def fresh(optimizer=ADAMW, dtype=jnp.float32):
     return TrainState(jnp.int32(3), params, make_optimizer(optimizer, UPDATES).init(params), jnp.int32(0))
 
 
-def experience(seed=0, mask=None):
-    keys = jax.random.split(jax.random.key(seed), 8)
-    normal = functools.partial(jax.random.normal, shape=(P, G, R))
-    if mask is None:
-        mask = jnp.arange(R) < jax.random.randint(keys[0], (P, G, 1), 0, R + 1)
-    return Experience(
-        context=Context(jax.random.randint(keys[1], (P, 2), 0, 3), jnp.full(P, 2)),
-        last_P=jax.random.randint(keys[2], (P,), 0, V),
-        tokens_PGR=jax.random.randint(keys[3], (P, G, R), 0, V),
-        mask_PGR=mask,
-        advantage_PGR=normal(keys[4]),
-        sampler_logp_PGR=normal(keys[5]) - 2,
-        old_logp_PGR=normal(keys[6]) - 2,
-        ref_logp_PGR=normal(keys[7]) - 2,
-    )
-
-
 @functools.cache
-def step(loss=LOSS, optimizer=ADAMW, microbatch=P * G, data_shards=1, on_policy=False, donate=False):
+def step(loss=LOSS, optimizer=ADAMW, on_policy=False, donate=False, logp_fn=bigram):
     return jax.jit(
         functools.partial(
-            train_step, token_logp_fn=bigram, optimizer=make_optimizer(optimizer, UPDATES), loss=loss,
-            microbatch=microbatch, data_shards=data_shards, on_policy=on_policy, max_tokens=R + 1,
+            train_step, logp_fn=logp_fn, optimizer=make_optimizer(optimizer, UPDATES), loss=loss, on_policy=on_policy,
+            keep_sharded=lambda tree: tree,
         ),
         donate_argnums=(0,) if donate else (),
     )  # fmt: skip
@@ -81,57 +150,86 @@ def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-# Microbatches.
+# Packing.
 
 
-@pytest.mark.parametrize(
-    "problems, group, rows, shards, expected",
-    [
-        (4, 4, 16, 1, (4, 4)),
-        (4, 4, 4, 1, (1, 4)),
-        (4, 4, 2, 1, (1, 2)),  # a group is split
-        (4, 4, 4, 4, (4, 1)),  # and more so, for every device to have a row
-        (36, 16, 32, 4, (4, 8)),
-        (6, 10, 12, 2, (6, 2)),
-        (8, 6, 12, 1, (2, 6)),
-    ],
-)
-def test_microbatch_shape(problems, group, rows, shards, expected):
-    assert microbatch_shape(problems, group, rows, shards) == expected
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        ((4, 4, 3, 1), "divisor of the 16 rows"),
-        ((4, 4, 2, 4), "multiple of mesh.data = 4"),
-        ((4, 4, 4, 8), "the 4 problems"),
-    ],
-)
-def test_microbatch_shape_refuses(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        microbatch_shape(*arguments)
+def test_the_packings_differ():
+    """Else the comparisons below would be of one thing with itself."""
+    batch = sampled()
+    made = {name: experience(batch, packing) for name, packing in PACKINGS.items()}
+    tokens = {name: int((x.packed.segment_BT > 0).sum()) for name, x in made.items()}
+    own = batch.length.sum()
+    assert tokens["wide"] == own + sum(len(prompt) - 1 for prompt in batch.prompts)
+    assert tokens["wide"] < tokens["shared"] < tokens["narrow"] < tokens["repeated"]
+    assert {name: int(x.used) for name, x in made.items()} == {name: x.mask_MBT.shape[0] for name, x in made.items()}
+    assert len({int(x.used) for x in made.values()}) >= 3
+    assert all(x.mask_MBT.sum() == batch.mask.sum() < own for x in made.values())
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
-def test_accumulated_is_the_whole_batch(aggregate):
-    loss, batch = with_aggregate(aggregate), experience()
-    state, metrics = step(loss)(fresh(), batch)
-    for rows, shards in ((4, 4), (2, 1)):
-        cut_state, cut_metrics = step(loss, microbatch=rows, data_shards=shards)(fresh(), batch)
-        assert_close(cut_metrics, metrics)
-        assert_close(cut_state.params, state.params, atol=1e-5)
+def test_how_rollouts_are_packed_changes_nothing(aggregate):
+    loss, batch = with_aggregate(aggregate), sampled()
+    state, metrics = step(loss)(fresh(), experience(batch, APART, aggregate))
+    for name, packing in PACKINGS.items():
+        packed_state, packed_metrics = step(loss)(fresh(), experience(batch, packing, aggregate))
+        assert_close(packed_metrics, metrics, atol=1e-5, err_msg=name)
+        assert_close(packed_state.params, state.params, atol=1e-5, err_msg=name)
 
 
-def test_sharded_is_unsharded():
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "model"))
-    batch, state = experience(), fresh()
-    expected, metrics = step(microbatch=4)(state, batch)
-    everywhere, over_problems = NamedSharding(mesh, Spec()), NamedSharding(mesh, Spec("data"))
-    state, batch = jax.device_put(state, everywhere), jax.device_put(batch, over_problems)
-    result, sharded_metrics = step(microbatch=4, data_shards=2)(state, batch)
-    assert_close(result.params, expected.params)
+def test_the_decoders_gradient_does_not_depend_on_the_packing():
+    """The real model: a shared prompt gets the gradients of all of its rollouts."""
+    policy = LanguageModel(config.Model("unread", execution(), "float32"), QWEN3, tokenizer=None, source=None)
+    logp_fn = functools.partial(programs.packed_logp_and_entropy, mesh=None, policy=policy, temperature=0.8, chunk=64)
+    params, batch, sgd = random_params(QWEN3, execution()), sampled(), CONSTANT(
+        learning_rate=1.0, b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0, clip_norm=1e9
+    )  # fmt: skip
+    state = TrainState(jnp.int32(0), params, make_optimizer(sgd, UPDATES).init(params), jnp.int32(0))
+    run = step(LOSS, sgd, logp_fn=logp_fn)
+    expected, metrics = run(state, experience(batch, APART))
+    result, packed_metrics = run(state, experience(batch, PACKINGS["shared"]))
+    assert_close(packed_metrics, metrics, atol=1e-5)
+    moments = [x.opt_state[1][0].mu for x in (result, expected)]  # with b1 = 0 the gradient itself
+    assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(moments)) > 0.01
+    assert_close(*moments, rtol=1e-4, atol=1e-5)
+    assert_close(result.params, expected.params, atol=1e-5)
+
+
+def test_unused_microbatches_are_not_computed():
+    batch = sampled()
+    expected = step()(fresh(), experience(batch))
+    roomy = experience(batch, spare=2)
+    unused = jnp.arange(roomy.mask_MBT.shape[0]) >= roomy.used
+    assert unused.sum() == 2
+    assert_same(step()(fresh(), roomy), expected)
+
+    def spoil(x):
+        bad = jnp.nan if x.dtype == jnp.float32 else -1 if x.dtype == jnp.int32 else False
+        return jnp.where(unused.reshape(-1, 1, 1), bad, x) if x.ndim else x
+
+    assert_same(step()(fresh(), jax.tree.map(spoil, roomy)), expected)
+    # What is spoilt would show, were it used.
+    _, metrics = step()(fresh(), jax.tree.map(spoil, roomy).replace(used=roomy.used + 1))
+    assert float(metrics["update/skipped"]) == 1
+
+
+def test_an_update_without_any_rollout_is_no_gradient():
+    batch = experience(sampled()).replace(used=jnp.int32(0))
+    state = fresh(PLAIN)
+    after, metrics = step(LOSS, PLAIN)(state, batch.replace(mask_MBT=jnp.zeros_like(batch.mask_MBT)))
+    assert_same(after.params, state.params)
+    assert all(float(x) == 0 for x in metrics.values())
+
+
+@pytest.mark.parametrize("data, model", [(2, 4), (1, 8), (8, 1)])
+def test_sharded_is_unsharded(data, model):
+    mesh = Mesh(np.array(jax.devices()).reshape(data, model), (DATA, MODEL))
+    state, batch = fresh(), experience(sampled(), Packing(True, 9, 8))
+    expected, metrics = step()(state, batch)
+    sharded = step(logp_fn=functools.partial(bigram, place=Placement(mesh)))
+    given = jax.device_put(state, replicated(mesh)), put_microbatches(mesh, jax.tree.map(np.asarray, batch))
+    result, sharded_metrics = sharded(*given)
     assert_close(sharded_metrics, metrics)
+    assert_close(result.params, expected.params, atol=1e-5)
 
 
 # Against the equations.
@@ -142,15 +240,11 @@ def test_two_updates_match_the_oracle(aggregate):
     """Loss by the oracle on the policy's log-probs; its gradient by differences; AdamW by the oracle."""
     loss, state, gradients = with_aggregate(aggregate), fresh(), []
     start = np.asarray(state.params["table"], np.float64)
-    for batch in (experience(1), experience(2)):
+    for batch in (sampled(1), sampled(2)):
         objective = functools.partial(oracle_objective, state.params, batch, aggregate)
         table = np.asarray(state.params["table"], np.float64)
-        gradient = np.zeros_like(table)
-        for i in np.ndindex(gradient.shape):
-            nudge = np.zeros_like(table)
-            nudge[i] = 1e-6
-            gradient[i] = (objective(table + nudge) - objective(table - nudge)) / 2e-6
-        state, metrics = step(loss, microbatch=4)(state, batch)
+        gradient = oracle.slope(objective, table, 1e-6)
+        state, metrics = step(loss)(state, experience(batch, NARROW, aggregate))
         assert float(metrics["loss/total"]) == pytest.approx(objective(table), rel=1e-4)
         # The clip is by the norm over all parameters; the differences here are of one of them.
         gradients.append(gradient * min(1.0, 1.0 / float(metrics["grad/norm"])))
@@ -160,29 +254,36 @@ def test_two_updates_match_the_oracle(aggregate):
 
 def oracle_objective(params, batch, aggregate, table):
     """The whole batch's loss with another `table`, in float64."""
-    params, batch = jax.tree.map(
-        lambda x: np.asarray(x, np.float64 if x.dtype == jnp.float32 else None), (params, batch)
-    )
-    first = np.broadcast_to(batch.last_P[:, None, None], (P, G, 1))
-    hidden = params["embed"][np.concatenate([first, batch.tokens_PGR[..., :-1]], -1)]
-    hidden = hidden + params["context"] * batch.context.tokens_PC.sum(-1)[:, None, None, None]
-    logp, entropy = oracle.token_logprobs(hidden, table, batch.tokens_PGR, 0.9)
-    fields = (logp, batch.old_logp_PGR, batch.ref_logp_PGR, entropy, batch.advantage_PGR)
-    rows = zip(*(x.reshape(P * G, R) for x in fields))
+    logp, entropy = by_sequence(params, batch, table)
+    fields = (logp, batch.old, batch.ref, entropy, batch.advantage)
+    rows = zip(*(np.asarray(x, np.float64).reshape(P * G, R) for x in fields))
     losses = [[oracle.token_loss(*token, *COEFFICIENTS)[0] for token in zip(*row)] for row in rows]
-    return oracle.aggregate(losses, batch.mask_PGR.reshape(P * G, R), aggregate, R + 1)
+    return oracle.aggregate(losses, batch.mask.reshape(P * G, R), aggregate, R + 1)
+
+
+def test_two_updates_of_one_batch_compare_with_the_policy_before_it():
+    """Half of the problems each, with the old log-probs of the start: the second half's ratios are the first's doing."""
+    start, batch = fresh(), sampled()
+    batch = batch._replace(old=by_sequence(start.params, batch)[0].astype(np.float32))
+
+    def half(u):
+        return batch._replace(mask=batch.mask & (np.arange(P) % 2 == u)[:, None, None])
+
+    state, first = step()(start, experience(half(0)))
+    assert float(first["policy/ratio_max"]) == pytest.approx(1, abs=1e-5)
+    ratio = np.exp(by_sequence(state.params, batch)[0] - batch.old)[half(1).mask]
+    _, second = step()(state, experience(half(1)))
+    assert float(second["policy/ratio_max"]) == pytest.approx(ratio.max(), rel=1e-4)
+    assert float(second["policy/ratio_mean"]) == pytest.approx(ratio.mean(), rel=1e-4)
+    assert ratio.max() > 1.02
 
 
 def test_metrics_match_the_equations():
-    batch, state = experience(), fresh()
-    _, metrics = step(microbatch=4)(state, batch)
+    batch, state = sampled(), fresh()
+    _, metrics = step()(state, experience(batch))
     assert set(metrics) == set(METRICS) and all(x.shape == () and x.dtype == jnp.float32 for x in metrics.values())
-    logp, entropy = bigram(state.params, batch.context, batch.last_P, batch.tokens_PGR)
-    mask = np.asarray(batch.mask_PGR)
-    logp, entropy, old, ref, sampler, A = (
-        np.asarray(x, np.float64)[mask]
-        for x in (logp, entropy, batch.old_logp_PGR, batch.ref_logp_PGR, batch.sampler_logp_PGR, batch.advantage_PGR)
-    )
+    mask, fields = batch.mask, (*by_sequence(state.params, batch), batch.old, batch.ref, batch.sampler, batch.advantage)
+    logp, entropy, old, ref, sampler, A = (np.asarray(x, np.float64)[mask] for x in fields)
     ratio, d = np.exp(logp - old), ref - logp
     parts = np.array([oracle.token_loss(*token, *COEFFICIENTS) for token in zip(logp, old, ref, entropy, A)])
     clipped = ((A > 0) & (ratio > 1.28)) | ((A < 0) & (ratio < 0.8))
@@ -206,12 +307,12 @@ def test_metrics_match_the_equations():
 
 
 def test_on_policy_is_the_explicit_old_policy():
-    batch, state = experience(), fresh()
-    old, _ = bigram(state.params, batch.context, batch.last_P, batch.tokens_PGR)
-    explicit, explicit_metrics = step(microbatch=4)(state, batch.replace(old_logp_PGR=old))
-    unread = batch.replace(old_logp_PGR=jnp.full_like(old, jnp.nan))
-    implicit, metrics = step(microbatch=4, on_policy=True)(state, unread)
-    assert_close(metrics, explicit_metrics)
+    batch, state = sampled(), fresh()
+    old = by_sequence(state.params, batch)[0].astype(np.float32)
+    explicit, explicit_metrics = step()(state, experience(batch._replace(old=old)))
+    unread = experience(batch._replace(old=np.full_like(old, np.nan)))
+    implicit, metrics = step(on_policy=True)(state, unread)
+    assert_close(metrics, explicit_metrics, atol=2e-6)
     assert_close(implicit.params, explicit.params)
     assert float(metrics["policy/ratio_max"]) == 1 and float(metrics["grad/norm"]) > 0.01
 
@@ -230,12 +331,12 @@ def test_optimizer_clips_the_global_norm():
 
 @pytest.mark.parametrize("where", ["advantage", "parameter"])
 def test_non_finite_update_is_skipped_and_counted(where):
-    batch, run = experience(), step(microbatch=4)
+    batch, run = experience(sampled()), step()
     state, _ = run(fresh(), batch)
     bad_batch, bad = batch, state
     if where == "advantage":
-        first = tuple(np.argwhere(np.asarray(batch.mask_PGR))[0])
-        bad_batch = batch.replace(advantage_PGR=batch.advantage_PGR.at[first].set(jnp.nan))
+        last = tuple(np.argwhere(np.asarray(batch.mask_MBT))[-1])
+        bad_batch = batch.replace(advantage_MBT=batch.advantage_MBT.at[last].set(jnp.nan))
     else:
         bad = state.replace(params=state.params | {"context": state.params["context"].at[0].set(jnp.inf)})
     after, metrics = run(bad, bad_batch)
@@ -248,25 +349,29 @@ def test_non_finite_update_is_skipped_and_counted(where):
 
 
 def test_what_is_outside_the_mask_is_not_read():
-    batch, run = experience(), step(microbatch=4)
-    state, metrics = run(fresh(), batch)
-    names = ("advantage_PGR", "sampler_logp_PGR", "old_logp_PGR", "ref_logp_PGR")
-    poisoned = batch.replace(**{n: jnp.where(batch.mask_PGR, getattr(batch, n), jnp.nan) for n in names})
-    assert_same(run(fresh(), poisoned), (state, metrics))
+    batch, run = experience(sampled()), step()
+    expected = run(fresh(), batch)
+    names = ("advantage_MBT", "sampler_logp_MBT", "old_logp_MBT", "ref_logp_MBT")
+    poisoned = batch.replace(**{n: jnp.where(batch.mask_MBT, getattr(batch, n), jnp.nan) for n in names})
+    assert_same(run(fresh(), poisoned), expected)
+    # The log-prob of a target that is none is NaN.
+    no_target = jnp.where(batch.mask_MBT, batch.packed.target_BT, V)
+    assert_same(run(fresh(), batch.replace(packed=batch.packed.replace(target_BT=no_target))), expected)
 
 
 @pytest.mark.parametrize("aggregate", AGGREGATES)
 def test_a_batch_without_counted_tokens_is_no_gradient(aggregate):
-    state = fresh(PLAIN)
-    batch = experience(mask=jnp.zeros((P, G, R), bool))
-    after, metrics = step(with_aggregate(aggregate), PLAIN, microbatch=4)(state, batch)
+    state, batch = fresh(PLAIN), sampled()
+    batch = experience(batch._replace(mask=np.zeros_like(batch.mask)), NARROW, aggregate)
+    assert batch.used > 1
+    after, metrics = step(with_aggregate(aggregate), PLAIN)(state, batch)
     assert_same(after.params, state.params)
     assert all(float(x) == 0 for x in metrics.values())
 
 
 def test_equal_rewards_are_no_gradient():
-    state, batch = fresh(PLAIN), experience()
-    batch = batch.replace(advantage_PGR=jnp.zeros((P, G, R)))
+    state, batch = fresh(PLAIN), sampled()
+    batch = experience(batch._replace(advantage=np.zeros_like(batch.advantage)))
     after, metrics = step(NO_KL, PLAIN)(state, batch)
     assert float(metrics["grad/norm"]) == 0
     assert_same(after.params, state.params)
@@ -278,8 +383,10 @@ def test_donated_state_keeps_its_types(dtype):
     compiled = run._cache_size()
     types = jax.tree.map(lambda x: (x.shape, x.dtype), state)
     given = jax.tree.leaves(state.params)
-    for seed in range(3):
-        state, _ = run(state, experience(seed))
+    roomy = [experience(sampled(seed), Packing(True, 64, 1), spare=1) for seed in range(3)]
+    assert len({x.mask_MBT.shape for x in roomy}) == 1 and len({int(x.used) for x in roomy}) == 1
+    for batch in (*roomy, roomy[0].replace(used=roomy[0].used - 1)):  # how many are used is no shape
+        state, _ = run(state, batch)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == types
     assert all(x.is_deleted() for x in given)
     assert run._cache_size() == compiled + 1
@@ -300,12 +407,11 @@ def test_constant_reward_is_no_drift():
 
 
 def bandit(reward):
-    """60 on-policy updates; (probability of token 2 as the first token, parameters, parameters at the start)."""
+    """60 on-policy updates on rollouts of one token; (probability of token 2, parameters, parameters at the start)."""
     state, run = fresh(PLAIN), step(NO_KL, PLAIN, on_policy=True, donate=True)
     start = jax.tree.map(np.asarray, state.params)
     rng = np.random.default_rng(0)
-    base = experience(mask=jnp.arange(R) < jnp.ones((P, G, 1), int))
-    base = base.replace(last_P=jnp.zeros(P, jnp.int32), context=Context(jnp.zeros((P, 2), jnp.int32), jnp.full(P, 2)))
+    base = sampled()._replace(prompts=[(0,)] * P, length=np.ones((P, G), int), mask=np.arange(R) < np.ones((P, G, 1)))
 
     def distribution(params):
         logits = np.asarray(params["embed"], np.float64)[0] @ np.asarray(params["table"], np.float64)
@@ -317,7 +423,6 @@ def bandit(reward):
         advantage, _ = advantages.grpo(
             reward((tokens[..., 0] == 2).astype(float)), np.ones((P, G), bool), std_normalise=True, min_spread=0.0
         )
-        spread = jnp.asarray(advantage[..., None].repeat(R, -1))
-        batch = base.replace(tokens_PGR=jnp.asarray(tokens), advantage_PGR=spread)
-        state, _ = run(state, batch)
+        spread = advantage[..., None].repeat(R, -1).astype(np.float32)
+        state, _ = run(state, experience(base._replace(tokens=tokens, advantage=spread), Packing(True, 16, 1)))
     return distribution(state.params)[2], jax.tree.map(np.asarray, state.params), start
