@@ -72,7 +72,7 @@ def base() -> ConfigDict:
             ),
             loss=dict(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.001, entropy_coef=0.0, aggregate="token_mean"),
             distillation=dict(kl="sampled"),
-            updates=dict(per_batch=2, row_tokens=20_480, microbatch=2, logp_chunk=4096),
+            updates=dict(per_batch=2, row_tokens=20_480, microbatch=4, logp_chunk=4096),
             optimizer=dict(
                 learning_rate=1e-6,
                 schedule="constant",
@@ -94,7 +94,7 @@ def base() -> ConfigDict:
 
 def process(config: ConfigDict, estimator: str) -> ConfigDict:
     """ExpRL-Process: the judge scores prefixes of math and multiple-choice rollouts; fully on-policy."""
-    config.rollout.group = 16
+    config.rollout.update(group=16, wave=2)
     config.routes.update(math="process", choice="process")
     config.advantage.estimator = estimator
     config.updates.per_batch = 1

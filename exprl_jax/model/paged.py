@@ -27,8 +27,8 @@ from exprl_jax.records import Prefix
 PAGE = 128
 # Lanes of a TPU vector: heads are padded to a multiple.
 _LANES = 128
-# The kernel's buffers of pages, in bytes, and its queries at a time while decoding and while reading rows.
-_BUFFER, _DECODED, _READ = 4 * 1024**2, 32, 128
+# What fits into a TPU core's fast memory: bytes of the kernel's buffers of pages, and its queries × heads at a time.
+_BUFFER, _QUERIES = 4 * 1024**2, 1024
 # How far later keys and values may exceed their context's largest before an int8 saturates.
 _HEADROOM = 1.5
 
@@ -228,7 +228,7 @@ def _kernel(q_BTKmE, pool, table, known_B, asked_B):
         q, pool, known_B.astype(jnp.int32), table, end, jnp.full(1, B, jnp.int32), sm_scale=E**-0.5,
         k_scale=1.0 if pool.dtype == jnp.int8 else None, v_scale=1.0 if pool.dtype == jnp.int8 else None,
         num_kv_pages_per_block=max(1, min(table.shape[1], _BUFFER // (2 * page_bytes))),
-        num_queries_per_block=_DECODED if T == 1 else _READ,
+        num_queries_per_block=min(B * T, max(8, min(128, _QUERIES // q.shape[1]))),
     )  # fmt: skip
     out = out.reshape(B * T, heads, m, -1)[:, :K, :, :E]
     back = jnp.maximum(end[1:, None] - T + jnp.arange(T), 0)
