@@ -22,6 +22,7 @@ import os
 import pathlib
 import re
 import shutil
+import sys
 import threading
 import types
 import zlib
@@ -33,6 +34,7 @@ import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
+from exprl_jax.distributed import meet
 from exprl_jax.workdir import sync_folder, write_atomically
 
 _MANIFEST = "manifest.json"
@@ -74,11 +76,14 @@ class Checkpoints:
             _remove_unfinished(self._folder)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("unfinished checkpoints removed")
-        self._options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
+        self._options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, create=False, async_options=ocp.AsyncOptions(barrier_sync_fn=_meet_unless_failed)
+        )
         self._manager = self._open()
         self._recording: threading.Thread | None = None
         self._saving: int | None = None
         self._failure: BaseException | None = None
+        self._given_up = False
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -105,7 +110,8 @@ class Checkpoints:
                 raise
             logging.error("%s", failure)  # the error that ends the run is not hidden by this one
         finally:
-            self._manager.close()
+            if not self._given_up:
+                self._manager.close()
             logging.get_absl_logger().removeFilter(_raised_anyway)
 
     def latest(self) -> int | None:
@@ -155,11 +161,14 @@ class Checkpoints:
             self._recording = None
         if self._failure is not None:
             error, self._failure = self._failure, None
-            with contextlib.suppress(type(error)):  # a manager whose save failed raises that again for ever
-                self._manager.close()
-            if self._first_process:
+            # Closing and opening wait for all processes, of which the others do not know of this.  Their saves wait for
+            # ours before the checkpoint counts, so it does not; what is left of it goes at the next start.
+            self._given_up = jax.process_count() > 1
+            if not self._given_up:
+                with contextlib.suppress(type(error)):  # a manager whose save failed raises that again for ever
+                    self._manager.close()
                 _remove_unfinished(self._folder)
-            self._manager = self._open()
+                self._manager = self._open()
             raise ValueError(
                 f"checkpoint of step {self._saving} could not be written to {self._folder}: {_one_line(error)}; "
                 "free some disk space and start again: the checkpoints before it stand"
@@ -306,6 +315,17 @@ def _difference(folder: pathlib.Path) -> str | None:
         if found[name] != expected[name]:
             return f"{name} has the right size but other content"
     return None
+
+
+def _meet_unless_failed(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier between processes.
+
+    When a process could not write its part, Orbax first goes to one more barrier (in a `finally`), where the others do
+    not come, for they wait at an earlier one: for 20 minutes nobody would hear of the failure.
+    """
+    if (failure := sys.exc_info()[1]) is not None:
+        raise failure
+    meet(key, timeout_ms)
 
 
 def _raised_anyway(record: std_logging.LogRecord) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from exprl_jax.checkpoint import Checkpoints
@@ -93,6 +94,7 @@ def follow(task: Task, workdir_path: str) -> None:
         CompileLedger() as ledger,
         StopRequest() as stop,
     ):
+        check_same_problems(task.problems)
         if jax.process_index() == 0:
             save_description(task.policy, workdir.model)
         # -------------------------------------------------------------- the state, new or as it was left
@@ -162,6 +164,23 @@ def check_position(position: Mapping[str, Any], problems: Sequence[Problem]) -> 
         )
 
 
+def check_same_problems(problems: Sequence[Problem]) -> None:
+    """Refuses to start where processes have read different problems: each would sample and grade rows of its own data.
+
+    Every process must call this.
+
+    Raises:
+      ValueError: in every process; names those that differ from process 0.
+    """
+    mine = np.frombuffer(bytes.fromhex(fingerprint(problems)), np.uint8)
+    theirs = np.atleast_2d(multihost_utils.process_allgather(mine))
+    if other := np.flatnonzero((theirs != theirs[0]).any(-1)).tolist():
+        raise ValueError(
+            f"config.data.source: processes {', '.join(map(str, other))} have read other problems than process 0; give all "
+            "hosts the same files"
+        )
+
+
 def say(text: str) -> None:
     """A line on stderr, from one process."""
     if jax.process_index() == 0:
@@ -171,7 +190,7 @@ def say(text: str) -> None:
 def barrier() -> None:
     """Returns once every process has called it."""
     if jax.process_count() > 1:
-        jax.experimental.multihost_utils.sync_global_devices("workdir")
+        multihost_utils.sync_global_devices("workdir")
 
 
 def _summary(workdir: Workdir) -> None:

@@ -17,9 +17,15 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a fil
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; starting again in it resumes.")
 _DIFF = config_flags.DEFINE_config_file("diff", None, "Another config: print what differs between the two, and exit.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the config resolves to and what it needs, and exit.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, for a run of several processes.")
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed", "none", ["none", "auto"], "auto: a process of the Cloud TPU slice, Slurm step or MPI job that it is in."
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where there is no such launcher.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.", lower_bound=1)
 _PROCESS = flags.DEFINE_integer("process", None, "This process's index.", lower_bound=0)
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_seconds", 100, "A process not heard of for so long is taken for dead, and the others end.", lower_bound=1
+)
 
 
 def main(argv: list[str]) -> int:
@@ -35,6 +41,8 @@ def main(argv: list[str]) -> int:
             raise ValueError("--workdir is missing; for instance --workdir=runs/smoke")
         if len({_COORDINATOR.value is None, _PROCESSES.value is None, _PROCESS.value is None}) > 1:
             raise ValueError("--coordinator, --processes and --process go together; give all three or none")
+        if _DISTRIBUTED.value == "auto" and _COORDINATOR.value is not None:
+            raise ValueError("--distributed=auto finds out what --coordinator, --processes and --process say; give one of them")
         settings = _CONFIG.value.to_dict()
         others = {} if _DIFF.value is None else _DIFF.value.to_dict()
     except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError, ImportError, SyntaxError) as error:
@@ -61,15 +69,14 @@ def main(argv: list[str]) -> int:
 
             print(describe(config))
             return 0
-        if _COORDINATOR.value is not None:
-            try:
-                jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
-            except RuntimeError as error:
-                raise ValueError(f"--coordinator {_COORDINATOR.value}: {error}") from error
-        from exprl_jax.model.language_model import pin_checkpoints
-        from exprl_jax.workdir import recorded_config
+        from exprl_jax import distributed
 
-        _run(pin_checkpoints(config, recorded_config(_WORKDIR.value)), _WORKDIR.value)
+        if _COORDINATOR.value is not None:
+            distributed.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _HEARTBEAT.value)
+        elif _DISTRIBUTED.value == "auto":
+            distributed.connect_detected(_HEARTBEAT.value)
+        with distributed.ending_together():
+            _run(config, _WORKDIR.value)
     except (ValueError, FloatingPointError, OSError) as error:
         return _complain(error, 1)
     except jax.errors.JaxRuntimeError as error:
@@ -83,6 +90,9 @@ def main(argv: list[str]) -> int:
 
 def _run(config: Any, workdir: str) -> None:
     """Hands over to the task that the config names."""
+    from exprl_jax.model.language_model import pin_checkpoints
+    from exprl_jax.workdir import recorded_config
+
     if config.task == "rl":
         from exprl_jax.train import train as task
     elif config.task == "distill":
@@ -95,7 +105,7 @@ def _run(config: Any, workdir: str) -> None:
         from exprl_jax.evaluation.calibrate import calibrate as task
     else:
         from exprl_jax.evaluation.annotate import annotate as task
-    task(config, workdir)
+    task(pin_checkpoints(config, recorded_config(workdir)), workdir)
 
 
 def _reason(error: BaseException) -> str:

@@ -133,7 +133,13 @@ def open_workdir(
                     f"--workdir {folder}: process {process} sees no config.json; pass a folder that all hosts share"
                 )
             workdir = Workdir(folder, resumed=True)
-            _refuse_other_config(folder, _read_config(workdir.config), config)
+            theirs = _read_config(workdir.config)
+            _refuse_other_config(folder, theirs, config)
+            if found := differences(config, theirs):
+                raise ValueError(
+                    f"process {process} was started with another config than process 0 (its value != the value there): "
+                    f"{_listed(found)}; give every process the same"
+                )
         yield workdir
 
 
@@ -242,11 +248,15 @@ def _refuse_other_config(folder: pathlib.Path, theirs: dict[str, Any], ours: dic
         )
     found = [each for each in differences(ours, theirs) if each.partition(":")[0] not in _neutral(ours)]
     if found and (taken or any(file.stat().st_size for name in RECORDS for file in folder.glob(name))):
-        more = f" and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
         raise ValueError(
             f"--workdir {folder} holds a run of another config (this start's value != the value there): "
-            f"{'; '.join(found[:_SHOWN_DIFFERENCES])}{more}; choose another --workdir"
+            f"{_listed(found)}; choose another --workdir"
         )
+
+
+def _listed(found: Sequence[str]) -> str:
+    more = f" and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
+    return "; ".join(found[:_SHOWN_DIFFERENCES]) + more
 
 
 def _neutral(config: Mapping[str, Any]) -> tuple[str, ...]:
