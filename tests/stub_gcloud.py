@@ -1,11 +1,11 @@
 """Google Cloud in a folder, for the tests of tpu_scripts/: `gcloud`, and on its workers sudo, python3 and the program.
 
 Each of these commands is this file under another name.  All record their words in calls.jsonl.  What gcloud answers of
-a slice comes from scripts in the folder $STUB: a line of `queued` and of `nodes` each time it is asked (the last line
-stays; none: the node is READY).  `tpu-vm ssh` runs its command in a real shell, with a folder of workers/ as home.  A
-line of `programs` says what the program does when it is started for the n-th time: a number to exit with, `run` until
-it is killed, or `lost`: killed together with the shell that waits for it.  A call that holds a line of `refuse` among
-its words fails.
+the slice $STUB_NAME comes from scripts in the folder $STUB: a line of `queued` and of `nodes` each time it is asked (the
+last line stays; `-`: there is none; no script: the node is READY).  `tpu-vm ssh` runs its command in a real shell, with
+a folder of workers/ as home.  A line of `programs-<worker>` says what the program does when it is started there: a
+number to exit with, `run` until it is killed, `lost`: killed together with the shell that waits for it, or `leaves` a
+child behind.  A call that holds a line of `refuse` among its words fails.
 """
 
 import contextlib
@@ -86,10 +86,17 @@ def _gcloud(folder: pathlib.Path, words: list[str]) -> int:
             homes = sorted((folder / "workers").glob("*" if worker == "all" else worker))
             command = ["bash", "-c", _option(rest, "command")]
             started = _started(folder)
-            shells = [subprocess.Popen(command, cwd=home, env=os.environ | {"HOME": str(home)}) for home in homes]
+            launches = command[2].endswith("&")
+            shells = [
+                subprocess.Popen(command, cwd=home, env=os.environ | {"HOME": str(home)}, start_new_session=launches)
+                for home in homes
+            ]
             status = max(shell.wait() for shell in shells)
-            while "nohup" in command[2] and not status and _started(folder) < started + len(homes):
+            while launches and not status and _started(folder) < started + len(homes):
                 time.sleep(0.01)  # what is launched has begun, so that what a test does next comes next
+            for shell in shells if launches else []:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(shell.pid, signal.SIGHUP)  # the connection is closed
             return status
         case ["storage", "buckets", "describe", *_]:
             print(_next(folder, "bucket"))
@@ -105,6 +112,9 @@ def _python(folder: pathlib.Path, words: list[str]) -> int:
             home = pathlib.Path(os.environ["HOME"])
             does = _next(folder, f"programs-{home.name}")
             print(f"stub program on worker {home.name}", flush=True)
+            if does == "leaves" and not os.fork():
+                (folder / f"program-{home.name}-{os.getpid()}.pid").write_text(str(os.getpid()))
+                does = "run"
             if does == "run":
                 time.sleep(600)
             if does == "lost":

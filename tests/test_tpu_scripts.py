@@ -312,6 +312,16 @@ def test_launch_outlives_its_connection_once(cloud):
         assert log.startswith(started) and log.endswith(started) and log.count(started) == 2
 
 
+def test_what_a_program_leaves_behind_does_not_hold_its_run(cloud):
+    """A grader that outlives it, for instance."""
+    stub = cloud(**{f"programs-{worker}": ["leaves", "0"] for worker in range(2)})
+    stub.set_up()
+    for _ in range(2):
+        assert stub.run("launch.sh", *CALLS["launch.sh"]).returncode == 0
+        wait_for(lambda: len(list(stub.folder.glob("workers/*/runs/mnt/exprl/runs/outcome/status"))) == 2)
+    assert len(list(stub.folder.glob("program-*.pid"))) == 2
+
+
 def test_compiled_programs_are_kept_beside_the_workdir(cloud):
     stub = cloud()
     printed = stub.run("launch.sh", *CALLS["launch.sh"], "--dry-run").stdout
@@ -386,7 +396,7 @@ def deeds(stub):
             named.append(call[4])
         elif "scp" in call:
             named.append("setup")
-        elif "ssh" in call and "nohup" in text:
+        elif "ssh" in call and text.endswith("&"):
             named.append("launch")
     return named
 
