@@ -1,0 +1,253 @@
+"""The compiled programs of a config, with the arguments that a run gives them and how often a step calls each.
+
+Arguments are shapes with shardings: nothing is allocated and no weights are needed.  Widths that a run measures from its
+data stand at the config's budgets, so what is compiled is the largest that a run can ask for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from exprl_jax.config import Config, Model
+from exprl_jax.data.tokenizer import load_tokenizer
+from exprl_jax.mesh import DATA, MODEL, bytes_per_device, replicated, rows_sharding, shard_parameters
+from exprl_jax.model import decoder
+from exprl_jax.model.cache import empty_cache
+from exprl_jax.model.language_model import PUBLISHED, LanguageModel, open_model
+from exprl_jax.pods.kernels import KERNELS, Kernel, paged
+from exprl_jax.programs import abstract_state, build, build_judge, build_sampler, shard_state
+from exprl_jax.records import Context, Draw, Experience, Rows, TrainState
+from exprl_jax.reward.judges import check_judge_lengths
+from exprl_jax.rollout.waves import padded_width
+from exprl_jax.train import check_layout, check_lengths, has_local_judge, needs_reference_model, segment_rule
+
+POLICY, ADAM, BATCH, KEYS = "policy", "Adam", "batch", "KV"
+_SAMPLING = ("rollout.wave", "mesh.model", "policy.execution.kv_dtype")
+_JUDGING = ("rollout.wave", "judge.max_context_tokens", "judge.max_trace_tokens", "judge.max_tokens", "mesh.model")
+_TRAINING = ("updates.microbatch", "updates.logp_chunk", "policy.execution.remat", "mesh.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """An argument that another program of the run computes, and lays out as it likes.
+
+    Attributes:
+      name: of that program's call.
+    """
+
+    name: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One compiled program of a run.
+
+    Attributes:
+      name: of the program; with the model in brackets where it is compiled for several.
+      phase: of a step, as the metrics name it; `start` for what runs once.
+      program: the jitted function.
+      arguments: trees of `jax.ShapeDtypeStruct` with shardings, or a `Result`, each with its owner; a `TrainState` is
+        the policy's and Adam's, whatever owner stands there.
+      inside: bytes a device of what the program allocates for an owner too, by owner.
+      beside: bytes a device that lie there meanwhile and are no argument, by owner.
+      steps: trips, at most, of the loop whose end depends on values; 0 where there is none.
+      kernels: what the Pallas kernels in it cost, by a pattern of their names.
+      each_step: calls in one RL step, at most.
+      settings: config keys that make it smaller, those that help most first.
+    """
+
+    name: str
+    phase: str
+    program: Callable
+    arguments: tuple[tuple[str, Any], ...]
+    inside: Mapping[str, int]
+    beside: Mapping[str, int]
+    steps: int
+    kernels: Mapping[str, Kernel]
+    each_step: int
+    settings: tuple[str, ...]
+
+
+def programs_of(config: Config, mesh: Mesh) -> list[Call]:
+    """Every program of an RL run, in the order in which a run first calls them.
+
+    Raises:
+      ValueError: another task, or a config that does not fit the mesh or its models.
+    """
+    if config.task != "rl":
+        raise ValueError(f"compile_check: got config.task = {config.task!r}, expected 'rl'")
+    check_layout(config, mesh.shape[DATA])
+    policy, frozen = known_model(config.policy), frozen_models(config)
+    check_lengths(config, policy.arch)
+    waves = config.rollout.prompts // config.rollout.wave
+    held = residents(config, mesh)
+
+    def call(name, phase, program, arguments, *, each_step, settings, inside=None, beside=None, steps=0, attended=0):
+        passed = {owner for owner, _ in arguments} | ({POLICY, ADAM} if name == "train_step" else set())
+        others = {owner: size for owner, size in held.items() if owner not in passed and phase != "start"}
+        kernels = KERNELS | {"ragged_paged_attention": paged(attended)}
+        return Call(
+            name, phase, program, arguments, inside or {}, others | (beside or {}), steps, kernels, each_step, settings
+        )
+
+    wave, group, answer = config.rollout.wave, config.rollout.group, config.rollout.max_tokens
+    prompt = padded_width(config.data.max_prompt_tokens - 1)
+    sampler = build_sampler(policy, mesh, max_tokens=answer, wave=wave)
+    programs, state = build(config, mesh, policy), _state(config, mesh, policy)
+    start = (("weights", _parameters(policy, mesh)),)
+    calls = [
+        call("init_state", "start", programs.init_state, start, each_step=0, settings=("mesh.data", "mesh.model")),
+        call(
+            "prefill", "sample", sampler.prefill, ((POLICY, state.params), (BATCH, _context(mesh, wave, prompt))),
+            each_step=waves, settings=_SAMPLING,
+        ),
+        call(
+            "sample", "sample", sampler.sample,
+            ((POLICY, state.params), (KEYS, Result("prefill")), (BATCH, _rows(mesh, wave, group, 1)),
+             (BATCH, _draw(mesh, wave, group))),
+            # Over a response a row attends to half of it on average.
+            each_step=waves, settings=_SAMPLING, steps=answer, attended=prompt + answer / 2,
+            inside={KEYS: _cache_bytes(policy, mesh, wave, group, answer)},
+        ),
+    ]  # fmt: skip
+
+    if has_local_judge(config):
+        how, role = config.judge, frozen[config.judge.model]
+        judge = known_model(how.model)
+        check_judge_lengths(how, judge.arch)
+        asking, params = build_judge(how, mesh, judge), _parameters(judge, mesh)
+        context, trace = _context(mesh, wave, padded_width(how.max_context_tokens)), padded_width(how.max_trace_tokens)
+        writes = how.readout == "text"
+        queries = (BATCH, _rows(mesh, wave, group, trace)), *([(BATCH, _draw(mesh, wave, group))] if writes else [])
+        slots = trace - 1 + how.max_tokens if writes else trace
+        calls += [
+            call(
+                "judge_prefill", "judge", asking.prefill, ((role, params), (BATCH, context)), each_step=waves,
+                settings=_JUDGING,
+            ),
+            call(
+                "judge", "judge", asking.judge, ((role, params), (KEYS, Result("judge_prefill")), *queries),
+                # A rollout has at most so many prefixes to score, and a call takes one of each rollout.
+                each_step=waves * segment_rule(config).max_segments, settings=_JUDGING,
+                steps=how.max_tokens if writes else 0, attended=context.tokens_PC.shape[1] + trace + how.max_tokens / 2,
+                inside={KEYS: _cache_bytes(judge, mesh, wave, group, slots)} if writes else {},
+            ),
+        ]  # fmt: skip
+
+    updates = config.updates.per_batch
+    experience = _experience(mesh, config.rollout.prompts // updates, group, prompt, answer)
+    # A step's updates lie ready together.
+    waiting = {BATCH: (updates - 1) * tree_bytes(experience)}
+    asked = tuple((BATCH, x) for x in (experience.context, experience.last_P, experience.tokens_PGR))
+    scored = [("token_logp", POLICY, state.params)] if updates > 1 else []
+    if config.loss.kl_coef > 0:
+        reference = _parameters(known_model(config.reference), mesh)
+        scored.append(("token_logp (reference)", frozen[config.reference], reference))
+    calls += [
+        call(
+            name, "logp", programs.token_logp, ((owner, params), *asked), each_step=updates, settings=_TRAINING,
+            beside=waiting,
+        )
+        for name, owner, params in scored
+    ]  # fmt: skip
+    calls.append(
+        call(
+            "train_step", "train", programs.train_step, ((POLICY, state), (BATCH, experience)), each_step=updates,
+            settings=_TRAINING, beside=waiting,
+        )
+    )  # fmt: skip
+    return calls
+
+
+def known_model(how: Model) -> LanguageModel:
+    """A model as the programs see it.  Of a published one the tokenizer is not at hand without a network; the byte
+    tokenizer's ids of end, padding and digits stand for its own: they are constants in the programs, nothing more."""
+    if how.weights in PUBLISHED:
+        return LanguageModel(how, PUBLISHED[how.weights], load_tokenizer("byte"), None)
+    return open_model(how)
+
+
+def frozen_models(config: Config) -> dict[Model, str]:
+    """The models that a run holds beside the policy, and what they serve as; equal models are one copy."""
+    roles: dict[Model, list[str]] = {}
+    if needs_reference_model(config):
+        roles.setdefault(config.reference, []).append("reference")
+    if has_local_judge(config):
+        roles.setdefault(config.judge.model, []).append("judge")
+    return {model: "frozen " + " + ".join(names) for model, names in roles.items()}
+
+
+def residents(config: Config, mesh: Mesh) -> dict[str, int]:
+    """Bytes a device that a run holds throughout a step, by owner."""
+    state = _state(config, mesh, known_model(config.policy))
+    frozen = {role: tree_bytes(_parameters(known_model(how), mesh)) for how, role in frozen_models(config).items()}
+    return owned_bytes(POLICY, state) | frozen
+
+
+def owned_bytes(owner: str, tree: Any) -> dict[str, int]:
+    """Bytes a device of an argument, by owner."""
+    if isinstance(tree, TrainState):
+        return {POLICY: tree_bytes(tree.params), ADAM: tree_bytes(tree) - tree_bytes(tree.params)}
+    return {owner: tree_bytes(tree)}
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes a device of a tree of shapes with shardings."""
+    leaves = jax.tree.leaves(tree)
+    return bytes_per_device(leaves, [leaf.sharding for leaf in leaves])
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
+
+
+def _parameters(model: LanguageModel, mesh: Mesh) -> Any:
+    abstract = decoder.abstract_params(model.arch, model.execution, model.how.param_dtype)
+    return _placed(abstract, shard_parameters(abstract, model.arch, model.execution, mesh))
+
+
+def _state(config: Config, mesh: Mesh, policy: LanguageModel) -> TrainState:
+    return _placed(abstract_state(config, policy.arch), shard_state(config, mesh, policy))
+
+
+def _array(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    """A batch array, as `mesh.put_rows` places it."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=rows_sharding(mesh) if shape else replicated(mesh))
+
+
+def _context(mesh: Mesh, problems: int, width: int) -> Context:
+    return Context(_array(mesh, np.int32, problems, width), _array(mesh, np.int32, problems))
+
+
+def _rows(mesh: Mesh, problems: int, group: int, width: int) -> Rows:
+    return Rows(_array(mesh, np.int32, problems, group, width), _array(mesh, np.int32, problems, group))
+
+
+def _draw(mesh: Mesh, problems: int, group: int) -> Draw:
+    return Draw(
+        seed=_array(mesh, np.uint32),
+        step=_array(mesh, np.int32),
+        problem_P=_array(mesh, np.uint32, problems),
+        temperature_PG=_array(mesh, np.float32, problems, group),
+        live_PG=_array(mesh, np.bool_, problems, group),
+    )
+
+
+def _experience(mesh: Mesh, problems: int, group: int, prompt: int, answer: int) -> Experience:
+    tokens, mask, number = (_array(mesh, kind, problems, group, answer) for kind in (np.int32, np.bool_, np.float32))
+    return Experience(
+        _context(mesh, problems, prompt), _array(mesh, np.int32, problems), tokens, mask, number, number, number, number
+    )
+
+
+def _cache_bytes(model: LanguageModel, mesh: Mesh, problems: int, group: int, slots: int) -> int:
+    """Of the rows' keys and values: problems over `data`, heads over `model` where they divide."""
+    own = jax.eval_shape(lambda: empty_cache(model.arch, model.execution, problems, group, slots))
+    heads = mesh.shape[MODEL] if model.arch.kv_heads % mesh.shape[MODEL] == 0 else 1
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(own)) // mesh.shape[DATA] // heads
