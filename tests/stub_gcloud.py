@@ -1,9 +1,9 @@
 """Google Cloud in a folder, for the tests of tpu_scripts/: `gcloud`, and on its workers sudo, python3 and the program.
 
-Each of these commands is this file under another name.  All record their words in calls.jsonl.  What gcloud answers of
-the slice $STUB_NAME comes from scripts in the folder $STUB: a line of `queued` and of `nodes` each time it is asked (the
-last line stays; `-`: there is none; no script: the node is READY).  `tpu-vm ssh` runs its command in a real shell, with
-a folder of workers/ as home.  A line of `programs-<worker>` says what the program does when it is started there: a
+Each of these commands is this file under another name.  All record their words in calls.jsonl.  What gcloud answers
+of the slice $STUB_NAME comes from scripts in the folder $STUB: a line of `queued` and of `nodes` each time it is asked
+(the last line stays; `-`: there is none; no script: the node is READY).  `tpu-vm ssh` runs its command in a real shell,
+with a folder of workers/ as home.  A line of `programs-<worker>` says what the program does when it is started there: a
 number to exit with, `run` until it is killed, `lost`: killed together with the shell that waits for it, or `leaves` a
 child behind.  A call that holds a line of `refuse` among its words fails.
 """

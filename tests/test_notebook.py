@@ -67,12 +67,12 @@ def test_it_runs_the_tiny_config(tmp_path):
 
 
 def test_it_asks_for_the_repository_where_there_is_no_package(tmp_path):
-    with pytest.raises(CellExecutionError, match="REPOSITORY is empty"):
+    with pytest.raises(CellExecutionError, match="ValueError: REPOSITORY is empty"):
         execute(tmp_path, "tiny", cwd=tmp_path, PYTHONPATH="")
 
 
 def test_a_process_that_fails_ends_it(tmp_path):
-    with pytest.raises(CellExecutionError, match="CalledProcessError"):
+    with pytest.raises(CellExecutionError, match="CalledProcessError: Command"):
         execute(tmp_path, "tiny", JAX_PLATFORMS="abacus")
 
 
