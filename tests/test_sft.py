@@ -20,7 +20,7 @@ from exprl_jax.data.prompts import PromptStyle, policy_prompt
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.learning import supervised
 from exprl_jax.metrics import Clock
-from tiny_runs import ROOT, assert_same_parameters, assert_same_rows, config_dict, environment, parameters, rows
+from tiny_runs import ROOT, assert_same_parameters, assert_same_rows, config_dict, environment, parameters, rows, seen_by
 
 ARITHMETIC = str(ROOT / "configs/data/arithmetic.jsonl")
 # Four updates; a rate at which each of them shows.
@@ -62,7 +62,7 @@ def test_the_loss_falls(whole):
     losses = [row["loss/total"] for row in made]
     assert [row["step"] for row in made] == [1, 2, 3, 4]
     assert losses[3] < losses[2] < losses[1] and losses[3] < losses[0] - 0.5
-    assert set(made[0]) == {"step", "data/epoch", "update/skipped_total", *supervised.METRICS}
+    assert set(made[0]) == {"step", "data/epoch", "update/skipped_total", "update/padding", *supervised.METRICS}
     assert losses[0] == pytest.approx(np.log(prepared().policy.arch.vocab_size), abs=0.2)
     counted = sum(row["update/tokens"] for row in made)
     assert counted == sum(len(example.response) for example in prepared().examples)
@@ -97,34 +97,43 @@ def test_the_mesh_changes_nothing(data, model, whole, monkeypatch):
     assert_same_rows(made, expected, tolerance=1e-4)
 
 
-def test_one_program_serves_every_batch():
-    """The first two batches need different numbers of rows; one of them has a row that stays empty."""
+def packed(step, **changes):
+    """(the step's examples, how they are packed)."""
     run = prepared()
-    needed = [int((packed.segment_BT > 0).any(-1).sum()) for packed in map(first_fit, range(2))]
-    assert sorted(needed) == [7, 8] and run.rows == 8
+    indices, _ = batch_indices(len(run.examples), run.config.batch, run.config.seed, step)
+    examples = [run.examples[i] for i in indices]
+    return examples, loop.pack(dataclasses.replace(run.config, **changes), examples)
+
+
+def test_one_program_serves_every_batch(monkeypatch):
+    """The first two batches need different numbers of microbatches."""
+    assert [int(packed(step, microbatch=1)[1].used) for step in range(2)] == [8, 7]
+    monkeypatch.setattr(loop, "make_mesh", lambda how: Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model")))
+    run = loop.prepare(tiny({"microbatch": 1}))
     steps_of(run, 2)
     assert run.programs.sft_step._cache_size() == 1
 
 
-def first_fit(step):
-    run = prepared()
-    indices, _ = batch_indices(len(run.examples), run.config.batch, run.config.seed, step)
-    return loop.pack([run.examples[i] for i in indices], run.rows, run.config.row_tokens)
+@pytest.mark.parametrize("width", [400, 512, 2000])
+def test_packed_rows_hold_the_batchs_examples_and_count_their_responses(width):
+    examples, filled = packed(0, row_tokens=width)
+    assert filled.packed.tokens_BT.shape == (2, 8, width)  # room for a row an example
+    target = filled.packed.target_BT.reshape(-1, width)
+    for example, row, first in zip(examples, filled.row_N, filled.first_N, strict=True):
+        for k in (0, len(example.response) - 1):
+            assert target[row, first + k] == example.response[k]
+            assert seen_by(filled.packed, row, first + k) == [*example.prompt, *example.response[:k]]
+    tokens = sum(len(example.prompt) + len(example.response) - 1 for example in examples)
+    assert (filled.packed.segment_BT > 0).sum() == tokens
+    assert filled.padding == pytest.approx(1 - tokens / (int(filled.used) * 8 * width))
+    assert filled.used == -(-(filled.row_N.max() + 1) // 8)
 
 
-def test_rows_are_those_of_the_batch_that_needs_most():
-    config = tiny({"epochs": 2})
-    examples, steps = prepared().examples, 2 * prepared().steps
-    for width in (360, 512, 2000):
-        narrow = dataclasses.replace(config, row_tokens=width)
-        each = []
-        for step in range(steps):
-            batch = batch_indices(len(examples), config.batch, config.seed, step)[0]
-            each.append(1 + max(loop.assign_rows([examples[i].length for i in batch], width)))
-        assert loop.most_rows(narrow, examples, steps) == max(each)
-        assert width != 360 or each[0] < max(each)  # not the first batch's
-    wide = loop.prepare(tiny({"row_tokens": 800}))
-    assert wide.rows == 8 == 2 * loop.most_rows(wide.config, wide.examples, wide.steps)  # whole microbatches
+def test_a_step_reports_its_padding_and_its_tokens(whole):
+    for step, row in enumerate(rows(whole)):
+        examples, filled = packed(step)
+        assert row["update/padding"] == pytest.approx(filled.padding) and 0 < filled.padding < 1
+        assert row["update/tokens"] == sum(len(example.response) for example in examples)
 
 
 def test_every_epoch_has_every_example_once():
@@ -159,11 +168,14 @@ def test_control_strings_in_a_reference_are_plain_text():
 
 
 def test_what_does_not_fit_is_dropped_and_counted(capfd):
-    lengths = sorted(example.length for example in prepared().examples)
+    def length(example):
+        return len(example.prompt) + len(example.response)
+
+    lengths = sorted(map(length, prepared().examples))
     limit = lengths[40]
     run = loop.prepare(tiny({"row_tokens": limit}))
-    kept = sum(length <= limit for length in lengths)
-    assert sorted(example.length for example in run.examples) == lengths[:kept] and kept < 64
+    kept = sum(each <= limit for each in lengths)
+    assert sorted(map(length, run.examples)) == lengths[:kept] and kept < 64
     assert f"{kept} problems; dropped {64 - kept} over config.row_tokens = {limit}" in capfd.readouterr().err
 
 

@@ -17,7 +17,8 @@ from safetensors.numpy import load_file
 
 from exprl_jax.config import Config, resolve
 from exprl_jax.distill import distill
-from exprl_jax.train import Run, prepare, train
+from exprl_jax.records import Packed, Rollouts
+from exprl_jax.train import Batch, Run, prepare, train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIVELY = {
@@ -63,6 +64,34 @@ def prepared(config: Config) -> Run:
     """What a run opens before its first step; a local judge leaves nothing to close."""
     with contextlib.ExitStack() as held:
         return prepare(config, held)
+
+
+def random_batch(run: Run, seed: int = 0) -> Batch:
+    """A step's rollouts from nowhere, of every length; a tenth of their tokens carries no loss, nor does one rollout."""
+    rng, how = np.random.default_rng(seed), run.config.rollout
+    shape = (how.prompts, how.group, how.max_tokens)
+    length_PG = rng.integers(0, how.max_tokens + 1, shape[:2])
+    length_PG[0, :3] = 0, 1, how.max_tokens
+    mask = np.arange(how.max_tokens) < length_PG[..., None]
+    tokens, logp = rng.integers(0, 256, shape, np.int32), rng.normal(-2, 1, shape).astype(np.float32)
+    rollouts = Rollouts(np.where(mask, tokens, 0), mask, np.where(mask, logp, 0).astype(np.float32), length_PG > 3)
+    counted = mask & (rng.random(shape) > 0.1)
+    counted[0, 2] = False
+    prompts = [run.prompts.ids[problem.id] for problem in run.problems[: how.prompts]]
+    return Batch(prompts, rollouts, counted, np.where(mask, rng.normal(size=shape), 0).astype(np.float32))
+
+
+def seen_by(packed: Packed, row: int, slot: int) -> list[int]:
+    """The tokens that a slot attends to, itself included, in the order of their positions."""
+    tokens, segment, shared, position = (
+        np.asarray(x).reshape(-1, x.shape[-1])[row]
+        for x in (packed.tokens_BT, packed.segment_BT, packed.shared_BT, packed.position_BT)
+    )
+    visible = (segment == segment[slot]) | (segment == shared[slot])
+    visible &= position <= position[slot]
+    order = np.argsort(position[visible], kind="stable")
+    assert (position[visible][order] == np.arange(len(order))).all()
+    return tokens[visible][order].tolist()
 
 
 def write_problems(path: pathlib.Path, rows: Iterable[dict]) -> str:
