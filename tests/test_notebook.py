@@ -67,13 +67,15 @@ def test_it_runs_the_tiny_config(tmp_path):
 
 
 def test_it_asks_for_the_repository_where_there_is_no_package(tmp_path):
-    with pytest.raises(CellExecutionError, match="ValueError: REPOSITORY is empty"):
+    with pytest.raises(CellExecutionError) as caught:
         execute(tmp_path, "tiny", cwd=tmp_path, PYTHONPATH="")
+    assert caught.value.ename == "ValueError" and caught.value.evalue.startswith("REPOSITORY is empty")
 
 
 def test_a_process_that_fails_ends_it(tmp_path):
-    with pytest.raises(CellExecutionError, match="CalledProcessError: Command"):
+    with pytest.raises(CellExecutionError) as caught:
         execute(tmp_path, "tiny", JAX_PLATFORMS="abacus")
+    assert caught.value.ename == "CalledProcessError"
 
 
 @pytest.mark.slow
