@@ -85,6 +85,12 @@ def refuse(tmp_path, capfd):
         (["--workdir=x"], "--config is missing; for instance --config=configs/smoke.py"),
         ([TINY, "--workdir=x", "--processes=2"], "--coordinator, --processes and --process go together"),
         ([TINY, "--workdir=x", "--processes=0"], "--processes=0: 0 is not a positive integer"),
+        ([TINY, "--workdir=x", "--distributed=slurm"], "--distributed=slurm: value should be one of <none|auto>"),
+        (
+            [TINY, "--workdir=x", "--distributed=auto", "--coordinator=a:1", "--processes=2", "--process=0"],
+            "--distributed=auto finds out what --coordinator, --processes and --process say; give one of them",
+        ),
+        ([TINY, "--workdir=x", "--heartbeat_seconds=0"], "--heartbeat_seconds=0: 0 is not a positive integer"),
         (["--config=configs/tini.py", "--workdir=x"], "--config: [Errno 2] No such file or directory: 'configs/tini.py'"),
         (["--config=configs/tini.py", "--config.seed=2"], "No such file or directory: 'configs/tini.py'"),
         (["--config=configs", "--workdir=x"], "Is a directory: 'configs'"),
@@ -119,8 +125,20 @@ def test_a_config_file_that_does_not_load_is_one_line(text, said, tmp_path):
 
 def test_help_names_every_option():
     done = command("--help")
-    for name in ("--config", "--diff", "--workdir", "--[no]dry_run", "--coordinator", "--processes", "--process"):
+    for name in (
+        "--config", "--diff", "--workdir", "--[no]dry_run", "--distributed", "--coordinator", "--processes", "--process",
+        "--heartbeat_seconds",
+    ):  # fmt: skip
         assert name in done.stdout
+
+
+def test_processes_that_nothing_tells_of_one_another_are_refused(tmp_path):
+    launched = ("SLURM_", "OMPI_", "TPU_", "KUBERNETES_", "JAX_COORDINATOR")
+    alone = {name: value for name, value in os.environ.items() if not name.startswith(launched)}
+    done = command(TINY, f"--workdir={tmp_path / 'run'}", "--distributed=auto", env=alone)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("exprl_jax: --distributed=auto: JAX finds no Cloud TPU slice, Slurm step or MPI job")
+    assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------ the config
