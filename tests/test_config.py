@@ -24,10 +24,11 @@ ARMS = {
     "annotate": ("4b", "smoke", "tiny"),
     "calibrate": ("4b", "smoke", "tiny"),
     "evaluate": ("4b", "8b", "smoke", "tiny"),
+    "one_chip": ("large", "small"),
     "smoke": ("outcome", "process", "stage2"),
     "stage1": ("outcome", "process"),
     "stage2": ("released", "text"),
-    "tiny": ("outcome", "process", "mixed", "text", "sparse", "stage2", "distill", "sft"),
+    "tiny": ("outcome", "process", "mixed", "text", "sparse", "stage2", "distill", "sft", "lora"),
 }
 COMMITTED = [(name, arm) for name, arms in ARMS.items() for arm in arms] + [(f"paper.{name}", None) for name in PAPER]
 
@@ -78,6 +79,7 @@ def test_an_arm_is_a_short_difference():
     assert found == [
         "loss.clip_high: 0.26 != 0.28",
         "rollout.group: 16 != 10",
+        "rollout.wave: 2 != 4",
         "routes.choice: 'process' != 'outcome'",
         "routes.math: 'process' != 'outcome'",
         "updates.per_batch: 1 != 2",
@@ -171,8 +173,8 @@ def test_a_value_of_another_type_is_refused(path, value, said):
 POSITIVE = [
     "steps", "data.max_prompt_tokens", "mesh.model", "rollout.prompts", "rollout.group", "rollout.wave",
     "rollout.max_tokens", "segments.max_segments", "judge.max_tokens", "judge.max_context_tokens",
-    "judge.max_trace_tokens", "updates.per_batch", "updates.microbatch", "updates.logp_chunk", "checkpoint.every",
-    "checkpoint.keep", "grader.workers", "grader.seconds", "optimizer.clip_norm", "optimizer.eps",
+    "judge.max_trace_tokens", "updates.per_batch", "updates.row_tokens", "updates.microbatch", "updates.logp_chunk",
+    "checkpoint.every", "checkpoint.keep", "grader.workers", "grader.seconds", "optimizer.clip_norm", "optimizer.eps",
     "judge.endpoint.concurrency", "judge.endpoint.seconds", "code.seconds", "code.memory_mb",
 ]  # fmt: skip
 NOT_NEGATIVE = [
@@ -234,13 +236,21 @@ DISTILL = {"task": "distill", "loss.kl_coef": 0.0}
         ({"judge.model.weights": ""}, "judge.model.weights: got '', expected a model"),
         ({"rollout.wave": 3}, "rollout.wave: got 3, expected a divisor of rollout.prompts = 8"),
         ({"updates.per_batch": 3}, "updates.per_batch: got 3, expected a divisor of rollout.prompts = 8"),
-        ({"updates.microbatch": 5}, "updates.microbatch: got 5, expected a divisor of the 32 rows of one update"),
         (
-            {"rollout.group": 1, "updates.microbatch": 8},
+            {"updates.row_tokens": 535},
+            r"updates.row_tokens: got 535, expected at least 536, data.max_prompt_tokens \+ rollout.max_tokens: a rollout",
+        ),
+        (
+            {"rollout.max_tokens": 129},
+            r"updates.row_tokens: got 640, expected at least 641, data.max_prompt_tokens \+ rollout.max_tokens: a rollout",
+        ),
+        (DISTILL | {"updates.row_tokens": 100}, "updates.row_tokens: got 100, expected at least 536"),
+        (
+            {"rollout.group": 1},
             "rollout.group: got 1, expected at least 2: the routes outcome and verifier compare within a group",
         ),
         (
-            {"rollout.group": 1, "updates.microbatch": 8, "routes": PROCESS | {"code": "verifier"}},
+            {"rollout.group": 1, "routes": PROCESS | {"code": "verifier"}},
             "rollout.group: got 1, expected at least 2",
         ),
         (OPENAI | {"judge.readout": "logits"}, "judge.readout: got 'logits', expected 'text' with judge.backend = 'openai'"),
@@ -265,7 +275,8 @@ def test_values_that_contradict_one_another_are_refused(changes, said):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"rollout.group": 1, "updates.microbatch": 8, "routes": PROCESS},  # no route compares within a group
+        {"updates.row_tokens": 536, "updates.microbatch": 5},  # an update may have rows that stay empty
+        {"rollout.group": 1, "routes": PROCESS},  # no route compares within a group
         OPENAI,
         {"judge.endpoint.base_url": "", "judge.endpoint.model": ""},  # of a local judge
         DISTILL,
@@ -299,7 +310,7 @@ def test_a_segment_rule_that_is_none_is_refused(rule, said):
 def sft(**changes):
     """Supervised training with the sections of configs/tiny.py."""
     rl = plain()
-    shared = {name: rl[name] for name in ("seed", "data", "mesh", "policy", "optimizer", "checkpoint")}
+    shared = {name: rl[name] for name in ("seed", "data", "mesh", "policy", "lora", "optimizer", "checkpoint")}
     return shared | dict(task="sft", epochs=2, batch=8, microbatch=4, row_tokens=256, logp_chunk=256) | changes
 
 
@@ -359,10 +370,15 @@ def test_segment_rules_take_their_arguments_and_an_outcome_judge_one_segment():
     assert segment_rule(changed({"segments.max_segments": 9, "routes.code": "process"})).max_segments == 9
 
 
-def test_a_wave_gives_every_device_a_part_of_every_update():
-    with pytest.raises(ValueError, match=r"config.rollout.wave: got 8, expected a multiple of .* = 8 x 2"):
-        check_layout(changed({"updates.per_batch": 2}), 8)
-    check_layout(changed({"updates.per_batch": 2}), 4)
+def test_every_device_gets_a_part_of_every_wave_and_microbatch():
+    with pytest.raises(ValueError, match=r"^config.rollout.wave: got 8, expected a multiple of mesh.data = 16$"):
+        check_layout(changed({}), 16)
+    said = r"^config.updates.microbatch: got 4 rows, expected a multiple of mesh.data = 8, so that every device has a row in"
+    with pytest.raises(ValueError, match=said) as caught:
+        check_layout(changed({"updates.microbatch": 4}), 8)
+    assert "\n" not in str(caught.value)
+    check_layout(changed({"updates.per_batch": 2}), 8)  # rows are packed from all of an update's rollouts
+    check_layout(changed({"updates.microbatch": 12, "rollout.wave": 4}), 4)
 
 
 # ------------------------------------------------------------------------------------------------ no idle knob
@@ -408,6 +424,13 @@ READS = {
     for node in ast.walk(ast.parse((ROOT / "exprl_jax/model/config.py").read_text()))
     if isinstance(node, ast.Attribute)
 }
+# What a section derives of its leaves: the properties that read each.
+DERIVED = collections.defaultdict(set)
+for method in ast.walk(ast.parse((ROOT / "exprl_jax/config.py").read_text())):
+    if isinstance(method, ast.FunctionDef) and "property" in map(last_name, method.decorator_list):
+        for node in ast.walk(method):
+            if isinstance(node, ast.Attribute) and last_name(node.value) == "self":
+                DERIVED[node.attr].add(method.name)
 
 
 @pytest.mark.parametrize("path", sorted({path[1:] for path in LEAVES}), ids=".".join)
@@ -415,7 +438,8 @@ def test_every_leaf_is_read(path):
     *sections, leaf = path
     # `_how` is what an object keeps of its section.
     owners = {"how", "_how", "model_how", "execution", sections[-1]} if sections else {"config"}
-    read = any((owner, leaf) in READS for owner in owners) or (sections and sections[-1] in COMPUTED)
+    names = {leaf} | DERIVED[leaf]
+    read = any((owner, name) in READS for owner in owners for name in names) or (sections and sections[-1] in COMPUTED)
     assert read, f"config.{'.'.join(path)} is read nowhere"
 
 
