@@ -16,21 +16,27 @@ from jax.sharding import Mesh
 
 from exprl_jax.config import Config, Model
 from exprl_jax.data.tokenizer import load_tokenizer
-from exprl_jax.mesh import DATA, MODEL, bytes_per_device, replicated, rows_sharding, shard_parameters
+from exprl_jax.mesh import (
+    DATA, MODEL, Placement, bytes_per_device, microbatches_sharding, replicated, rows_sharding, shard_parameters,
+)  # fmt: skip
 from exprl_jax.model import decoder
-from exprl_jax.model.cache import empty_cache
 from exprl_jax.model.language_model import PUBLISHED, LanguageModel, open_model
+from exprl_jax.model.paged import open_pages
 from exprl_jax.pods.kernels import KERNELS, Kernel, paged
 from exprl_jax.programs import abstract_state, build, build_judge, build_sampler, shard_state
-from exprl_jax.records import Context, Draw, Experience, Rows, TrainState
+from exprl_jax.records import Context, Draw, Experience, Packed, Rows, TrainState
 from exprl_jax.reward.judges import check_judge_lengths
 from exprl_jax.rollout.waves import padded_width
-from exprl_jax.train import check_layout, check_lengths, has_local_judge, needs_reference_model, segment_rule
+from exprl_jax.train import (
+    check_layout, check_lengths, has_local_judge, needs_reference_model, packed_shape, segment_rule,
+)  # fmt: skip
 
 POLICY, ADAM, BATCH, KEYS = "policy", "Adam", "batch", "KV"
 _SAMPLING = ("rollout.wave", "mesh.model", "policy.execution.kv_dtype")
 _JUDGING = ("rollout.wave", "judge.max_context_tokens", "judge.max_trace_tokens", "judge.max_tokens", "mesh.model")
-_TRAINING = ("updates.microbatch", "updates.logp_chunk", "policy.execution.remat", "mesh.model")
+_TRAINING = (
+    "updates.microbatch", "updates.row_tokens", "updates.logp_chunk", "policy.execution.remat", "mesh.model",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +88,8 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
     """
     if config.task != "rl":
         raise ValueError(f"compile_check: got config.task = {config.task!r}, expected 'rl'")
+    if config.lora.rank:
+        raise ValueError(f"compile_check: got config.lora.rank = {config.lora.rank}, expected 0: adapters are not known to it")
     check_layout(config, mesh.shape[DATA])
     policy, frozen = known_model(config.policy), frozen_models(config)
     check_lengths(config, policy.arch)
@@ -98,13 +106,14 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
 
     wave, group, answer = config.rollout.wave, config.rollout.group, config.rollout.max_tokens
     prompt = padded_width(config.data.max_prompt_tokens - 1)
+    prompts = _context(mesh, wave, prompt)
     sampler = build_sampler(policy, mesh, max_tokens=answer, wave=wave)
     programs, state = build(config, mesh, policy), _state(config, mesh, policy)
     start = (("weights", _parameters(policy, mesh)),)
     calls = [
         call("init_state", "start", programs.init_state, start, each_step=0, settings=("mesh.data", "mesh.model")),
         call(
-            "prefill", "sample", sampler.prefill, ((POLICY, state.params), (BATCH, _context(mesh, wave, prompt))),
+            "prefill", "sample", sampler.prefill, ((POLICY, state.params), (BATCH, prompts)),
             each_step=waves, settings=_SAMPLING,
         ),
         call(
@@ -113,7 +122,11 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
              (BATCH, _draw(mesh, wave, group))),
             # Over a response a row attends to half of it on average.
             each_step=waves, settings=_SAMPLING, steps=answer, attended=prompt + answer / 2,
-            inside={KEYS: _cache_bytes(policy, mesh, wave, group, answer)},
+            inside={
+                KEYS: _pool_bytes(
+                    policy, mesh, jax.eval_shape(sampler.prefill, state.params, prompts), group, answer
+                )
+            },
         ),
     ]  # fmt: skip
 
@@ -136,15 +149,20 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
                 # A rollout has at most so many prefixes to score, and a call takes one of each rollout.
                 each_step=waves * segment_rule(config).max_segments, settings=_JUDGING,
                 steps=how.max_tokens if writes else 0, attended=context.tokens_PC.shape[1] + trace + how.max_tokens / 2,
-                inside={KEYS: _cache_bytes(judge, mesh, wave, group, slots)} if writes else {},
+                inside={
+                    KEYS: _pool_bytes(judge, mesh, jax.eval_shape(asking.prefill, params, context), group, slots)
+                }
+                if writes
+                else {},
             ),
         ]  # fmt: skip
 
     updates = config.updates.per_batch
-    experience = _experience(mesh, config.rollout.prompts // updates, group, prompt, answer)
+    shape = packed_shape(config)
+    experience = _experience(mesh, shape)
     # A step's updates lie ready together.
     waiting = {BATCH: (updates - 1) * tree_bytes(experience)}
-    asked = tuple((BATCH, x) for x in (experience.context, experience.last_P, experience.tokens_PGR))
+    asked = tuple((BATCH, x) for x in (experience.packed, experience.used))
     scored = [("token_logp", POLICY, state.params)] if updates > 1 else []
     if config.loss.kl_coef > 0:
         reference = _parameters(known_model(config.reference), mesh)
@@ -152,14 +170,14 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
     calls += [
         call(
             name, "logp", programs.token_logp, ((owner, params), *asked), each_step=updates, settings=_TRAINING,
-            beside=waiting,
+            beside=waiting, steps=shape[0],
         )
         for name, owner, params in scored
     ]  # fmt: skip
     calls.append(
         call(
-            "train_step", "train", programs.train_step, ((POLICY, state), (BATCH, experience)), each_step=updates,
-            settings=_TRAINING, beside=waiting,
+            "train_step", "train", programs.train_step, ((POLICY, state), (POLICY, ()), (BATCH, experience)),
+            each_step=updates, settings=_TRAINING, beside=waiting, steps=shape[0],
         )
     )  # fmt: skip
     return calls
@@ -239,15 +257,22 @@ def _draw(mesh: Mesh, problems: int, group: int) -> Draw:
     )
 
 
-def _experience(mesh: Mesh, problems: int, group: int, prompt: int, answer: int) -> Experience:
-    tokens, mask, number = (_array(mesh, kind, problems, group, answer) for kind in (np.int32, np.bool_, np.float32))
-    return Experience(
-        _context(mesh, problems, prompt), _array(mesh, np.int32, problems), tokens, mask, number, number, number, number
+def _experience(mesh: Mesh, shape: tuple[int, int, int]) -> Experience:
+    """An update's batch [M, B, T], as `mesh.put_microbatches` places it."""
+    token, mask, number = (
+        jax.ShapeDtypeStruct(shape, kind, sharding=microbatches_sharding(mesh)) for kind in (np.int32, np.bool_, np.float32)
     )
+    packed = Packed(token, token, token, token, token)
+    return Experience(packed, mask, number, number, number, number, number, used=_array(mesh, np.int32))
 
 
-def _cache_bytes(model: LanguageModel, mesh: Mesh, problems: int, group: int, slots: int) -> int:
-    """Of the rows' keys and values: problems over `data`, heads over `model` where they divide."""
-    own = jax.eval_shape(lambda: empty_cache(model.arch, model.execution, problems, group, slots))
+def _pool_bytes(model: LanguageModel, mesh: Mesh, prefix: Any, group: int, slots: int) -> int:
+    """Of the pages from which rows are decoded: problems over `data`, heads over `model` where they divide."""
+    start_PG = jax.ShapeDtypeStruct((*prefix.length_P.shape, group), np.int32)
+
+    def opened(prefix, start_PG):
+        return open_pages(model.arch, model.execution, Placement(mesh), prefix, start_PG, slots).pool
+
+    pool = jax.eval_shape(opened, prefix, start_PG)
     heads = mesh.shape[MODEL] if model.arch.kv_heads % mesh.shape[MODEL] == 0 else 1
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(own)) // mesh.shape[DATA] // heads
+    return pool.size * pool.dtype.itemsize // mesh.shape[DATA] // heads

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from exprl_jax.pods.kernels import Kernel, Operand, kernel_cost
 
@@ -48,6 +48,9 @@ def matrix_flops(traced: ClosedJaxpr | Jaxpr, steps: int, kernels: Mapping[str, 
         if name == "scan":
             return params["length"] * count(params["jaxpr"], dynamic)
         if name == "while":
+            trips = _known_trips(equation)
+            if trips is not None:
+                return trips * count(params["body_jaxpr"], dynamic)
             body = count(params["body_jaxpr"], True)
             if body and (dynamic or not steps):
                 why = "lies inside another such loop" if dynamic else "got no number of steps for it"
@@ -61,6 +64,20 @@ def matrix_flops(traced: ClosedJaxpr | Jaxpr, steps: int, kernels: Mapping[str, 
         return sum(count(inner, dynamic) for inner in _inner(params))
 
     return count(traced, False)
+
+
+def _known_trips(loop: Any) -> int | None:
+    """Trips, at most, of a loop that counts by ones to a number that it carries along, as `fori_loop` makes them."""
+    condition, consts = loop.params["cond_jaxpr"].jaxpr, loop.params["cond_nconsts"]
+    carried = loop.invars[consts + loop.params["body_nconsts"] :]
+    if [equation.primitive.name for equation in condition.eqns] != ["lt"]:
+        return None
+    ends = [x.val if isinstance(x, Literal) else None for x in (*loop.invars[:consts], *carried)]
+    limit = condition.eqns[0].invars[1]
+    end = limit.val if isinstance(limit, Literal) else ends[condition.invars.index(limit)]
+    first = condition.eqns[0].invars[0]
+    start = None if isinstance(first, Literal) else ends[condition.invars.index(first)]
+    return None if end is None else max(int(end) - int(start or 0), 0)
 
 
 def _inner(params: Mapping[str, Any]) -> Iterator[Any]:

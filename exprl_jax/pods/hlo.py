@@ -248,7 +248,8 @@ def visits(module: Module, steps: int) -> Iterator[Visit]:
 
 
 def trip_count(module: Module, computation: Computation, loop: Instruction) -> int | None:
-    """How often a loop runs, where its counter's start, step and end are constants; else None."""
+    """How often a loop runs, at most: where its counter's step and end are constants, and from 0 where its start is not
+    one.  None where the end depends on values."""
     condition = module.computations[loop.called("condition")[0]]
     body = module.computations[loop.called("body")[0]]
     carried = computation[loop.operands[0]]
@@ -269,10 +270,10 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     direction = re.search(r"direction=(\w+)", compare.rest)[1]
     if counter is None or end is None or direction not in ("LT", "LE", "NE") or body.root.opcode != "tuple":
         return None
-    start, step = start_of(counter), _step(module, body, counter)
-    if start is None or not step:
+    step = _step(module, body, counter)
+    if not step:
         return None
-    return max(-(-(end + (direction == "LE") - start) // step), 0)
+    return max(-(-(end + (direction == "LE") - (start_of(counter) or 0)) // step), 0)
 
 
 def collectives(module: Module, mesh: Mesh, steps: int) -> list[Collective]:

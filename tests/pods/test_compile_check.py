@@ -24,7 +24,7 @@ def tiny(arm="text", **changes):
 
 
 def accelerated(arm, changes):
-    how = {"scan_layers": True, "compute_dtype": "bfloat16", "remat": True}
+    how = {"scan_layers": True, "compute_dtype": "bfloat16", "remat": "full"}
     models = ("policy", "reference", "judge.model")
     execution = {f"{model}.execution.{key}": value for model in models for key, value in how.items()}
     return execution | {"mesh.data": 4, "mesh.model": 4} | changes

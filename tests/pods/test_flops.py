@@ -55,6 +55,13 @@ def test_a_loop_that_values_end_runs_as_often_as_the_caller_says():
         counted(nested, *given, steps=11)
 
 
+def test_a_loop_to_a_constant_from_a_value_runs_at_most_so_often():
+    def read(a, b, start):
+        return jax.lax.fori_loop(start, 6, lambda i, c: c @ b, a)
+
+    assert counted(read, *arrays((M, K), (K, K)), jnp.int32(2)) == 6 * 2 * M * K * K
+
+
 def test_the_dearest_branch_counts():
     def either(a, b):
         return jax.lax.cond(a.sum() > 0, lambda: (a @ b) @ b, lambda: a @ b)

@@ -131,6 +131,15 @@ def test_a_loop_that_values_end_takes_the_callers_word():
         list(visits(decoding(), 0))
 
 
+def test_a_loop_to_a_constant_from_a_value_runs_at_most_so_often():
+    def read(x, start):
+        return jax.lax.fori_loop(start, 6, lambda i, c: jnp.tanh(c @ c), x)
+
+    program = module(read, shape(512, 512), shape(dtype=jnp.int32))
+    (loop,) = [visit for visit in visits(program, 0) if visit.instruction.opcode == "while"]
+    assert trip_count(program, program.computations[loop.computation], loop.instruction) == 6
+
+
 def test_traffic_of_a_decode_step_is_the_weights():
     step = (traffic(decoding(), 101, KERNELS) - traffic(decoding(), 1, KERNELS)) / 100
     weights = 4 * 4096 * 4096 * 2
