@@ -76,7 +76,10 @@ def describe(config: Config) -> str:
     for phase in dict.fromkeys(name.partition(":")[0] for name in memory if not name.startswith("resident")):
         total = sum(v for k, v in memory.items() if k.startswith(("resident", phase)))
         listed.append((f"= while {phase}", f"{total / _GIB:.3f} GiB"))
-    title = "memory a device (by arithmetic, at full budgets; the compiler's own temporaries come on top)"
+    title = (
+        "memory a device (by arithmetic, at full budgets, on devices that are no TPUs; the compiler's own temporaries come "
+        "on top; for a TPU ask exprl_jax.compile_check)"
+    )
     sections.append((title, _table(listed)))
     return "\n\n".join(f"== {title}\n{body}" for title, body in sections)
 
@@ -95,7 +98,8 @@ def _memory(config: Config, archs: dict[Model, Architecture], mesh: Any, state: 
         shared = jax.eval_shape(lambda: empty_context(arch, execution, contexts))
         token = sum(math.prod(x.shape[:-2]) * x.shape[-1] * x.dtype.itemsize for x in jax.tree.leaves(shared))
         total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(own)) + token * context_tokens
-        # Scanned layers take the rows' cache as input and give it back as output: two copies of it while decoding.
+        # Scanned layers take the rows' cache as input and give it back as output: two copies of it while decoding.  On
+        # TPUs there is one pool, and attention scores are nowhere: `compile_check` asks the compiler.
         copies = 2 if execution.scan_layers else 1
         return (total * copies - token * context_tokens * (copies - 1)) / data / heads
 
@@ -104,12 +108,13 @@ def _memory(config: Config, archs: dict[Model, Architecture], mesh: Any, state: 
         heads = arch.heads / (model if arch.heads % model == 0 else 1)
         return 2 * 4 * min(rows / data * heads * queries * keys, SCORES)
 
-    def cast(arch, model_how):
-        """The compute-dtype copy that sampling and scoring make, where parameters are held in another."""
-        if model_how.param_dtype == model_how.execution.compute_dtype:
+    def copy(arch, model_how, shards):
+        """The copy that a program makes, in the compute dtype, `shards` ways over `data`; none where it would be the same."""
+        if model_how.param_dtype == model_how.execution.compute_dtype and shards == data:
             return 0
         abstract = decoder.abstract_params(arch, model_how.execution, model_how.execution.compute_dtype)
-        return bytes_per_device(abstract, shard_parameters(abstract, arch, model_how.execution, mesh))
+        over = AbstractMesh((shards, model), (DATA, MODEL))
+        return bytes_per_device(abstract, shard_parameters(abstract, arch, model_how.execution, over))
 
     wave, group = config.rollout.wave, config.rollout.group
     tokens = config.updates.microbatch / data * config.updates.row_tokens
@@ -130,7 +135,7 @@ def _memory(config: Config, archs: dict[Model, Architecture], mesh: Any, state: 
         "resident: policy": bytes_per_device(state.params, shardings.params),
         "resident: Adam": bytes_per_device(state.opt_state, shardings.opt_state),
         "resident: frozen": frozen,
-        "sampling: policy cast": cast(policy, config.policy),
+        "sampling: policy copy": copy(policy, config.policy, 1),  # no decode step gathers
         "sampling: KV cache": cache(
             policy, how, wave, config.data.max_prompt_tokens, wave * group, config.rollout.max_tokens
         ),
@@ -146,7 +151,7 @@ def _memory(config: Config, archs: dict[Model, Architecture], mesh: Any, state: 
         judge, context, trace = config.judge.model, config.judge.max_context_tokens, config.judge.max_trace_tokens
         answer = config.judge.max_tokens if config.judge.readout == "text" else 0
         memory |= {
-            "judging: judge cast": cast(archs[judge], judge),
+            "judging: judge copy": copy(archs[judge], judge, 1 if config.judge.readout == "text" else data),
             "judging: KV cache": cache(archs[judge], judge.execution, wave, context, wave * group, trace + answer),
             "judging: attention scores": scores(archs[judge], wave * group, trace, context + trace + answer),
         }

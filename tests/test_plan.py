@@ -8,6 +8,7 @@ import pytest
 
 from exprl_jax import train as loop
 from exprl_jax.config import resolve, to_dict
+from exprl_jax.mesh import Placement
 from exprl_jax.plan import describe
 from tiny_runs import config_dict, prepared, tiny
 
@@ -42,7 +43,8 @@ def test_the_papers_runs_are_derived_from_their_config():
     assert (outcome["rollouts a step"], process["rollouts a step"]) == ("360", "576")
     assert (outcome["updates a step"], process["updates a step"]) == ("2", "1")
     assert (outcome["rows an update"], process["rows an update"]) == ("180", "576")
-    assert (outcome["waves a step"], outcome["rows a wave"], process["rows a wave"]) == ("9", "40", "64")
+    assert (outcome["waves a step"], outcome["rows a wave"], process["rows a wave"]) == ("9", "40", "32")
+    assert outcome["microbatch"] == process["microbatch"] == "4 rows of 20480 tokens"
     assert outcome["optimizer updates in all"] == "460"
     assert outcome["frozen copies"] == "1 (Qwen/Qwen3-4B-Instruct-2507)"
 
@@ -71,7 +73,10 @@ def test_resident_memory_is_what_a_run_holds(data, model, monkeypatch):
     assert listed["resident: policy"] == bytes_held(state.params)
     assert listed["resident: Adam"] == bytes_held(state.opt_state)
     assert listed["resident: frozen"] == bytes_held(run.frozen[config.reference])
-    assert listed["sampling: policy cast"] == 0  # float32 throughout
+    # Sampling holds the parameters whole along `data`; the judge that answers with its logits reads them as they lie.
+    decoding = Placement(run.mesh).decoding(run.frozen[config.reference], run.policy.arch, run.policy.execution)
+    assert listed["sampling: policy copy"] == bytes_held(decoding) > listed["resident: policy"]
+    assert listed["judging: judge copy"] == 0  # float32 throughout
     for phase in ("sampling", "judging", "training"):
         parts = sum(size for name, size in listed.items() if name.startswith(("resident", phase)))
         assert listed[f"= while {phase}"] == pytest.approx(parts)
@@ -86,9 +91,16 @@ def test_memory_follows_the_settings():
     base, narrow = memory({}), memory({"mesh.data": 1})
     for name in ("resident: policy", "resident: Adam", "sampling: KV cache", "judging: KV cache"):
         assert base[name] == pytest.approx(narrow[name] / 2, abs=0.002)
-    longer = memory({"rollout.max_tokens": 32_768})
+    longer = memory({"rollout.max_tokens": 32_768, "updates.row_tokens": 40_960})
     assert longer["sampling: KV cache"] > 1.9 * base["sampling: KV cache"]
     assert longer["judging: KV cache"] == base["judging: KV cache"]
+    wider, more = memory({"updates.row_tokens": 40_960}), memory({"updates.microbatch": 8})
+    for name in base:
+        grows = name in ("training: activations", "= while training")
+        assert (wider[name] > 1.05 * base[name]) == (more[name] > 1.05 * base[name]) == grows, name
+    assert wider["training: activations"] == more["training: activations"] == pytest.approx(
+        2 * base["training: activations"], abs=0.002
+    )
     two = memory({"judge.model.weights": "Qwen/Qwen3-8B"})
     assert two["resident: frozen"] > 2.5 * base["resident: frozen"]
 
