@@ -18,7 +18,7 @@ from exprl_jax.reward.verifiers.verdict import Verdict
 from tiny_runs import tiny
 
 FAST = {
-    "rollout.max_tokens": 8, "rollout.group": 16, "updates.microbatch": 128, "optimizer.learning_rate": 3e-3,
+    "rollout.max_tokens": 8, "rollout.group": 16, "optimizer.learning_rate": 3e-3,
     "loss.kl_coef": 0.0, "segments.rule": "stride:4", "segments.max_segments": 2, "advantage.overlong": "keep",
     "mesh.data": 8,
 }  # fmt: skip
@@ -112,14 +112,14 @@ def test_a_teacher_draws_the_policy_to_itself(kl, steps):
         config = tiny("distill", FAST | {"distillation.kl": kl})
         optimizer = dataclasses.replace(config.optimizer, learning_rate=sign * 1e-3)
         with contextlib.ExitStack() as held:
-            lesson = distill.prepare_lesson(dataclasses.replace(config, optimizer=optimizer), held)
-            run = lesson.run
+            tuition = distill.prepare_tuition(dataclasses.replace(config, optimizer=optimizer), held)
+            run = tuition.run
             start = run.frozen[config.reference]
             surer = start | {"final_norm": 3.0 * start["final_norm"]}
-            lesson = dataclasses.replace(lesson, run=dataclasses.replace(run, frozen={config.reference: surer}))
+            tuition = dataclasses.replace(tuition, run=dataclasses.replace(run, frozen={config.reference: surer}))
             state, gaps = run.programs.init_state(start), []
             for step in range(steps):
-                taken = distill.take_step(lesson, LetterGraders(1), state, step, Clock(), lambda: None)
+                taken = distill.take_step(tuition, LetterGraders(1), state, step, Clock(), lambda: None)
                 state = taken.state.replace(step=taken.state.step + 1)
                 gaps.append(taken.row["distill/kl"])
         found[sign] = np.mean(gaps[-4:]) / np.mean(gaps[:4])

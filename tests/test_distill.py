@@ -7,16 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import exprl_jax.distill as room
+import exprl_jax.distill as loop
 from exprl_jax import loop as every_loop
 from exprl_jax.data.prompts import teacher_prompt
 from exprl_jax.learning import distillation, update
+from exprl_jax.mesh import put_microbatches
 from exprl_jax.metrics import Clock
 from exprl_jax.model import decoder
 from exprl_jax.reward import statistics
-from exprl_jax.train import _first_state, open_graders
+from exprl_jax.train import _first_state, open_graders, ready_update
 from tiny_runs import (
-    ROOT, assert_same_parameters, assert_same_rows, parameters, read_jsonl, rows, run, tiny, write_problems,
+    ROOT, assert_same_parameters, assert_same_rows, parameters, random_batch, read_jsonl, rows, run, seen_by, tiny,
+    write_problems,
 )  # fmt: skip
 
 STEPS = 3
@@ -46,7 +48,7 @@ def whole(tmp_path_factory):
 def test_a_row_holds_every_documented_metric_and_no_other(kl, whole):
     learned = distillation.METRICS if kl == "full" else [*update.METRICS, "distill/kl"]
     of_rollouts = [name for name in statistics.METRICS if name.startswith(("solve/", "response/"))]
-    documented = {"step", "data/epoch", "update/skipped_total", *of_rollouts, *learned}
+    documented = {"step", "data/epoch", "update/skipped_total", "update/padding", *of_rollouts, *learned}
     for row in rows(whole(kl)):
         assert set(row) == documented
         assert row["update/skipped"] == 0 and row["grad/norm"] > 0
@@ -83,10 +85,82 @@ def test_both_kinds_sample_the_same_first_batch(whole):
 
 @contextlib.contextmanager
 def opened(made):
-    """The run's lesson and its graders."""
+    """A run with its teacher, and its graders."""
     with contextlib.ExitStack() as held:
-        lesson = room.prepare_lesson(made, held)
-        yield lesson, held.enter_context(open_graders(made.grader, made.code, lesson.run.kinds))
+        tuition = loop.prepare_tuition(made, held)
+        yield tuition, held.enter_context(open_graders(made.grader, made.code, tuition.run.kinds))
+
+
+@pytest.fixture(scope="module")
+def taught():
+    """Rollouts from nowhere as a run with an exact KL packs them, and as its teacher is shown them."""
+    with contextlib.ExitStack() as held:
+        tuition = loop.prepare_tuition(config("full"), held)
+    run = tuition.run
+    batch = random_batch(run)
+    shown = [tuition.prompts.ids[problem.id] for problem in run.problems[: len(batch.prompts)]]
+    ready = ready_update(run, batch, slice(None), [max(map(len, pair)) for pair in zip(batch.prompts, shown)])
+    return tuition, batch, ready, shown, loop.teach(run, batch, ready, shown)
+
+
+def test_a_teachers_slots_have_the_same_targets_after_its_own_prompts(taught):
+    _, batch, ready, shown, teaching = taught
+    e = jax.device_get(ready.experience)
+    assert teaching.packed.tokens_BT.shape == e.packed.tokens_BT.shape
+    ours, theirs = (x.packed.target_BT.reshape(-1, x.packed.target_BT.shape[-1]) for x in (e, teaching))
+    at = teaching.at_MBT.reshape(ours.shape)
+    for p, g, row, first in zip(ready.group_N, ready.index_N, ready.packing.row_N, ready.packing.first_N):
+        n = int(batch.rollouts.mask_PGR[p, g].sum())
+        response = batch.rollouts.tokens_PGR[p, g, :n].tolist()
+        mine = at[row, first : first + n]
+        assert theirs[row, mine].tolist() == ours[row, first : first + n].tolist() == response
+        position = teaching.packed.position_BT.reshape(ours.shape)[row, mine]
+        assert position.tolist() == list(range(len(shown[p]) - 1, len(shown[p]) - 1 + n))
+        for k in {0, n - 1}:
+            assert seen_by(teaching.packed, row, mine[k]) == [*shown[p], *response[:k]]
+
+
+def test_the_exact_divergence_is_that_of_whole_sequences(taught):
+    """Every rollout alone, after the policy's prompt and after the teacher's; the gradient's norm too."""
+    tuition, batch, ready, shown, teaching = taught
+    run = tuition.run
+    teacher = run.frozen[run.config.reference]
+    params = jax.tree.map(lambda x: x * 1.05, teacher)
+    arch, how, temperature = run.policy.arch, run.policy.execution, run.config.rollout.temperature
+    mask = batch.mask_PGR.reshape(-1, batch.mask_PGR.shape[-1])
+    responses = batch.rollouts.tokens_PGR.reshape(mask.shape)
+
+    def logp(params, prompts):
+        """[P·G, R, V]."""
+        prompts = [prompt for prompt in prompts for _ in range(run.config.rollout.group)]
+        width = max(map(len, prompts)) + mask.shape[1]
+        tokens, first = np.zeros((len(prompts), width), np.int32), np.array([[len(prompt) - 1] for prompt in prompts])
+        for row, prompt, response in zip(tokens, prompts, responses):
+            row[: len(prompt) + len(response)] = [*prompt, *response]
+        logits = decoder.forward_logits(params, arch, how, jnp.asarray(tokens))
+        logits = jnp.take_along_axis(logits, (first + np.arange(mask.shape[1]))[..., None], axis=1)
+        return jax.nn.log_softmax(logits / temperature)
+
+    @jax.jit
+    def whole(params, teacher):
+        theirs = logp(teacher, shown)
+
+        def mean(params):
+            ours = logp(params, batch.prompts)
+            return jnp.where(mask, (jnp.exp(ours) * (ours - theirs)).sum(-1), 0.0).sum() / mask.sum()
+
+        value, gradient = jax.value_and_grad(mean)(params)
+        return value, jnp.sqrt(sum((x**2).sum() for x in jax.tree.leaves(gradient)))
+
+    expected, norm = whole(*jax.device_put((params, teacher), jax.devices()[0]))
+    state = run.programs.init_state(params)
+    _, row = tuition.programs.distill_step(
+        state, (), teacher, put_microbatches(run.mesh, teaching), ready.experience
+    )
+    assert float(row["distill/kl"]) == pytest.approx(float(expected), rel=1e-4) and expected > 1e-4
+    assert float(row["loss/total"]) == pytest.approx(float(expected), rel=1e-4)
+    assert float(row["grad/norm"]) == pytest.approx(float(norm), rel=1e-3)
+    assert row["update/tokens"] == mask.sum() < batch.rollouts.mask_PGR.sum()
 
 
 def plain_logp(run, params, prompt, response):
@@ -102,18 +176,18 @@ def plain_logp(run, params, prompt, response):
 def test_the_divergence_is_that_of_the_plain_forward(kl):
     """The teacher is the frozen start after its own prompt; the first batch's numbers, from whole sequences."""
     made = config(kl, {"rollout.max_tokens": 8, "steps": 1})
-    with opened(made) as (lesson, graders):
-        run, caught = lesson.run, []
-        room_sample = room.sample_wave
+    with opened(made) as (tuition, graders):
+        run, caught = tuition.run, []
+        sample_wave = loop.sample_wave
 
         def keep(*arguments):
-            caught.append(room_sample(*arguments))
+            caught.append(sample_wave(*arguments))
             return caught[-1]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(room, "sample_wave", keep)
+            patch.setattr(loop, "sample_wave", keep)
             state = _first_state(run)
-            taken = room.take_step(lesson, graders, state, 0, Clock(), lambda: None)
+            taken = loop.take_step(tuition, graders, state, 0, Clock(), lambda: None)
         params, total, count = run.frozen[made.reference], 0.0, 0
         (wave,) = caught
         for i, problem in enumerate(wave.problems):
@@ -155,13 +229,15 @@ def test_waves_and_the_mesh_change_nothing(kl, whole, tmp_path):
         np.testing.assert_allclose(tensor, parameters(whole(kl))[name], atol=1e-4, err_msg=name)
 
 
-def test_a_teachers_prompt_beyond_the_context_is_named(tmp_path):
+@pytest.mark.parametrize(
+    "changes, room", [({"rollout.max_tokens": 3500, "updates.row_tokens": 5000}, 596), ({"updates.row_tokens": 700}, 676)]
+)
+def test_a_teachers_prompt_beyond_context_or_row_is_named(changes, room, tmp_path):
     made = read_jsonl(ROOT / "configs/data/arithmetic.jsonl")
     made[3]["reference"] = "Count. " * 100
     source = write_problems(tmp_path / "problems.jsonl", made)
-    long = config("full", {"rollout.max_tokens": 3500, "data.source": source})
     with contextlib.ExitStack() as held, pytest.raises(ValueError) as caught:
-        room.prepare_lesson(long, held)
+        loop.prepare_tuition(config("full", {"data.source": source, **changes}), held)
     said = str(caught.value)
     assert said.startswith("problem 'arithmetic/03': its reference makes the teacher's prompt") and "\n" not in said
-    assert "expected at most 596, the model's context less rollout.max_tokens" in said
+    assert f"expected at most {room}, the smaller of the model's context and updates.row_tokens less rollout" in said

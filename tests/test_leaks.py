@@ -12,7 +12,7 @@ import pytest
 
 from exprl_jax import programs
 from exprl_jax.data.prompts import teacher_prompt
-from exprl_jax.distill import prepare_lesson
+from exprl_jax.distill import prepare_tuition
 from exprl_jax.reward import judges
 from tiny_runs import ROOT, prepared, read_jsonl, run, tiny, write_problems
 
@@ -35,9 +35,9 @@ def recording(made, texts, shows):
     def recorded(program, arguments):
         def call(*given):
             for kept, places in arguments.items():
-                leaves = [np.asarray(leaf) for place in places for leaf in jax.tree.leaves(given[place])]
-                arrays = [leaf for leaf in leaves if leaf.dtype == np.int32 and leaf.ndim > 1]
-                texts.setdefault(kept, []).extend(leaf.reshape(-1, leaf.shape[-1]) for leaf in arrays)
+                for path, leaf in jax.tree_util.tree_leaves_with_path([given[place] for place in places]):
+                    if getattr(path[-1], "name", "").startswith(("tokens", "target")):
+                        texts.setdefault(kept, []).append(np.asarray(leaf).reshape(-1, leaf.shape[-1]))
             return program(*given)
 
         return call
@@ -50,12 +50,12 @@ def recording(made, texts, shows):
 # For each builder, the arguments of its programs that hold tokens, and under which name they are kept.  The first
 # arguments are parameters or states; a teacher's program is given two prompts.
 SHOWN = {
-    "build": {"token_logp": {"token_logp": (1, 3)}, "train_step": {"train_step": (1,)}},
+    "build": {"token_logp": {"token_logp": (1,)}, "train_step": {"train_step": (2,)}},
     "build_sampler": {"prefill": {"prefill": (1,)}, "sample": {"sample": (2,)}},
     "build_judge": {"prefill": {"judge_prefill": (1,)}, "judge": {"judge": (2,)}},
     "build_teacher": {
-        "signal": {"teacher": (2,), "policy beside the teacher": (4,)},
-        "distill_step": {"teacher": (2,), "policy beside the teacher": (4,)},
+        "signal": {"teacher": (2,), "policy beside the teacher": (3,)},
+        "distill_step": {"teacher": (3,), "policy beside the teacher": (4,)},
     },
 }
 
@@ -154,6 +154,6 @@ def test_a_teacher_without_references_is_refused(tmp_path):
     source = write_problems(tmp_path / "problems.jsonl", bare)
     config = tiny("distill", {"data.source": source})
     with contextlib.ExitStack() as held, pytest.raises(ValueError, match="line 1: no reference; the row has problem"):
-        prepare_lesson(config, held)
+        prepare_tuition(config, held)
     # Sparse rewards need none.
     assert len(prepared(tiny("outcome", VERIFIER | {"data.source": source})).problems) == 8
