@@ -113,7 +113,7 @@ def _in_chunks(function, queries, keys, place):
     if place.mesh is not None:
         P = P // place.mesh.shape[place.data] if place.data else P
         H = H // place.mesh.shape[MODEL] if place.axis_of(H) else H
-    length = max(1, SCORES // (P * G * H * keys))
+    length = max(1, SCORES // max(1, P * G * H * keys))
     if T <= length:
         return function(*queries)
     chunks = -(-T // length)
