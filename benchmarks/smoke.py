@@ -27,7 +27,8 @@ import transformers
 from configs.smoke import get_config
 from exprl_jax import programs
 from exprl_jax.config import Config, resolve
-from exprl_jax.mesh import make_mesh, put_rows, shard_parameters
+from exprl_jax.data.packing import Example, fill_rows
+from exprl_jax.mesh import make_mesh, put_microbatches, put_rows, shard_parameters
 from exprl_jax.model import decoder
 from exprl_jax.model.language_model import LanguageModel, load, open_model
 from exprl_jax.model.weights import export_folder
@@ -130,7 +131,8 @@ def updating(config: Config, model: LanguageModel, mesh, params, peer):
     """Seconds of our train step and of the same loss in plain torch; the two first losses must agree."""
     problems = 2
     rollout = dataclasses.replace(config.rollout, prompts=problems, wave=problems, group=GROUP, max_tokens=RESPONSE)
-    updates = dataclasses.replace(config.updates, microbatch=problems * GROUP)
+    row_tokens = PROMPT - 1 + GROUP * RESPONSE  # a group's rollouts behind their prompt
+    updates = dataclasses.replace(config.updates, row_tokens=row_tokens, microbatch=problems)
     config = dataclasses.replace(config, rollout=rollout, updates=updates)
     bound = programs.build(config, mesh, model)
     random = np.random.default_rng(1)
@@ -139,18 +141,21 @@ def updating(config: Config, model: LanguageModel, mesh, params, peer):
     shape = response.shape
     advantage = np.broadcast_to(random.normal(size=(problems, GROUP, 1)), shape).astype(np.float32)
     reference = (-11 + random.normal(size=shape)).astype(np.float32)
-    experience = put_rows(
-        mesh,
-        Experience(
-            Context(prompt[:, :-1], np.full(problems, PROMPT - 1, np.int32)), prompt[:, -1], response,
-            np.ones(shape, bool), advantage, np.zeros(shape, np.float32), np.zeros(shape, np.float32), reference,
-        ),
-        problems,
-    )  # fmt: skip
+    group_N = np.repeat(np.arange(problems), GROUP)
+    examples = [Example(prompt[p], response[p, g]) for p in range(problems) for g in range(GROUP)]
+    filled = fill_rows(examples, group_N, group_N, (1, problems, row_tokens), share=True)
+    ones = np.ones(shape, np.float32)
+    mask, weight, advantage_BT, reference_BT = (
+        filled.spread(x.reshape(-1, RESPONSE), x.dtype) for x in (ones > 0, ones / ones.size, advantage, reference)
+    )
+    nothing = np.zeros_like(weight)
+    experience = put_microbatches(
+        mesh, Experience(filled.packed, mask, weight, advantage_BT, nothing, nothing, reference_BT, filled.used)
+    )
     holder, losses = [bound.init_state(params)], []
 
     def ours():
-        holder[0], metrics = bound.train_step(holder[0], experience)
+        holder[0], metrics = bound.train_step(holder[0], (), experience)
         losses.append(float(metrics["loss/total"]))
         jax.block_until_ready(holder[0])
 
