@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from exprl_jax.mesh import Placement
 from exprl_jax.model.cache import empty_cache
 from exprl_jax.model.decoder import (
-    cast_kernels, continue_rows, forward_logits, hidden_states, logits, prefill, unembedding,
+    cast_kernels, continue_rows, forward_logits, hidden_states, logits, packed_hidden_states, prefill, unembedding,
 )  # fmt: skip
-from exprl_jax.records import Context, Rows
-from tests.oracles.tiny_decoder import QWEN3, architecture, execution, random_params
+from exprl_jax.records import Context, Packed, Rows
+from tests.oracles.tiny_decoder import QWEN3, TpuWay, architecture, execution, random_params
 
 P, G, C, T, V = 2, 3, 5, 4, QWEN3.vocab_size
 RANDOM = np.random.default_rng(5)
@@ -105,9 +106,11 @@ def value_and_gradient(scan, remat, separate=False):
     return value, gradient
 
 
-@pytest.mark.parametrize("other", [(False, True), (True, True), (False, False, True)])
+@pytest.mark.parametrize(
+    "other", [(False, "full"), (True, "full"), (False, "but_attention"), (True, "but_attention"), (False, "none", True)]
+)
 def test_scan_remat_and_a_context_a_row_give_the_same_value_and_gradient(other):
-    value, gradient = value_and_gradient(False, False)
+    value, gradient = value_and_gradient(False, "none")
     other_value, other_gradient = value_and_gradient(*other)
     np.testing.assert_allclose(other_value, value, rtol=1e-5)
     gradient.pop("unembed", None), other_gradient.pop("unembed", None)  # not part of the hidden states
@@ -125,6 +128,40 @@ def test_padding_width_changes_nothing():
     wide = np.asarray(shared_logits(params, QWEN3, how, context, rows))[:, :, 3:]
     real = np.arange(T) >= ROWS.start_PG[..., None]
     np.testing.assert_allclose(wide[real], narrow[real], atol=2e-5)
+
+
+@pytest.mark.parametrize("scan, remat", [(False, "none"), (True, "but_attention")])
+def test_on_splash_contexts_and_rows_are_the_same(scan, remat):
+    how = execution(scan, remat)
+    params = random_params(QWEN3, how)
+    expected = shared_logits(params, QWEN3, how, CONTEXT, ROWS)
+    got = jax.jit(splash_logits, static_argnums=(1, 2))(params, QWEN3, how, CONTEXT, ROWS)
+    real = np.arange(T) >= ROWS.start_PG[..., None]
+    np.testing.assert_allclose(np.asarray(got)[real], np.asarray(expected)[real], atol=2e-5)
+
+
+def splash_logits(params, arch, how, context, rows):
+    place = TpuWay(None)
+    hidden = hidden_states(params, arch, how, prefill(params, arch, how, context, place), rows, place)
+    return logits(hidden, unembedding(params, arch))
+
+
+@pytest.mark.parametrize(
+    "way, line, lines", [(Placement, "named 'attention'", 1), (TpuWay, "output of jitted function '_splash_attention'", 2)]
+)
+def test_what_rematerialisation_keeps(way, line, lines, capsys):
+    """`but_attention` keeps a layer's result of attention, and both residuals of splash, whose kernel is then not run again;
+    `full` keeps neither."""
+    ones = jnp.ones((1, 16), jnp.int32)
+    packed = Packed(ones, ones, ones, ones, ones)
+
+    def named(remat):
+        how = execution(remat=remat)
+        saved = functools.partial(packed_hidden_states, arch=QWEN3, how=how, packed=packed, place=way(None))
+        jax.ad_checkpoint.print_saved_residuals(lambda params: saved(params).sum(), random_params(QWEN3, how))
+        return capsys.readouterr().out.count(line)
+
+    assert named("full") == 0 and named("but_attention") == lines * QWEN3.layers
 
 
 def test_scanned_layers_are_the_unrolled_ones():

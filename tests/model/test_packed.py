@@ -1,4 +1,4 @@
-"""Packed rows: every example as if it stood alone, in values and gradients; the same as in transformers."""
+"""Packed rows: every sequence as if it stood alone, in values and gradients; the same as in transformers."""
 
 import functools
 
@@ -7,29 +7,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax.sharding import Mesh
 
-from exprl_jax.mesh import constrain_rows, put_rows
+from exprl_jax import config, mesh
+from exprl_jax.data.packing import Example, fill_rows
+from exprl_jax.mesh import ONE_DEVICE, Placement
 from exprl_jax.model import attention, weights
 from exprl_jax.model.cache import empty_context
-from exprl_jax.model.decoder import (
-    abstract_params, hidden_states, logits, packed_hidden_states, segment_starts, unembedding,
-)  # fmt: skip
+from exprl_jax.model.decoder import abstract_params, hidden_states, logits, packed_hidden_states, unembedding
 from exprl_jax.model.sources import resolve_model
 from exprl_jax.records import Packed, Prefix, Rows
 from tests.oracles import torch_models
-from tests.oracles.tiny_decoder import QWEN3, architecture, execution, random_params
+from tests.oracles.tiny_decoder import QWEN3, TpuWay, architecture, execution, random_params
 
 # A row that is full, one with padding and an example of one token, one that is empty, one that holds one example.
 LENGTHS = [[7, 4, 9], [5, 1, 6], [], [8]]
 T = 20
-WAYS = [("llama", False, False, 3), ("qwen2", True, False, 512), ("qwen3", False, True, 512), ("qwen3", True, True, 6)]
+WAYS = [
+    ("llama", False, "none", None), ("qwen2", True, "none", 3), ("qwen3", False, "full", None), ("qwen3", True, "full", 6),
+    ("qwen3", True, "but_attention", None),
+]  # fmt: skip
 
 
 def packed(vocabulary=QWEN3.vocab_size):
     tokens = np.random.default_rng(0).integers(0, vocabulary, (len(LENGTHS), T), dtype=np.int32)
     segment = np.array([np.repeat([*range(1, len(row) + 1), 0], [*row, T - sum(row)]) for row in LENGTHS], np.int32)
-    return Packed(tokens, segment, segment > 0)
+    position = np.zeros_like(segment)
+    for b, slots in examples():
+        position[b, slots] = np.arange(slots.stop - slots.start)
+    return Packed(tokens, np.zeros_like(tokens), segment, segment, position)
 
 
 def examples():
@@ -37,14 +42,24 @@ def examples():
     return [(b, slice(sum(row[:i]), sum(row[: i + 1]))) for b, row in enumerate(LENGTHS) for i in range(len(row))]
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 4))
-def forward(params, arch, how, rows, chunk=512):
-    """Hidden states; `chunk` is what QUERY_CHUNK is, so that another one is another program."""
-    assert chunk == attention.QUERY_CHUNK
-    return packed_hidden_states(params, arch, how, rows)
+REAL_BT = packed().segment_BT > 0
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
+@functools.partial(jax.jit, static_argnames=("arch", "how", "scores", "place"))
+def forward(params, arch, how, rows, scores=attention.SCORES, place=ONE_DEVICE):
+    """Hidden states; `scores` is what SCORES is, so that another one is another program."""
+    assert scores == attention.SCORES
+    return packed_hidden_states(params, arch, how, rows, place)
+
+
+def cut_queries(monkeypatch, chunk):
+    """Has the queries of LENGTHS' rows cut into chunks of so many; returns SCORES."""
+    scores = attention.SCORES if chunk is None else chunk * len(LENGTHS) * T * QWEN3.heads
+    monkeypatch.setattr(attention, "SCORES", scores)
+    return scores
+
+
+@functools.partial(jax.jit, static_argnames=("arch", "how"))
 def plain(params, arch, how, rows):
     """Hidden states of whole sequences; padding to their right is harmless to a causal forward."""
     B = len(rows)
@@ -60,51 +75,23 @@ def apart(x_BT):
     return out
 
 
-def test_starts_are_where_the_segment_id_changes():
-    segment = np.array([[1, 1, 2, 3, 3, 0, 0], [1] * 7, [0] * 7])
-    expected = [[0, 0, 2, 3, 3, 5, 5], [0] * 7, [0] * 7]
-    np.testing.assert_array_equal(segment_starts(jnp.asarray(segment)), expected)
-
-
-def test_positions_count_from_each_examples_first_token(monkeypatch):
-    """Seen at the rotation itself: rotary attention depends on differences of positions, so results hardly tell."""
-    params, rows = random_params(QWEN3, execution()), jax.tree.map(jnp.asarray, packed())
-    seen, rotate = [], attention.rotate
-
-    def keep(x, positions, frequency):
-        seen.append(np.asarray(positions))
-        return rotate(x, positions, frequency)
-
-    monkeypatch.setattr(attention, "rotate", keep)
-    packed_hidden_states(params, QWEN3, execution(), rows)
-    assert len(seen) == 2 * QWEN3.layers
-    for positions in seen:
-        for b, slots in examples():
-            assert positions[b, 0, slots].tolist() == list(range(slots.stop - slots.start))
-
-
 @pytest.mark.parametrize("family, scan, remat, chunk", WAYS)
 def test_each_example_is_as_if_alone(family, scan, remat, chunk, monkeypatch):
     """Hidden states, and the gradient of a smooth function of them."""
     arch, how, rows = architecture(family), execution(scan, remat), packed()
     params = random_params(arch, how)
-    weight = np.random.default_rng(1).standard_normal((*rows.mask_BT.shape, arch.width)).astype(np.float32)
-    weight *= rows.mask_BT[..., None]
+    weight = np.random.default_rng(1).standard_normal((*REAL_BT.shape, arch.width)).astype(np.float32)
+    weight *= REAL_BT[..., None]
     alone = functools.partial(plain, arch=arch, how=how, rows=apart(rows.tokens_BT))
     expected, expected_gradient = value_and_gradient(alone, params, apart(weight))
-    monkeypatch.setattr(attention, "QUERY_CHUNK", chunk)
-    together = functools.partial(forward, arch=arch, how=how, rows=rows, chunk=chunk)
+    scores = cut_queries(monkeypatch, chunk)
+    together = functools.partial(forward, arch=arch, how=how, rows=rows, scores=scores)
     got, gradient = value_and_gradient(together, params, weight)
 
     assert np.isfinite(got).all()
-    real = apart(rows.mask_BT)
+    real = apart(REAL_BT)
     np.testing.assert_allclose(apart(np.asarray(got))[real], np.asarray(expected)[real], atol=1e-5)
-    gradient.pop("unembed", None), expected_gradient.pop("unembed", None)  # not part of the hidden states
-    paths, leaves = jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(expected_gradient)
-    for (path, a), b in zip(paths, leaves, strict=True):
-        if path[-1].key != "k_bias":  # a shift of all keys changes no softmax
-            assert np.abs(b).max() > 1e-3, path
-        np.testing.assert_allclose(a, b, atol=1e-4 * max(1, np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
+    assert_gradients_equal(gradient, expected_gradient)
 
 
 def value_and_gradient(hidden_fn, params, weight):
@@ -114,6 +101,62 @@ def value_and_gradient(hidden_fn, params, weight):
 
     gradient, hidden = jax.jit(jax.grad(objective, has_aux=True))(params)
     return hidden, gradient
+
+
+def assert_gradients_equal(gradient, expected):
+    gradient.pop("unembed", None), expected.pop("unembed", None)  # not part of the hidden states
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(expected), strict=True):
+        if path[-1].key != "k_bias":  # a shift of all keys changes no softmax
+            assert np.abs(b).max() > 1e-3, path
+        np.testing.assert_allclose(a, b, atol=1e-4 * max(1, np.abs(b).max()), err_msg=jax.tree_util.keystr(path))
+
+
+# ------------------------------------------------------------------------------------------------ as the update packs
+
+# (prompt's tokens, tokens of each response): groups in one row, a prompt of one token, a group over two rows.
+GROUPS = [(5, [3, 4, 2]), (1, [3, 2]), (4, [6, 5])]
+ROW_N = [0, 0, 0, 1, 1, 1, 2]
+
+
+def rollouts():
+    """(examples, group of each)"""
+    random, drawn, group_N = np.random.default_rng(12), [], []
+    for g, (prompt, responses) in enumerate(GROUPS):
+        shown = random.integers(0, QWEN3.vocab_size, prompt)
+        for n in responses:
+            drawn.append(Example(shown, random.integers(0, QWEN3.vocab_size, n)))
+            group_N.append(g)
+    return drawn, group_N
+
+
+@functools.cache
+def of_responses(share, scan=False, remat="none", way=Placement):
+    """(hidden state of every response's slots, gradient of a smooth function of those); prompts shared, repeated, or
+    (`share` None) an example a row."""
+    how, (drawn, group_N) = execution(scan, remat), rollouts()
+    if share is None:
+        filled = fill_rows(drawn, group_N, np.arange(len(drawn)), (1, len(drawn), 12), False)
+    else:
+        filled = fill_rows(drawn, group_N, np.array(ROW_N), (1, 3, 24), share)
+    rows = jax.tree.map(lambda x: jnp.asarray(x[0]), filled.packed)
+    slots = [np.arange(first, first + len(e.response)) for first, e in zip(filled.first_N, drawn)]
+    row, slot = np.concatenate([[r] * len(s) for r, s in zip(filled.row_N, slots)]), np.concatenate(slots)
+    weight = np.random.default_rng(13).standard_normal((len(slot), QWEN3.width)).astype(np.float32)
+    run = functools.partial(packed_hidden_states, arch=QWEN3, how=how, packed=rows, place=way(None))
+    return value_and_gradient(lambda params: run(params)[row, slot], random_params(QWEN3, how), weight)
+
+
+@pytest.mark.parametrize(
+    "share, scan, remat, way",
+    [
+        (True, True, "full", Placement), (True, False, "but_attention", Placement), (False, False, "none", Placement),
+        (False, True, "but_attention", TpuWay),
+    ],
+)  # fmt: skip
+def test_prompts_shared_and_repeated_are_a_row_each(share, scan, remat, way):
+    (got, gradient), (expected, expected_gradient) = of_responses(share, scan, remat, way), of_responses(None, scan)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert_gradients_equal(dict(gradient), dict(expected_gradient))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -153,34 +196,32 @@ def test_logits_are_those_of_transformers(name, tmp_path):
 
     segment, slot = rows.segment_BT, np.arange(T)
     seen = (segment[:, :, None] == segment[:, None]) & (slot[:, None] >= slot)
-    positions = np.zeros((len(LENGTHS), T), np.int64)
-    for b, slots in examples():
-        positions[b, slots] = np.arange(slots.stop - slots.start)
     with torch.no_grad():
         expected = model(
             torch.from_numpy(rows.tokens_BT).long(),
             attention_mask=torch.from_numpy(np.where(seen, 0, -1e30).astype(np.float32))[:, None],
-            position_ids=torch.from_numpy(positions),
+            position_ids=torch.from_numpy(rows.position_BT).long(),
         ).logits.numpy()
     got = np.asarray(logits(forward(params, arch, how, rows), unembedding(params, arch)))
     assert expected.std() > 0.5
-    np.testing.assert_allclose(got[rows.mask_BT], expected[rows.mask_BT], atol=1e-4)
+    np.testing.assert_allclose(got[REAL_BT], expected[REAL_BT], atol=1e-4)
 
 
-@pytest.mark.parametrize("scan", [False, True])
-def test_sharded_is_unsharded(scan):
+@pytest.mark.parametrize("scan, way, data, model", [(False, Placement, 4, 2), (True, Placement, 2, 4), (True, TpuWay, 4, 2)])
+def test_sharded_is_unsharded(scan, way, data, model):
     how = execution(scan, remat="full")
     params, rows = random_params(QWEN3, how), packed()
-    mesh = Mesh(np.array(jax.devices()).reshape(4, 2), ("data", "model"))
-    run = jax.jit(lambda params, rows: packed_hidden_states(params, QWEN3, how, rows, constrain_rows(mesh)))
-    hidden = run(params, put_rows(mesh, rows, len(LENGTHS)))
-    assert hidden.sharding.shard_shape(hidden.shape)[0] == 1
-    np.testing.assert_allclose(hidden, forward(params, QWEN3, how, rows), atol=1e-5)
+    over = mesh.make_mesh(config.Mesh(data, model))
+    placed = jax.device_put(params, mesh.shard_parameters(params, QWEN3, how, over))
+    hidden = forward(placed, QWEN3, how, mesh.put_rows(over, rows, len(LENGTHS)), place=way(over))
+    assert hidden.sharding.shard_shape(hidden.shape)[0] == len(LENGTHS) // data
+    expected = np.asarray(forward(params, QWEN3, how, rows))
+    np.testing.assert_allclose(np.asarray(hidden)[REAL_BT], expected[REAL_BT], atol=1e-5)
 
 
 def test_bfloat16_stays_near_float32():
     rough, exact = execution(dtype="bfloat16"), execution()
     params, rows = random_params(QWEN3, exact), packed()
     got, expected = forward(params, QWEN3, rough, rows), forward(params, QWEN3, exact, rows)
-    error = np.abs(np.asarray(got, np.float32) - expected)[rows.mask_BT]
+    error = np.abs(np.asarray(got, np.float32) - expected)[REAL_BT]
     assert 1e-4 < error.mean() < 0.1

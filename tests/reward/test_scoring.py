@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from exprl_jax import config, mesh
-from exprl_jax.model.decoder import abstract_params, forward_logits, identity, prefill
+from exprl_jax.mesh import ONE_DEVICE, Placement
+from exprl_jax.model.decoder import forward_logits, prefill
 from exprl_jax.records import Context, Rows
 from exprl_jax.reward.scoring import score
-from tests.oracles.tiny_decoder import QWEN3, execution, random_params
+from tests.oracles.tiny_decoder import QWEN3, TpuWay, execution, random_params
 
 P, J, C, T, V = 8, 3, 5, 4, QWEN3.vocab_size
 DIGITS = (7, 50, 3, 21, 60)
@@ -19,10 +20,10 @@ CONTEXT = Context(RANDOM.integers(0, V, (P, C), dtype=np.int32), RANDOM.integers
 ROWS = Rows(RANDOM.integers(0, V, (P, J, T), dtype=np.int32), RANDOM.integers(0, T, (P, J), dtype=np.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("how", "constrain", "mapped"))
-def scores(params, context, rows, how=execution(), constrain=identity, mapped=identity):
-    prefix = prefill(params, QWEN3, how, context, constrain)
-    return score(params, QWEN3, how, prefix, rows, digit_ids=DIGITS, constrain=mapped)
+@functools.partial(jax.jit, static_argnames=("how", "place"))
+def scores(params, context, rows, how=execution(), place=ONE_DEVICE):
+    prefix = prefill(params, QWEN3, how, context, place)
+    return score(params, QWEN3, how, prefix, rows, digit_ids=DIGITS, place=place)
 
 
 @functools.cache
@@ -50,11 +51,13 @@ def test_permuted_queries_permute_the_scores():
     np.testing.assert_allclose(got, unsharded()[:, order], atol=1e-6)
 
 
-@pytest.mark.parametrize("data, model, scan", [(1, 8, True), (2, 4, False), (8, 1, True)])
-def test_the_mesh_and_the_layout_change_nothing(data, model, scan):
+@pytest.mark.parametrize(
+    "way, data, model, scan", [(Placement, 1, 8, True), (Placement, 2, 4, False), (Placement, 8, 1, True), (TpuWay, 4, 2, True)]
+)
+def test_the_mesh_the_layout_and_splash_change_nothing(way, data, model, scan):
     how, over = execution(scan), mesh.make_mesh(config.Mesh(data, model))
-    shardings = mesh.shard_parameters(abstract_params(QWEN3, how, "float32"), QWEN3, how, over)
-    params = jax.device_put(random_params(QWEN3, how), shardings)
-    placed = mesh.put_rows(over, (CONTEXT, ROWS), P)
-    got = scores(params, *placed, how=how, constrain=mesh.constrain_rows(over), mapped=mesh.constrain_mapped(over))
+    params = random_params(QWEN3, how)
+    params = jax.device_put(params, mesh.shard_parameters(params, QWEN3, how, over))
+    got = scores(params, *mesh.put_rows(over, (CONTEXT, ROWS), P), how=how, place=way(over))
+    assert got.sharding.shard_shape(got.shape)[0] == P // data
     np.testing.assert_allclose(np.asarray(got), unsharded(), atol=1e-5)
