@@ -20,6 +20,7 @@ from exprl_jax.mesh import (
     DATA, MODEL, Placement, bytes_per_device, microbatches_sharding, replicated, rows_sharding, shard_parameters,
 )  # fmt: skip
 from exprl_jax.model import decoder
+from exprl_jax.model.lora import Adapted, adapt
 from exprl_jax.model.language_model import PUBLISHED, LanguageModel, open_model
 from exprl_jax.model.paged import open_pages
 from exprl_jax.pods.kernels import KERNELS, Kernel, paged
@@ -88,18 +89,16 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
     """
     if config.task != "rl":
         raise ValueError(f"compile_check: got config.task = {config.task!r}, expected 'rl'")
-    if config.lora.rank:
-        raise ValueError(f"compile_check: got config.lora.rank = {config.lora.rank}, expected 0: adapters are not known to it")
     check_layout(config, mesh.shape[DATA])
     policy, frozen = known_model(config.policy), frozen_models(config)
     check_lengths(config, policy.arch)
     waves = config.rollout.prompts // config.rollout.wave
     held = residents(config, mesh)
 
-    def call(name, phase, program, arguments, *, each_step, settings, inside=None, beside=None, steps=0, attended=0):
-        passed = {owner for owner, _ in arguments} | ({POLICY, ADAM} if name == "train_step" else set())
+    def call(name, phase, program, arguments, *, each_step, settings, inside=None, beside=None, steps=0, attended=(0, 0)):
+        passed = {each for owner, tree in arguments if not isinstance(tree, Result) for each in owned_bytes(owner, tree)}
         others = {owner: size for owner, size in held.items() if owner not in passed and phase != "start"}
-        kernels = KERNELS | {"ragged_paged_attention": paged(attended)}
+        kernels = KERNELS | {"ragged_paged_attention": paged(*attended)}
         return Call(
             name, phase, program, arguments, inside or {}, others | (beside or {}), steps, kernels, each_step, settings
         )
@@ -109,22 +108,24 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
     prompts = _context(mesh, wave, prompt)
     sampler = build_sampler(policy, mesh, max_tokens=answer, wave=wave)
     programs, state = build(config, mesh, policy), _state(config, mesh, policy)
+    base = (frozen[config.policy], _parameters(policy, mesh)) if config.lora.rank else (POLICY, ())
+    acting = base[0], adapt(config.lora, base[1], state.params)
     start = (("weights", _parameters(policy, mesh)),)
     calls = [
         call("init_state", "start", programs.init_state, start, each_step=0, settings=("mesh.data", "mesh.model")),
         call(
-            "prefill", "sample", sampler.prefill, ((POLICY, state.params), (BATCH, prompts)),
+            "prefill", "sample", sampler.prefill, (acting, (BATCH, prompts)),
             each_step=waves, settings=_SAMPLING,
         ),
         call(
             "sample", "sample", sampler.sample,
-            ((POLICY, state.params), (KEYS, Result("prefill")), (BATCH, _rows(mesh, wave, group, 1)),
+            (acting, (KEYS, Result("prefill")), (BATCH, _rows(mesh, wave, group, 1)),
              (BATCH, _draw(mesh, wave, group))),
             # Over a response a row attends to half of it on average.
-            each_step=waves, settings=_SAMPLING, steps=answer, attended=prompt + answer / 2,
+            each_step=waves, settings=_SAMPLING, steps=answer, attended=(0, prompt + answer / 2),
             inside={
                 KEYS: _pool_bytes(
-                    policy, mesh, jax.eval_shape(sampler.prefill, state.params, prompts), group, answer
+                    policy, mesh, jax.eval_shape(sampler.prefill, acting[1], prompts), group, answer
                 )
             },
         ),
@@ -138,7 +139,7 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
         context, trace = _context(mesh, wave, padded_width(how.max_context_tokens)), padded_width(how.max_trace_tokens)
         writes = how.readout == "text"
         queries = (BATCH, _rows(mesh, wave, group, trace)), *([(BATCH, _draw(mesh, wave, group))] if writes else [])
-        slots = trace - 1 + how.max_tokens if writes else trace
+        slots, seen = trace - 1 + how.max_tokens if writes else trace, context.tokens_PC.shape[1]
         calls += [
             call(
                 "judge_prefill", "judge", asking.prefill, ((role, params), (BATCH, context)), each_step=waves,
@@ -148,7 +149,7 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
                 "judge", "judge", asking.judge, ((role, params), (KEYS, Result("judge_prefill")), *queries),
                 # A rollout has at most so many prefixes to score, and a call takes one of each rollout.
                 each_step=waves * segment_rule(config).max_segments, settings=_JUDGING,
-                steps=how.max_tokens if writes else 0, attended=context.tokens_PC.shape[1] + trace + how.max_tokens / 2,
+                steps=how.max_tokens if writes else 0, attended=(seen + trace / 2, seen + trace + how.max_tokens / 2),
                 inside={
                     KEYS: _pool_bytes(judge, mesh, jax.eval_shape(asking.prefill, params, context), group, slots)
                 }
@@ -163,7 +164,7 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
     # A step's updates lie ready together.
     waiting = {BATCH: (updates - 1) * tree_bytes(experience)}
     asked = tuple((BATCH, x) for x in (experience.packed, experience.used))
-    scored = [("token_logp", POLICY, state.params)] if updates > 1 else []
+    scored = [("token_logp", *acting)] if updates > 1 else []
     if config.loss.kl_coef > 0:
         reference = _parameters(known_model(config.reference), mesh)
         scored.append(("token_logp (reference)", frozen[config.reference], reference))
@@ -176,7 +177,7 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
     ]  # fmt: skip
     calls.append(
         call(
-            "train_step", "train", programs.train_step, ((POLICY, state), (POLICY, ()), (BATCH, experience)),
+            "train_step", "train", programs.train_step, ((POLICY, state), base, (BATCH, experience)),
             each_step=updates, settings=_TRAINING, beside=waiting, steps=shape[0],
         )
     )  # fmt: skip
@@ -198,6 +199,8 @@ def frozen_models(config: Config) -> dict[Model, str]:
         roles.setdefault(config.reference, []).append("reference")
     if has_local_judge(config):
         roles.setdefault(config.judge.model, []).append("judge")
+    if config.lora.rank:
+        roles.setdefault(config.policy, []).append("base")
     return {model: "frozen " + " + ".join(names) for model, names in roles.items()}
 
 
@@ -209,9 +212,12 @@ def residents(config: Config, mesh: Mesh) -> dict[str, int]:
 
 
 def owned_bytes(owner: str, tree: Any) -> dict[str, int]:
-    """Bytes a device of an argument, by owner."""
+    """Bytes a device of an argument, by owner; a state is the policy's and Adam's, and adapters are the policy's, whatever
+    owner stands there."""
     if isinstance(tree, TrainState):
         return {POLICY: tree_bytes(tree.params), ADAM: tree_bytes(tree) - tree_bytes(tree.params)}
+    if isinstance(tree, Adapted):
+        return {POLICY: tree_bytes(tree.adapters), owner: tree_bytes(tree.base)}
     return {owner: tree_bytes(tree)}
 
 

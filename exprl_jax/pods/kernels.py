@@ -57,20 +57,25 @@ def splash(products: int, results: int) -> Kernel:
     return cost
 
 
-def paged(tokens: float) -> Kernel:
-    """Ragged paged attention of one new token a row.
+def paged(reading: float, decoding: float) -> Kernel:
+    """Ragged paged attention.
 
     Args:
-      tokens: that a row attends to, on average over the calls.
+      reading: tokens that each of several new tokens of a row attends to, on average over the calls.
+      decoding: the same where a row has one new token.
     """
 
     def cost(operands: Sequence[Operand]) -> Cost:
         query = next(x for x in operands if len(x.shape) == 3)
         pool = next(x for x in operands if len(x.shape) == 4)
-        rows, heads, width = query.shape
+        table = next(x for x in operands if len(x.shape) == 2)
+        (queries, heads, width), rows = query.shape, table.shape[0]
+        tokens = reading if queries > rows else decoding
         combined = pool.shape[2]  # keys and values of every head
-        moved = rows * tokens * combined * width * pool.size + 2 * math.prod(query.shape) * query.size
-        return Cost(4 * rows * heads * tokens * width, moved)
+        # A row's keys come in once for each block of its queries; the kernel's blocks have up to 128.
+        passes = rows * math.ceil(queries / rows / 128)
+        moved = passes * tokens * combined * width * pool.size + 2 * math.prod(query.shape) * query.size
+        return Cost(4 * queries * heads * tokens * width, moved)
 
     return cost
 

@@ -133,6 +133,12 @@ def test_paged_attention_reads_the_keys_and_values_that_it_attends_to():
     query = Operand((rows, heads, width), 2, True)
     pool = Operand((1000, page, 2 * kv_heads, width), 2, True)
     tables = Operand((rows,), 4, False), Operand((rows, 20), 4, False)
-    cost = kernel_cost({"ragged_paged": paged(50.0)}, "ragged_paged_attention_kernel", [*tables, query, pool])
+    kernels = {"ragged_paged": paged(30.0, 50.0)}
+    cost = kernel_cost(kernels, "ragged_paged_attention_kernel", [*tables, query, pool])
     assert cost.flops == rows * 50 * heads * (2 * width + 2 * width)
     assert cost.bytes == rows * 50 * 2 * kv_heads * width * 2 + 2 * rows * heads * width * 2
+    # 200 new tokens of each row: two blocks of queries, and each block reads the row's keys.
+    many = Operand((200 * rows, heads, width), 2, True)
+    cost = kernel_cost(kernels, "ragged_paged_attention_kernel", [*tables, many, pool])
+    assert cost.flops == 200 * rows * 30 * heads * 4 * width
+    assert cost.bytes == 2 * rows * 30 * 2 * kv_heads * width * 2 + 2 * 200 * rows * heads * width * 2
