@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as Spec
 from exprl_jax import config, mesh
 from exprl_jax.model.decoder import abstract_params
 from exprl_jax.records import Context, Draw, TrainState
-from tests.oracles.tiny_decoder import FAMILIES, QWEN3, architecture, execution
+from tests.oracles.tiny_decoder import FAMILIES, QWEN3, TpuWay, architecture, execution, random_params
 
 WIDE = dataclasses.replace(QWEN3, vocab_size=64, width=16, ffn=32, heads=8, kv_heads=4)
 
@@ -115,3 +115,74 @@ def test_mesh_sizes():
 def test_one_process_gathers_what_it_has():
     table = {"length_PG": np.ones((4, 2))}
     assert mesh.gather_rows(table, np.arange(4)) is table
+
+
+# ------------------------------------------------------------------------------------------------ where a forward's arrays lie
+
+
+def spec_of(function, *arrays):
+    """How the result lies, without trailing dims that are whole; its values are the argument's."""
+    out = jax.jit(function)(*arrays)
+    np.testing.assert_array_equal(out, arrays[0])
+    axes = [*out.sharding.spec, *[None] * (out.ndim - len(out.sharding.spec))]
+    return tuple(axis[0] if isinstance(axis, tuple) and len(axis) == 1 else axis for axis in axes)
+
+
+def test_residuals_are_sharded_by_tokens_where_those_divide():
+    place, x = mesh.Placement(make(2, 4)), np.arange(8 * 3 * 8 * 4, dtype=np.float32).reshape(8, 3, 8, 4)
+    assert spec_of(place.by_tokens, x) == ("data", None, "model", None)
+    assert spec_of(place.by_tokens, x[:, :, :6]) == ("data", None, None, None)
+    assert spec_of(place.by_tokens, x[:, :, :1]) == ("data", None, None, None)
+    assert spec_of(lambda x: place.whole_tokens(place.by_tokens(x)), x) == ("data", None, None, None)
+    assert spec_of(place.by_columns, x) == ("data", None, None, "model")
+    one = mesh.ONE_DEVICE
+    assert all(f(x) is x for f in (one.by_tokens, one.whole_tokens, one.by_columns)) and one.data is None
+
+
+def test_gathering_tokens_changes_no_gradient():
+    place, x = mesh.Placement(make(2, 4)), np.random.default_rng(0).standard_normal((4, 1, 8, 4)).astype(np.float32)
+    got = jax.jit(jax.grad(lambda x: (jnp.sin(place.whole_tokens(place.by_tokens(x))) ** 2).sum()))(x)
+    np.testing.assert_allclose(got, 2 * np.sin(x) * np.cos(x), atol=1e-6)
+
+
+def test_a_mapped_forward_does_not_see_data():
+    place = mesh.Placement(make(4, 2), mapped=True)
+    mapped = jax.vmap(lambda x: place.by_tokens(x[None])[0], spmd_axis_name="data")
+    x = np.ones((8, 1, 4, 2), np.float32)
+    assert place.data is None and spec_of(mapped, x) == ("data", None, "model", None)
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_parameters_for_decoding_are_whole_along_data_only(scan):
+    how, place = execution(scan), mesh.Placement(make(2, 4))
+    params = random_params(WIDE, how)
+    shardings = mesh.shard_parameters(params, WIDE, how, place.mesh)
+    decoding = jax.jit(lambda p: place.decoding(p, WIDE, how))(jax.device_put(params, shardings))
+    for got, x, sharding in zip(*map(jax.tree.leaves, (decoding, params, shardings)), strict=True):
+        np.testing.assert_array_equal(got, x)
+        parts = [4 if axis == "model" else 1 for axis in [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]]
+        assert got.sharding.shard_shape(x.shape) == tuple(n // part for n, part in zip(x.shape, parts))
+    kept = jax.jit(lambda p: place.like_parameters(p, WIDE, how))(params)
+    assert all(a.sharding.is_equivalent_to(b, a.ndim) for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(shardings)))
+
+
+def test_split_functions_see_their_part():
+    place, x = mesh.Placement(make(2, 4)), np.arange(8 * 3 * 4).reshape(8, 3, 4)
+
+    def part(x, y):
+        return x - x.min(), jnp.full((1,), x.size + y.size)
+
+    takes, gives = ((("data", None, "model"), ("data",)), (("data", None, "model"), ("data",)))
+    out, size = jax.jit(place.split(part, takes, gives))(x, np.zeros((2, 5)))
+    least = x.reshape(2, 4, 3, 4).min((1, 2))  # of each device's part
+    np.testing.assert_array_equal(out, x - np.repeat(least, 4, axis=0)[:, None])
+    assert size.tolist() == [4 * 3 + 5] * 2
+    assert mesh.ONE_DEVICE.split(part, takes, gives) is part
+
+
+def test_which_way_forwards_go():
+    assert mesh.Placement(make(2, 4)).platform == "cpu" and mesh.ONE_DEVICE.platform is None
+    for place in (mesh.ONE_DEVICE, mesh.Placement(make(2, 4))):
+        assert not place.on_tpu and place.shares_segments
+    assert TpuWay(None).on_tpu and not TpuWay(None).shares_segments
+    assert [mesh.Placement(make(2, 4)).axis_of(n) for n in (8, 6)] == ["model", None] and mesh.ONE_DEVICE.axis_of(8) is None

@@ -10,11 +10,15 @@ import pytest
 
 from configs import tiny
 from exprl_jax import config, mesh, programs
-from exprl_jax.model.decoder import abstract_params, forward_logits, identity, prefill
+from exprl_jax.mesh import ONE_DEVICE, Placement
+from exprl_jax.model import paged
+from exprl_jax.model.decoder import forward_logits, prefill
 from exprl_jax.model.language_model import LanguageModel
-from exprl_jax.records import Context, Draw, Rows
+from exprl_jax.records import Context, Draw, Packed, Rows
+from exprl_jax.rollout import sampler
 from exprl_jax.rollout.sampler import sample
-from tests.oracles.tiny_decoder import QWEN3, execution, random_params
+from tests.oracles import pages_numpy
+from tests.oracles.tiny_decoder import QWEN3, TpuWay, execution, random_params
 
 P, G, C, R, V = 4, 3, 5, 6, QWEN3.vocab_size
 HOW, PAD, NEVER = execution(), 0, (V,)
@@ -25,11 +29,13 @@ LAST_P = RANDOM.integers(0, V, P, dtype=np.int32)
 PROBLEM_P = np.array([9, 4, 2**32 - 1, 7], np.uint32)
 
 
-@functools.partial(jax.jit, static_argnames=("how", "tokens", "eos_ids", "pad_id", "constrain"))
-def run(params, context, rows, draw, how=HOW, tokens=R, eos_ids=NEVER, pad_id=PAD, constrain=identity):
-    prefix = prefill(params, QWEN3, how, context, constrain)
+@functools.partial(jax.jit, static_argnames=("how", "tokens", "eos_ids", "pad_id", "place", "chunk"))
+def run(params, context, rows, draw, how=HOW, tokens=R, eos_ids=NEVER, pad_id=PAD, place=ONE_DEVICE, chunk=sampler.CHUNK):
+    """`chunk` is what CHUNK is, so that another one is another program."""
+    assert chunk == sampler.CHUNK
+    prefix = prefill(params, QWEN3, how, context, place)
     return sample(
-        params, QWEN3, how, prefix, rows, draw, max_tokens=tokens, eos_ids=eos_ids, pad_id=pad_id, constrain=constrain
+        params, QWEN3, how, prefix, rows, draw, max_tokens=tokens, eos_ids=eos_ids, pad_id=pad_id, place=place
     )
 
 
@@ -83,13 +89,21 @@ def test_in_bfloat16_sampler_and_trainer_round_alike():
 
 
 def trainer_logp(out, temperature, dtype):
-    settings = config.resolve(tiny.get_config())
-    settings = dataclasses.replace(settings, rollout=dataclasses.replace(settings.rollout, temperature=temperature))
-    how = dataclasses.replace(settings.policy, execution=execution(dtype=dtype))
+    """Of a packed row a rollout."""
+    how = dataclasses.replace(config.resolve(tiny.get_config()).policy, execution=execution(dtype=dtype))
     one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     policy = LanguageModel(how=how, arch=QWEN3, tokenizer=None, source=None)
-    trainer = functools.partial(programs.token_logp_and_entropy, config=settings, mesh=one, policy=policy)
-    return np.asarray(jax.jit(trainer)(PARAMS, CONTEXT, LAST_P, out.tokens_PGR)[0])
+    length_B = np.repeat(CONTEXT.length_P, G)
+    tokens, target = np.zeros((2, P * G, C + R), np.int32)
+    for b, length in enumerate(length_B):
+        prompt, response = CONTEXT.tokens_PC[b // G, :length], out.tokens_PGR[b // G, b % G]
+        tokens[b, : length + R] = [*prompt, LAST_P[b // G], *response[:-1]]
+        target[b, length : length + R] = response
+    segment = (np.arange(C + R) < length_B[:, None] + R).astype(np.int32)
+    packed = Packed(tokens, target, segment, segment, np.broadcast_to(np.arange(C + R, dtype=np.int32), segment.shape))
+    trainer = functools.partial(programs.packed_logp_and_entropy, mesh=one, policy=policy, temperature=temperature, chunk=64)
+    logp = np.asarray(jax.jit(trainer)(PARAMS, packed)[0])
+    return np.stack([logp[b, length : length + R] for b, length in enumerate(length_B)]).reshape(P, G, R)
 
 
 def test_greedy_is_the_teacher_forced_argmax_and_its_logp_is_at_temperature_1():
@@ -141,19 +155,21 @@ def test_ends_a_row_after_its_first_eos():
 
 
 def test_stops_when_every_row_has_ended():
+    """Counted where a forward places its residual: after the embedding and twice a layer, in the prefill and in
+    each step."""
     passes = []
 
-    def count(x):
-        jax.debug.callback(lambda: passes.append(1))
-        return x
+    class Counting(Placement):
+        def by_tokens(self, x_PGTD):
+            jax.debug.callback(lambda: passes.append(1))
+            return x_PGTD
 
     first = tuple(np.unique(unending().tokens_PGR[..., :2]).tolist())
-    out = rollouts(*batch(), eos_ids=first, tokens=50, constrain=count)
+    out = rollouts(*batch(), eos_ids=first, tokens=50, place=Counting(None))
     jax.effects_barrier()
     steps = out.mask_PGR.sum(-1).max()
     assert steps <= 2 and out.ended_PG.all()
     assert (out.tokens_PGR[~out.mask_PGR] == PAD).all() and (out.logp_PGR[~out.mask_PGR] == 0).all()
-    # The residual is constrained after the embedding and twice a layer, in the prefill and in each step.
     assert len(passes) == (1 + steps) * (1 + 2 * QWEN3.layers)
 
 
@@ -193,26 +209,98 @@ def test_seed_step_problem_and_index_each_change_the_row():
         assert not base & rows_of(rollouts(*batch(**changed)))
 
 
-def test_rows_of_several_tokens_continue_as_the_concatenated_sequence():
+OWN = np.random.default_rng(10).integers(0, V, (P, 1, 8), dtype=np.int32)
+START = np.array([[0], [1], [7], [5]], np.int32)
+
+
+def rows_of_several_tokens():
+    _, _, draw = batch(group=1)
+    return CONTEXT, Rows(OWN, START), draw
+
+
+@functools.cache
+def continued():
     """A row's own tokens may as well stand at the end of its context, its last one excepted."""
     _, _, draw = batch(group=1)
-    own = np.random.default_rng(10).integers(0, V, (P, 1, 4), dtype=np.int32)
-    start = np.array([[0], [1], [3], [2]], np.int32)
-    out = rollouts(CONTEXT, Rows(own, start), draw)
-    length = CONTEXT.length_P + 3 - start[:, 0]
-    moved = np.zeros((P, C + 3), np.int32)
+    length = CONTEXT.length_P + 7 - START[:, 0]
+    moved = np.zeros((P, C + 7), np.int32)
     for p in range(P):
-        moved[p, : length[p]] = [*CONTEXT.tokens_PC[p, : CONTEXT.length_P[p]], *own[p, 0, start[p, 0] : -1]]
-    expected = rollouts(Context(moved, length), Rows(own[..., -1:], np.zeros((P, 1), np.int32)), draw)
-    assert len(np.unique(expected.tokens_PGR)) > 10
-    assert_same(out, expected)
+        moved[p, : length[p]] = [*CONTEXT.tokens_PC[p, : CONTEXT.length_P[p]], *OWN[p, 0, START[p, 0] : -1]]
+    out = rollouts(Context(moved, length), Rows(OWN[..., -1:], np.zeros((P, 1), np.int32)), draw)
+    assert len(np.unique(out.tokens_PGR)) > 10
+    return out
+
+
+@pytest.mark.parametrize("chunk", [1024, 7, 3, 2])
+def test_rows_of_several_tokens_continue_as_the_concatenated_sequence(chunk, monkeypatch):
+    """Read at once, and in chunks of which the first may be padding in part or in whole."""
+    monkeypatch.setattr(sampler, "CHUNK", chunk)
+    assert_same(rollouts(*rows_of_several_tokens(), chunk=chunk), continued())
+
+
+def test_chunks_of_nothing_but_padding_are_not_read(monkeypatch):
+    """Counted as steps are above; here only the loop's own feeding of the last token and two chunks of four remain."""
+    monkeypatch.setattr(sampler, "CHUNK", 2)
+    passes = []
+
+    class Counting(Placement):
+        def by_tokens(self, x_PGTD):
+            if x_PGTD.shape[2] == 2:
+                jax.debug.callback(lambda: passes.append(1))
+            return x_PGTD
+
+    context, rows, draw = rows_of_several_tokens()
+    rollouts(context, rows.replace(start_PG=np.maximum(START, 4)), draw, chunk=2, place=Counting(None))
+    jax.effects_barrier()
+    assert len(passes) == 2 * (1 + 2 * QWEN3.layers)
+
+
+# ------------------------------------------------------------------------------------------------ from pages
+
+
+@pytest.fixture
+def small_pages(monkeypatch):
+    monkeypatch.setattr(paged, "PAGE", 4)
+    monkeypatch.setattr(paged, "is_paged", lambda how, place: True)
+
+
+class Paged(Placement):
+    """A placement of its own, so that its program is."""
+
+
+def test_pages_change_nothing(small_pages, monkeypatch):
+    """Contexts and rows that end within a page, with it, and beyond it; read in chunks; then the TPU's way, with a stand-in
+    for its kernel."""
+    assert_same(rollouts(*batch(), place=Paged(None)), unending())
+    monkeypatch.setattr(sampler, "CHUNK", 3)
+    assert_same(rollouts(*rows_of_several_tokens(), chunk=3, place=Paged(None)), continued())
+    monkeypatch.setattr(paged, "ragged_paged_attention", pages_numpy.called_back)
+    assert_same(rollouts(*rows_of_several_tokens(), chunk=3, place=TpuWay(None)), continued())
+
+
+def test_ended_rows_and_those_not_live_disturb_nobody_on_pages(small_pages):
+    eos_ids = eos_first_last_and_absent()
+    expected = rollouts(*batch(), eos_ids=eos_ids)
+    assert_same(rollouts(*batch(), eos_ids=eos_ids, place=Paged(None)), expected)
+    context, rows, draw = batch()
+    draw = draw.replace(live_PG=np.arange(P * G).reshape(P, G) % 3 != 0)
+    assert_same(rollouts(context, rows, draw, place=Paged(None)), rollouts(context, rows, draw))
+
+
+def test_int8_samples_alike():
+    """With contexts of up to five tokens, the worst case for scales that are a context's."""
+    out, expected = rollouts(*batch(0.0), how=execution(kv_dtype="int8")), unending(0.0)
+    assert (out.tokens_PGR == expected.tokens_PGR).mean() > 0.5
+    assert 1e-4 < np.abs(out.logp_PGR - expected.logp_PGR).mean() < 0.2
 
 
 # ------------------------------------------------------------------------------------------------ on a mesh
 
 
-@pytest.mark.parametrize("data, model, scan", [(1, 8, False), (2, 4, True), (8, 1, False)])
-def test_the_mesh_changes_nothing(data, model, scan):
+@pytest.mark.parametrize(
+    "data, model, scan, pages", [(1, 8, False, False), (2, 4, True, False), (8, 1, False, False), (4, 2, True, True)]
+)
+def test_the_mesh_changes_nothing(data, model, scan, pages, request):
     context, rows, draw = batch()
     # Eight problems, so that eight devices have one each; the second four are the first under other names.
     twice = jax.tree.map(lambda x: np.concatenate([x, x]) if x.ndim else x, (context, rows, draw))
@@ -220,10 +308,12 @@ def test_the_mesh_changes_nothing(data, model, scan):
     expected = rollouts(*twice)
     assert_same(take(expected, slice(0, P)), unending())
 
+    if pages:
+        request.getfixturevalue("small_pages")
     how, over = execution(scan), mesh.make_mesh(config.Mesh(data, model))
-    shardings = mesh.shard_parameters(abstract_params(QWEN3, how, "float32"), QWEN3, how, over)
-    params = jax.device_put(random_params(QWEN3, how), shardings)
-    out = run(params, *mesh.put_rows(over, twice, 2 * P), how=how, constrain=mesh.constrain_rows(over))
+    params = random_params(QWEN3, how)
+    params = jax.device_put(params, mesh.shard_parameters(params, QWEN3, how, over))
+    out = run(params, *mesh.put_rows(over, twice, 2 * P), how=how, place=(Paged if pages else Placement)(over))
     assert len(jnp.asarray(out.tokens_PGR).sharding.device_set) == 8
     whole = jax.device_put(out, mesh.rows_sharding(over))
     assert_same(mesh.fetch_rows(whole), expected)
