@@ -1,6 +1,9 @@
-"""The same run in two processes of four devices each, as two hosts would do it, and in one of eight."""
+"""The same run in two processes of four devices or four of two, as so many hosts would do it, and in one of eight; and
+what becomes of all when something happens to one."""
 
 import json
+import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -42,29 +45,131 @@ print("agreed")
 """
 
 
-def start(folder, changes, *more):
-    """Both processes of a run."""
+# What every process of a run does, without the models: it waits for the others, again and again.
+WAIT = """
+import sys, time
+import jax
+from jax.experimental import multihost_utils
+from exprl_jax import distributed
+coordinator, processes, process, faulty = sys.argv[1], *map(int, sys.argv[2:])
+distributed.connect(coordinator, processes, process, 6)
+try:
+    with distributed.ending_together():
+        for step in range(100_000):
+            multihost_utils.sync_global_devices(str(step))
+            print(step, flush=True)
+            if process == faulty:
+                raise ValueError("planted")
+            time.sleep(0.1)
+except ValueError as error:
+    sys.exit(f"exprl_jax: {error}")
+"""
+# The full disk is a limit on file size: writes fail as on a full disk.
+SAVE = """
+import resource, sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from exprl_jax import distributed
+from exprl_jax.checkpoint import Checkpoints
+coordinator, processes, process, full, folder = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
+distributed.connect(coordinator, processes, process, 60)
+rows = NamedSharding(Mesh(np.array(jax.devices()), "data"), PartitionSpec("data"))
+w = np.random.default_rng(0).normal(size=1_000_000)
+state = {"w": jax.make_array_from_callback(w.shape, rows, lambda index: w[index])}
+try:
+    with distributed.ending_together(), Checkpoints(folder, 3, {}) as checkpoints:
+        found = checkpoints.restore(state)
+        for step in (1, 2) if found is None else (found.step + 1,):
+            checkpoints.save(step, state, {})
+            checkpoints.wait()
+            if process == full:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+except ValueError as error:
+    sys.exit(f"exprl_jax: {error}")
+"""
+# The door, but untrained rollouts are made to end with an answer that a worker has to compare; and in process 1 an error
+# ends the run in the second step after one with a comparison that hit its limit.
+BOXED = """
+import sys
+from exprl_jax import loop, main
+from exprl_jax.reward.verifiers.grading import Graders
+submit, write, hung = Graders.submit, loop.Metrics.write, []
+Graders.submit = lambda self, rows: submit(self, [(problem, text + r"\\boxed{7}") for problem, text in rows])
+def fail(self, step, row):
+    write(self, step, row)
+    if len(hung) == 2 and "--process=1" in sys.argv:
+        raise ValueError("planted")
+    if hung or row["solve/timed_out"] > 0:
+        hung.append(step)
+loop.Metrics.write = fail
+sys.exit(main.main(sys.argv))
+"""
+
+
+def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    together = (f"--coordinator=127.0.0.1:{port}", "--processes=2")
+        return probe.getsockname()[1]
+
+
+def open_process(line, devices, **options):
+    options = {"cwd": ROOT, "env": environment(devices)} | options
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def start(folder, changes, *more, processes=2, program=("-m", "exprl_jax.main")):
+    """All processes of a run, of eight devices together."""
+    together = (f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}", *more)
+    lines = [command(folder, changes, *together, f"--process={process}") for process in range(processes)]
+    return [open_process([line[0], *program, *line[3:]], 8 // processes) for line in lines]
+
+
+def start_script(script, processes, *more):
+    """Processes that run a script: its arguments are coordinator, processes, process, and more."""
+    coordinator = f"127.0.0.1:{free_port()}"
     return [
-        subprocess.Popen(
-            command(folder, changes, *together, f"--process={process}", *more),
-            cwd=ROOT, env=environment(4), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for process in range(2)
-    ]  # fmt: skip
+        open_process([sys.executable, "-c", script, coordinator, str(processes), str(process), *map(str, more)], 2)
+        for process in range(processes)
+    ]
 
 
 def finish(processes, seconds=400):
-    """Waits for both; returns what each said: (status, stdout, stderr)."""
+    """Waits for all; returns what each said: (status, stdout, stderr)."""
     try:
         said = [process.communicate(timeout=seconds) for process in processes]
     finally:
         for process in processes:
             process.kill()
     return [(process.returncode, *each) for process, each in zip(processes, said)]
+
+
+def wait_for(seen, processes):
+    """Until something is seen of running processes."""
+    limit = time.monotonic() + 300
+    while not seen():
+        assert all(process.poll() is None for process in processes), finish(processes, 60)
+        if time.monotonic() > limit:
+            for process in processes:
+                process.kill()
+            raise AssertionError(finish(processes))
+        time.sleep(0.05)
+
+
+def steps_of(folder):
+    """Of which there are metrics."""
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def saved(folder):
+    """The steps of the checkpoints that count."""
+    path = folder / "checkpoints"
+    return sorted(int(each.name) for each in path.iterdir() if each.name.isdecimal()) if path.exists() else []
+
+
+def complaints(err):
+    """What a process said of its end."""
+    return [line.removeprefix("exprl_jax: ") for line in err.splitlines() if line.startswith("exprl_jax: ")]
 
 
 def spoken(out):
@@ -74,16 +179,8 @@ def spoken(out):
 
 def test_processes_that_share_rows_take_one_answer():
     """A verifier's clock or an endpoint may say different things of one rollout to each of them."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", AGREE, f"127.0.0.1:{port}", str(process)],
-            cwd=ROOT, env=environment(4), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
-        for process in range(2)
-    ]  # fmt: skip
+    coordinator = f"127.0.0.1:{free_port()}"
+    processes = [open_process([sys.executable, "-c", AGREE, coordinator, str(process)], 4) for process in range(2)]
     assert [(status, spoken(out)) for status, out, _ in finish(processes, 120)] == [(0, ["agreed"])] * 2
 
 
@@ -115,26 +212,140 @@ def open_lines(path):
     return path.read_text().splitlines()
 
 
-def test_a_stop_asked_of_one_process_stops_both_and_the_run_goes_on_in_one(tmp_path):
-    folder, changes = tmp_path / "run", {"steps": 400, "checkpoint.every": 400}
-    processes = start(folder, changes)
-    limit = time.monotonic() + 300
-    while not ((folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_bytes().count(b"\n")):
-        assert all(process.poll() is None for process in processes), finish(processes)
-        assert time.monotonic() < limit, finish(processes, 1)
-        time.sleep(0.05)
-    processes[1].send_signal(signal.SIGTERM)
+# ---------------------------------------------------------------------------------------------- one of several
+
+
+def test_a_run_that_is_killed_stopped_and_regrouped_ends_with_the_numbers_of_one_that_was_not(tmp_path):
+    """Four processes, one of them killed; one; two; four, one of them asked to stop; one."""
+    folder, endless = tmp_path / "run", {"steps": 400, "checkpoint.keep": 400} | MESHES["8x1"]
+
+    processes = start(folder, endless, "--heartbeat_seconds=10", processes=4)
+    wait_for(lambda: saved(folder), processes)
+    processes[2].kill()
     said = finish(processes)
-    assert [status for status, _, _ in said] == [0, 0], said
+    assert said[2][0] == -signal.SIGKILL and all(status != 0 for status, _, _ in said), said
+    taken = saved(folder)[-1]
+
+    run(tiny("outcome", endless | {"steps": taken + 1}), folder)
+    said = finish(start(folder, endless | {"steps": taken + 2}))
+    assert [status for status, _, _ in said] == [0, 0] and f"resuming after step {taken + 1} of" in said[0][2], said
+
+    processes = start(folder, endless, processes=4)
+    wait_for(lambda: steps_of(folder) > taken + 2, processes)
+    processes[3].send_signal(signal.SIGTERM)
+    said = finish(processes)
+    assert [status for status, _, _ in said] == [0, 0, 0, 0], said
     stopped = rows(folder)[-1]["step"]
-    assert f"stopped after step {stopped} of 400" in said[0][2]
-    run(tiny("outcome", changes | {"steps": stopped + 1}), folder)
-    assert [row["step"] for row in rows(folder)] == list(range(1, stopped + 2))
+    assert f"stopped after step {stopped} of 400" in said[0][2] and saved(folder)[-1] == stopped
+
+    run(tiny("outcome", endless | {"steps": stopped + 1}), folder)
+    whole = run(tiny("outcome", endless | {"steps": stopped + 1}), tmp_path / "whole")
+    assert_same_rows(rows(folder), rows(whole))
+    for name, tensor in parameters(folder).items():
+        assert abs(tensor - parameters(whole)[name]).max() < 1e-5, name
 
 
-def test_both_processes_refuse_what_cannot_work(tmp_path):
-    said = finish(start(tmp_path / "run", {"updates.microbatch": 4}), 120)
-    for status, out, err in said:
+@pytest.mark.parametrize("number, victim", [(signal.SIGKILL, 0), (signal.SIGKILL, 1), (signal.SIGSTOP, 1)])
+def test_a_process_that_is_gone_takes_the_others_with_it(number, victim):
+    """Process 0 is the coordinator.  A stopped process keeps its connections, as a host does whose power is cut."""
+    processes = start_script(WAIT, 4, -1)
+    wait_for(lambda: processes[3].stdout.readline().strip().isdecimal(), processes)
+    processes[victim].send_signal(number)
+    others = [process for process in processes if process is not processes[victim]]
+    try:
+        said = finish(others, 120)
+    finally:
+        processes[victim].kill()
+        processes[victim].communicate()
+    assert all(status != 0 for status, _, _ in said), said
+
+
+@pytest.mark.parametrize("faulty", [0, 3])
+def test_an_error_in_one_process_is_what_all_say(faulty):
+    said = finish(start_script(WAIT, 4, faulty), 120)
+    for process, (status, _, err) in enumerate(said):
+        assert status == 1, said
+        assert complaints(err) == ["planted" if process == faulty else f"ended with process {faulty}: planted"], err
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_save_that_fails_in_one_process_ends_all_and_does_not_count(full, tmp_path):
+    said = finish(start_script(SAVE, 2, full, tmp_path), 120)
+    for process, (status, _, err) in enumerate(said):
+        assert status == 1, said
+        (line,) = complaints(err)
+        assert line.startswith("checkpoint of step 2 could not be" if process == full else f"ended with process {full}: ")
+        assert "checkpoint of step 2 could not be written" in line
+    assert [each.name for each in tmp_path.iterdir() if each.name.isdecimal()] == ["1"]
+    assert [status for status, _, _ in finish(start_script(SAVE, 2, -1, tmp_path), 120)] == [0, 0]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["1", "2"]
+
+
+def children(pid):
+    """The processes that a process has started."""
+    return [int(each) for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children") for each in path.read_text().split()]
+
+
+def test_a_grader_that_hangs_in_one_process_costs_a_verdict_and_an_error_the_run(tmp_path):
+    folder, changes = tmp_path / "run", {"steps": 400, "checkpoint.every": 400, "grader.seconds": 5.0}
+    processes = start(folder, changes, program=("-c", BOXED))
+    wait_for(lambda: steps_of(folder) >= 1, processes)
+    (worker,) = children(processes[1].pid)
+    os.kill(worker, signal.SIGSTOP)
+    said = finish(processes)
+    assert [status for status, _, _ in said] == [1, 1], said
+    assert complaints(said[1][2]) == ["planted"] and complaints(said[0][2]) == ["ended with process 1: planted"]
+    hung = [row["step"] for row in rows(folder) if row["solve/timed_out"] > 0]
+    assert hung and steps_of(folder) >= hung[0] + 2
+    assert not pathlib.Path(f"/proc/{worker}").exists()
+
+
+# ---------------------------------------------------------------------------------------------- at the start
+
+
+def slurm(process, port):
+    """What srun tells a task; JAX makes the coordinator's port of the job's number."""
+    told = {"JOB_ID": port, "STEP_NODELIST": "127.0.0.1", "NTASKS": 2, "PROCID": process, "LOCALID": process}
+    return {f"SLURM_{name}": str(value) for name, value in told.items()} | {"JAX_COORDINATOR_PORT": str(port)}
+
+
+def test_slurm_tells_processes_of_one_another(tmp_path):
+    """The data axis that neither has enough problems for is of the eight devices that they have together."""
+    changes, port = {"rollout.wave": 4}, free_port()
+    processes = [
+        open_process(
+            command(tmp_path / "run", changes, "--distributed=auto"), 4, env=environment(4) | slurm(process, port)
+        )
+        for process in range(2)
+    ]
+    for status, out, err in finish(processes, 120):
         assert status == 1 and spoken(out) == [] and "Traceback" not in err
-        assert "exprl_jax: updates.microbatch: got 4 rows" in err
+        assert complaints(err) == ["config.rollout.wave: got 4, expected a multiple of mesh.data = 8"]
     assert not (tmp_path / "run").exists()
+
+
+def test_what_processes_do_not_have_in_common_is_refused(tmp_path):
+    """Another seed; and, under one name, other data."""
+    text = (ROOT / "configs/data/arithmetic.jsonl").read_text()
+    for process, lines in enumerate([text, "".join(text.splitlines(keepends=True)[1:])]):
+        (tmp_path / str(process)).mkdir()
+        (tmp_path / str(process) / "problems.jsonl").write_text(lines)
+    expected = {
+        "seed": "was started with another config than process 0 (its value != the value there): seed: 2 != 1",
+        "data": "config.data.source: processes 1 have read other problems than process 0; give all hosts the same files",
+    }
+    for name, said_by_one in expected.items():
+        together = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2")
+        changes = [{"data.source": "problems.jsonl", "seed": 1 + (name == "seed") * process} for process in range(2)]
+        processes = [
+            open_process(
+                command(tmp_path / name, changes[process], *together, f"--process={process}"), 4,
+                cwd=tmp_path / (str(process) if name == "data" else "0"),
+                env=environment(4) | {"PYTHONPATH": str(ROOT)},
+            )
+            for process in range(2)
+        ]  # fmt: skip
+        said = finish(processes, 300)
+        assert [status for status, _, _ in said] == [1, 1], said
+        assert said_by_one in complaints(said[1][2])[0] and said_by_one in complaints(said[0][2])[0]
+        assert not steps_of(tmp_path / name)
