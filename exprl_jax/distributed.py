@@ -8,7 +8,7 @@ Every process runs the same program, and most of its steps wait for all of them.
   heard of for the heartbeat's seconds, or at once where a connection breaks.
 - A stop that was asked of it (SIGTERM, as a preempted host gets): see `stopping`; all stop after the same step.
 
-A run that has ended in one of the first two ways goes on from its newest checkpoint when all processes are started again.
+A run that has ended in one of the first two ways goes on from its newest checkpoint when all are started again.
 """
 
 from __future__ import annotations

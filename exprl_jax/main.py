@@ -18,7 +18,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; starting aga
 _DIFF = config_flags.DEFINE_config_file("diff", None, "Another config: print what differs between the two, and exit.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the config resolves to and what it needs, and exit.")
 _DISTRIBUTED = flags.DEFINE_enum(
-    "distributed", "none", ["none", "auto"], "auto: a process of the Cloud TPU slice, Slurm step or MPI job that it is in."
+    "distributed", "none", ["none", "auto"], "auto: one process of the Cloud TPU slice, Slurm step or MPI job."
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where there is no such launcher.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.", lower_bound=1)
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
         if len({_COORDINATOR.value is None, _PROCESSES.value is None, _PROCESS.value is None}) > 1:
             raise ValueError("--coordinator, --processes and --process go together; give all three or none")
         if _DISTRIBUTED.value == "auto" and _COORDINATOR.value is not None:
-            raise ValueError("--distributed=auto finds out what --coordinator, --processes and --process say; give one of them")
+            raise ValueError("--distributed=auto finds out what --coordinator, --processes and --process say; give it alone")
         settings = _CONFIG.value.to_dict()
         others = {} if _DIFF.value is None else _DIFF.value.to_dict()
     except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError, ImportError, SyntaxError) as error:

@@ -88,7 +88,7 @@ def refuse(tmp_path, capfd):
         ([TINY, "--workdir=x", "--distributed=slurm"], "--distributed=slurm: value should be one of <none|auto>"),
         (
             [TINY, "--workdir=x", "--distributed=auto", "--coordinator=a:1", "--processes=2", "--process=0"],
-            "--distributed=auto finds out what --coordinator, --processes and --process say; give one of them",
+            "--distributed=auto finds out what --coordinator, --processes and --process say; give it alone",
         ),
         ([TINY, "--workdir=x", "--heartbeat_seconds=0"], "--heartbeat_seconds=0: 0 is not a positive integer"),
         (["--config=configs/tini.py", "--workdir=x"], "--config: [Errno 2] No such file or directory: 'configs/tini.py'"),

@@ -87,8 +87,8 @@ try:
 except ValueError as error:
     sys.exit(f"exprl_jax: {error}")
 """
-# The door, but untrained rollouts are made to end with an answer that a worker has to compare; and in process 1 an error
-# ends the run in the second step after one with a comparison that hit its limit.
+# The door, but untrained rollouts are made to end with an answer that a worker has to compare; and in process 1 an
+# error ends the run in the second step after one with a comparison that hit its limit.
 BOXED = """
 import sys
 from exprl_jax import loop, main
@@ -274,7 +274,7 @@ def test_a_save_that_fails_in_one_process_ends_all_and_does_not_count(full, tmp_
     for process, (status, _, err) in enumerate(said):
         assert status == 1, said
         (line,) = complaints(err)
-        assert line.startswith("checkpoint of step 2 could not be" if process == full else f"ended with process {full}: ")
+        assert line.startswith("checkpoint of step 2 " if process == full else f"ended with process {full}: ")
         assert "checkpoint of step 2 could not be written" in line
     assert [each.name for each in tmp_path.iterdir() if each.name.isdecimal()] == ["1"]
     assert [status for status, _, _ in finish(start_script(SAVE, 2, -1, tmp_path), 120)] == [0, 0]
@@ -283,7 +283,8 @@ def test_a_save_that_fails_in_one_process_ends_all_and_does_not_count(full, tmp_
 
 def children(pid):
     """The processes that a process has started."""
-    return [int(each) for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children") for each in path.read_text().split()]
+    of_threads = [path.read_text().split() for path in pathlib.Path(f"/proc/{pid}/task").glob("*/children")]
+    return [int(each) for of_thread in of_threads for each in of_thread]
 
 
 def test_a_grader_that_hangs_in_one_process_costs_a_verdict_and_an_error_the_run(tmp_path):
@@ -332,7 +333,7 @@ def test_what_processes_do_not_have_in_common_is_refused(tmp_path):
         (tmp_path / str(process) / "problems.jsonl").write_text(lines)
     expected = {
         "seed": "was started with another config than process 0 (its value != the value there): seed: 2 != 1",
-        "data": "config.data.source: processes 1 have read other problems than process 0; give all hosts the same files",
+        "data": "config.data.source: processes 1 have read other problems than process 0; give all hosts the same",
     }
     for name, said_by_one in expected.items():
         together = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2")
