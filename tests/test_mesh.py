@@ -117,7 +117,7 @@ def test_one_process_gathers_what_it_has():
     assert mesh.gather_rows(table, np.arange(4)) is table
 
 
-# ------------------------------------------------------------------------------------------------ where a forward's arrays lie
+# ------------------------------------------------------------------------------------------ where a forward's arrays lie
 
 
 def spec_of(function, *arrays):
@@ -163,7 +163,8 @@ def test_parameters_for_decoding_are_whole_along_data_only(scan):
         parts = [4 if axis == "model" else 1 for axis in [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]]
         assert got.sharding.shard_shape(x.shape) == tuple(n // part for n, part in zip(x.shape, parts))
     kept = jax.jit(lambda p: place.like_parameters(p, WIDE, how))(params)
-    assert all(a.sharding.is_equivalent_to(b, a.ndim) for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(shardings)))
+    for got, sharding in zip(*map(jax.tree.leaves, (kept, shardings)), strict=True):
+        assert got.sharding.is_equivalent_to(sharding, got.ndim)
 
 
 def test_split_functions_see_their_part():
@@ -185,4 +186,5 @@ def test_which_way_forwards_go():
     for place in (mesh.ONE_DEVICE, mesh.Placement(make(2, 4))):
         assert not place.on_tpu and place.shares_segments
     assert TpuWay(None).on_tpu and not TpuWay(None).shares_segments
-    assert [mesh.Placement(make(2, 4)).axis_of(n) for n in (8, 6)] == ["model", None] and mesh.ONE_DEVICE.axis_of(8) is None
+    assert [mesh.Placement(make(2, 4)).axis_of(n) for n in (8, 6)] == ["model", None]
+    assert mesh.ONE_DEVICE.axis_of(8) is None

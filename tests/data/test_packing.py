@@ -184,8 +184,8 @@ def test_refuses_what_does_not_fit():
 
 
 def padding(seed, group, median, share):
-    """(padding, rows) of one of the paper's two updates a batch: 18 prompts; long-tailed responses, cut at the budget of
-    16,384 tokens; rows with 4,096 tokens more, two to a microbatch."""
+    """(padding, rows) of one of the paper's two updates a batch: 18 prompts; long-tailed responses, cut at the budget
+    of 16,384 tokens; rows with 4,096 tokens more, two to a microbatch."""
     random, prompts, budget, width, microbatch = np.random.default_rng(seed), 18, 16_384, 20_480, 2
     prompt_P = random.lognormal(np.log(160), 0.5, prompts).astype(int).clip(1, width - budget)
     length_N = random.lognormal(np.log(median), 0.8, prompts * group).astype(int).clip(2, budget)

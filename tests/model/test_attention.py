@@ -93,7 +93,8 @@ def seen_by(sizes, length, start, slot):
 def attend_by_definition(q, ck, cv, k, v, seen):
     P, G, T, H, E = q.shape
     keys, values = (
-        torch.cat([x[:, None].expand(-1, G, -1, -1, -1), y], dim=3).flatten(0, 1).transpose(1, 2) for x, y in ((ck, k), (cv, v))
+        torch.cat([x[:, None].expand(-1, G, -1, -1, -1), y], dim=3).flatten(0, 1).transpose(1, 2)
+        for x, y in ((ck, k), (cv, v))
     )
     return softmax_attention(q.flatten(0, 1), keys, values, torch.tensor(seen).flatten(0, 1)).reshape(P, G, T, H, E)
 
@@ -121,8 +122,8 @@ def cut_queries(monkeypatch, sizes, chunk):
 @pytest.mark.parametrize(
     "case, slot, chunk",
     [
-        (GROUPED, 0, 7), (GROUPED, 2, 7), (GROUPED, 2, 3), (GROUPED, 0, 1), (NO_CONTEXT_TOKENS, 0, 7), (NO_CONTEXT_TOKENS, 2, 6),
-        (NO_CONTEXT_SLOTS, 0, 4), (A_HEAD_EACH, 0, 5), (A_HEAD_EACH, 0, 2), (ONE_KEY_HEAD, 0, 4),
+        (GROUPED, 0, 7), (GROUPED, 2, 7), (GROUPED, 2, 3), (GROUPED, 0, 1),
+        (NO_CONTEXT_TOKENS, 0, 7), (NO_CONTEXT_TOKENS, 2, 6), (NO_CONTEXT_SLOTS, 0, 4), (A_HEAD_EACH, 0, 5), (A_HEAD_EACH, 0, 2), (ONE_KEY_HEAD, 0, 4),
     ],
 )  # fmt: skip
 def test_rows_attend_by_definition(case, slot, chunk, monkeypatch):
@@ -219,8 +220,9 @@ def packed_of(cut, heads, key_heads, size, place):
 
 
 @pytest.mark.parametrize(
-    "cut, heads, chunk", [(SHARED, (4, 2, 6), 11), (SHARED, (4, 2, 6), 4), (SHARED, (3, 1, 5), 1), (APART, (3, 3, 7), 5)]
-)
+    "cut, heads, chunk",
+    [(SHARED, (4, 2, 6), 11), (SHARED, (4, 2, 6), 4), (SHARED, (3, 1, 5), 1), (APART, (3, 3, 7), 5)],
+)  # fmt: skip
 def test_packed_rows_attend_by_definition(cut, heads, chunk, monkeypatch):
     B, T = cut.segment_BT.shape
     monkeypatch.setattr(attention, "SCORES", chunk * B * heads[0] * T)

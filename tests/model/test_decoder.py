@@ -147,11 +147,12 @@ def splash_logits(params, arch, how, context, rows):
 
 
 @pytest.mark.parametrize(
-    "way, line, lines", [(Placement, "named 'attention'", 1), (TpuWay, "output of jitted function '_splash_attention'", 2)]
-)
+    "way, line, lines",
+    [(Placement, "named 'attention'", 1), (TpuWay, "output of jitted function '_splash_attention'", 2)],
+)  # fmt: skip
 def test_what_rematerialisation_keeps(way, line, lines, capsys):
-    """`but_attention` keeps a layer's result of attention, and both residuals of splash, whose kernel is then not run again;
-    `full` keeps neither."""
+    """`but_attention` keeps a layer's result of attention, and both residuals of splash, whose kernel is then not run
+    again; `full` keeps neither."""
     ones = jnp.ones((1, 16), jnp.int32)
     packed = Packed(ones, ones, ones, ones, ones)
 

@@ -23,8 +23,8 @@ from tests.oracles.tiny_decoder import QWEN3, TpuWay, architecture, execution, r
 LENGTHS = [[7, 4, 9], [5, 1, 6], [], [8]]
 T = 20
 WAYS = [
-    ("llama", False, "none", None), ("qwen2", True, "none", 3), ("qwen3", False, "full", None), ("qwen3", True, "full", 6),
-    ("qwen3", True, "but_attention", None),
+    ("llama", False, "none", None), ("qwen2", True, "none", 3), ("qwen3", False, "full", None),
+    ("qwen3", True, "full", 6), ("qwen3", True, "but_attention", None),
 ]  # fmt: skip
 
 
@@ -207,7 +207,9 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     np.testing.assert_allclose(got[REAL_BT], expected[REAL_BT], atol=1e-4)
 
 
-@pytest.mark.parametrize("scan, way, data, model", [(False, Placement, 4, 2), (True, Placement, 2, 4), (True, TpuWay, 4, 2)])
+@pytest.mark.parametrize(
+    "scan, way, data, model", [(False, Placement, 4, 2), (True, Placement, 2, 4), (True, TpuWay, 4, 2)]
+)
 def test_sharded_is_unsharded(scan, way, data, model):
     how = execution(scan, remat="full")
     params, rows = random_params(QWEN3, how), packed()

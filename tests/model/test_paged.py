@@ -242,10 +242,12 @@ def test_int8_saturates_and_does_not_wrap():
 def test_int8_scales_are_of_real_tokens_and_of_pairs_that_rotate():
     how, (_, contexts) = execution(kv_dtype="int8"), layers()
     loud = tuple(
-        jax.tree.map(lambda x: jnp.where(jnp.arange(C)[:, None] < LENGTH_P[:, None, None, None], x, 1e4), kv) for kv in contexts
+        jax.tree.map(lambda x: jnp.where(jnp.arange(C)[:, None] < LENGTH_P[:, None, None, None], x, 1e4), kv)
+        for kv in contexts
     )
     caches = [
-        paged.open_pages(QWEN3, how, ONE_DEVICE, Prefix(each, LENGTH_P), jnp.asarray(START_PG), T) for each in (contexts, loud)
+        paged.open_pages(QWEN3, how, ONE_DEVICE, Prefix(each, LENGTH_P), jnp.asarray(START_PG), T)
+        for each in (contexts, loud)
     ]
     for name in ("k_scale", "v_scale"):
         quiet, padded = (np.asarray(getattr(cache, name)) for cache in caches)

@@ -17,7 +17,8 @@ def ragged_attention(q, pool, known, table, end, rows, *, sm_scale, k_scale=None
     """
     assert (k_scale, v_scale) == ((1.0, 1.0) if pool.dtype == np.int8 else (None, None))
     assert rows.tolist() == [len(table)] and end[0] == 0 and end[-1] <= len(q)
-    assert (table[:, : -(-known.max() // pool.shape[1])] < len(pool)).all() and known.max() <= table.shape[1] * pool.shape[1]
+    assert known.max() <= table.shape[1] * pool.shape[1]
+    assert (table[:, : -(-known.max() // pool.shape[1])] < len(pool)).all()
     out = np.full(q.shape, np.nan, q.dtype)
     for b, (first, last) in enumerate(zip(end[:-1], end[1:], strict=True)):
         asked = last - first

@@ -30,7 +30,9 @@ PROBLEM_P = np.array([9, 4, 2**32 - 1, 7], np.uint32)
 
 
 @functools.partial(jax.jit, static_argnames=("how", "tokens", "eos_ids", "pad_id", "place", "chunk"))
-def run(params, context, rows, draw, how=HOW, tokens=R, eos_ids=NEVER, pad_id=PAD, place=ONE_DEVICE, chunk=sampler.CHUNK):
+def run(
+    params, context, rows, draw, how=HOW, tokens=R, eos_ids=NEVER, pad_id=PAD, place=ONE_DEVICE, chunk=sampler.CHUNK
+):
     """`chunk` is what CHUNK is, so that another one is another program."""
     assert chunk == sampler.CHUNK
     prefix = prefill(params, QWEN3, how, context, place)
@@ -101,8 +103,8 @@ def trainer_logp(out, temperature, dtype):
         target[b, length : length + R] = response
     segment = (np.arange(C + R) < length_B[:, None] + R).astype(np.int32)
     packed = Packed(tokens, target, segment, segment, np.broadcast_to(np.arange(C + R, dtype=np.int32), segment.shape))
-    trainer = functools.partial(programs.packed_logp_and_entropy, mesh=one, policy=policy, temperature=temperature, chunk=64)
-    logp = np.asarray(jax.jit(trainer)(PARAMS, packed)[0])
+    trainer = functools.partial(programs.packed_logp_and_entropy, mesh=one, policy=policy, chunk=64)
+    logp = np.asarray(jax.jit(functools.partial(trainer, temperature=temperature))(PARAMS, packed)[0])
     return np.stack([logp[b, length : length + R] for b, length in enumerate(length_B)]).reshape(P, G, R)
 
 
@@ -269,8 +271,8 @@ class Paged(Placement):
 
 
 def test_pages_change_nothing(small_pages, monkeypatch):
-    """Contexts and rows that end within a page, with it, and beyond it; read in chunks; then the TPU's way, with a stand-in
-    for its kernel."""
+    """Contexts and rows that end within a page, with it, and beyond it; read in chunks; then the TPU's way, with a
+    stand-in for its kernel."""
     assert_same(rollouts(*batch(), place=Paged(None)), unending())
     monkeypatch.setattr(sampler, "CHUNK", 3)
     assert_same(rollouts(*rows_of_several_tokens(), chunk=3, place=Paged(None)), continued())
