@@ -18,7 +18,8 @@ from exprl_jax import loop as every_loop
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.learning import update
 from exprl_jax.learning.advantages import grpo
-from exprl_jax.mesh import DATA, MODEL
+from exprl_jax.learning.losses import normaliser
+from exprl_jax.mesh import DATA, MODEL, Placement
 from exprl_jax.metrics import Clock, CompileLedger
 from exprl_jax.model import decoder
 from exprl_jax.model.weights import export_folder
@@ -27,7 +28,8 @@ from exprl_jax.reward.judge import NoJudge
 from exprl_jax.reward.verifiers.verdict import Verdict
 from stub_endpoint import Answer, StubEndpoint
 from tiny_runs import (
-    ROOT, assert_same_parameters, assert_same_rows, parameters, prepared, read_jsonl, rows, run, tiny, write_problems,
+    ROOT, assert_same_parameters, assert_same_rows, parameters, prepared, random_batch, read_jsonl, rows, run,
+    seen_by, tiny, write_problems,
 )  # fmt: skip
 
 # Settings that no committed config has together: several waves, several updates a batch, other estimators.
@@ -187,7 +189,7 @@ def test_a_run_leaves_every_promised_file(arm):
 
 
 def test_a_row_holds_every_documented_metric_and_no_other(arm):
-    documented = {"step", "data/epoch", "update/skipped_total", *statistics.METRICS, *update.METRICS}
+    documented = {"step", "data/epoch", "update/skipped_total", "update/padding", *statistics.METRICS, *update.METRICS}
     if {sample["kind"] for sample in read_jsonl(arm.folder / "rollouts" / "step_000001.jsonl")} > {"math"}:
         kinds = ("choice", "code", "math", "science")
         documented |= {f"{name}/{kind}" for name in statistics.BY_KIND for kind in kinds}
@@ -195,7 +197,7 @@ def test_a_row_holds_every_documented_metric_and_no_other(arm):
     for row in arm.rows:
         assert {name for name in row if not name.startswith("time/")} == documented
         assert {name for name in row if name.startswith("time/")} == {
-            *(f"time/{phase}_seconds" for phase in ("sample", "judge", "grade", "logp", "train", "step", "compile")),
+            *(f"time/{phase}_seconds" for phase in ("sample", "judge", "grade", "pack", "logp", "train", "step", "compile")),
             *(f"time/{phase}_tokens_per_second" for phase in ("sample", "judge", "train")),
             "time/compilations",
             "time/compilations_cached",
@@ -207,7 +209,7 @@ def test_a_row_holds_every_documented_metric_and_no_other(arm):
 def test_a_row_says_what_happened(arm):
     for row in arm.rows:
         assert row["update/skipped_total"] == row["update/skipped"] == 0
-        assert row["update/tokens"] > 0 and row["grad/norm"] > 0
+        assert row["update/tokens"] > 0 and row["grad/norm"] > 0 and 0 < row["update/padding"] < 1
         assert 0 < row["response/length_mean"] <= row["response/length_max"] <= arm.config.rollout.max_tokens
         assert row["policy/sampler_gap_max"] < 1e-4
         assert row["solve/none"] + row["solve/some"] + row["solve/all"] == pytest.approx(1)
@@ -423,6 +425,84 @@ def test_a_strict_probe_stops_before_the_first_update(tmp_path):
     assert rows(tmp_path / "run") == []
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
     assert not (tmp_path / "run" / "export").exists()
+
+
+# ------------------------------------------------------------------------------------------------ packing
+
+
+@pytest.fixture(scope="module")
+def opened():
+    return prepared(tiny("outcome", {"updates.per_batch": 2, "updates.row_tokens": 900, "loss.aggregate": "sequence_mean"}))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_what_stands_in_packed_rows_are_the_rollouts(share, opened, monkeypatch):
+    """Every number of every slot, against the batch; prompts shared or repeated, in two updates."""
+    monkeypatch.setattr(Placement, "shares_segments", property(lambda self: share))
+    batch, found = random_batch(opened), []
+    ready = loop.ready_updates(opened, batch)
+    assert len(ready) == 2
+    for u, made in enumerate(ready):
+        e, filled = jax.device_get(made.experience), made.packing
+        assert e.mask_MBT.shape == loop.packed_shape(opened.config) == (2, 8, 900)
+        weight_PGR = normaliser(batch.mask_PGR[u::2], "sequence_mean", opened.config.rollout.max_tokens)
+        free = np.ones((16, 900), bool)
+        for p, g, row, first in zip(made.group_N, made.index_N, filled.row_N, filled.first_N, strict=True):
+            own = 2 * p + u
+            n = int(batch.rollouts.mask_PGR[own, g].sum())
+            slots, response = slice(first, first + n), batch.rollouts.tokens_PGR[own, g, :n]
+            expected = {
+                "mask_MBT": batch.mask_PGR[own, g],
+                "weight_MBT": weight_PGR[p, g],
+                "advantage_MBT": batch.advantage_PGR[own, g],
+                "sampler_logp_MBT": batch.rollouts.logp_PGR[own, g],
+            }
+            for name, x in expected.items():
+                np.testing.assert_array_equal(getattr(e, name).reshape(16, 900)[row, slots], x[:n], err_msg=name)
+            np.testing.assert_array_equal(e.packed.target_BT.reshape(16, 900)[row, slots], response)
+            for k in {0, n // 2, n - 1}:
+                assert seen_by(e.packed, row, first + k) == [*batch.prompts[own], *response[:k]]
+            assert free[row, slots].all()
+            free[row, slots] = False
+            found.append((own, g))
+        for name in ("mask_MBT", "weight_MBT", "advantage_MBT", "sampler_logp_MBT", "old_logp_MBT", "ref_logp_MBT"):
+            assert not getattr(e, name).reshape(16, 900)[free].any(), name
+        assert e.used == -(-(filled.row_N.max() + 1) // 8) >= 1
+        assert e.weight_MBT.sum() == pytest.approx(1)
+    # Rollouts without a token are left out, every other one is there once.
+    assert sorted(found) == [tuple(at) for at in np.argwhere(batch.rollouts.mask_PGR.any(-1))]
+    assert len(found) < 32
+    held = sum(int((made.packing.packed.segment_BT > 0).sum()) for made in ready)
+    alone = sum(len(batch.prompts[p]) - 1 for p, _ in found) + batch.rollouts.mask_PGR.sum()
+    assert held < alone if share else held == alone
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_rows_have_room_for_longer_prompts_where_asked(share, opened, monkeypatch):
+    """As for a teacher's, which are packed into the same rows."""
+    monkeypatch.setattr(Placement, "shares_segments", property(lambda self: share))
+    batch = random_batch(opened)
+    room_P = [len(prompt) + 150 * (p % 3) for p, prompt in enumerate(batch.prompts)]
+    plain, roomy = (loop.ready_update(opened, batch, slice(None), room) for room in ((), room_P))
+    assert roomy.packing.row_N.max() > plain.packing.row_N.max()
+    lengths = batch.rollouts.mask_PGR.sum(-1)
+    for made, room in ((plain, [len(prompt) for prompt in batch.prompts]), (roomy, room_P)):
+        for row in range(made.packing.row_N.max() + 1):
+            here = np.flatnonzero(made.packing.row_N == row)
+            groups = made.group_N[here]
+            contexts = sum(room[p] - 1 for p in (set(groups) if share else groups))
+            assert 0 < contexts + sum(lengths[made.group_N[n], made.index_N[n]] for n in here) <= 900
+
+
+def test_the_joined_batch_is_in_the_batches_order(opened):
+    """Of one process, whose waves come in that order."""
+    batch = random_batch(opened)
+    places = list(np.arange(8).reshape(2, 4))
+    whole = batch.rollouts, batch.mask_PGR, batch.advantage_PGR
+    parts = [jax.tree.map(lambda x, at=at: x[at], whole) for at in places]
+    joined = loop.join_batch(opened, opened.problems[:8], parts, places)
+    assert joined.prompts == batch.prompts
+    jax.tree.map(np.testing.assert_array_equal, (joined.rollouts, joined.mask_PGR, joined.advantage_PGR), whole)
 
 
 # ------------------------------------------------------------------------------------------------ the mesh
@@ -738,7 +818,7 @@ def test_verdicts_are_the_rewards_of_sparse_problems():
 def test_worked_examples_stand_in_every_prompt(monkeypatch):
     monkeypatch.chdir(ROOT)
     made = prepared(
-        tiny("outcome", {"data.worked_examples": "configs/data/arithmetic_examples.jsonl", "data.max_prompt_tokens": 2048})
+        tiny("outcome", {"data.worked_examples": "configs/data/arithmetic_examples.jsonl", "data.max_prompt_tokens": 2048, "updates.row_tokens": 2560})
     )
     examples = read_jsonl(ROOT / "configs/data/arithmetic_examples.jsonl")
     for problem in made.problems:
