@@ -818,7 +818,14 @@ def test_verdicts_are_the_rewards_of_sparse_problems():
 def test_worked_examples_stand_in_every_prompt(monkeypatch):
     monkeypatch.chdir(ROOT)
     made = prepared(
-        tiny("outcome", {"data.worked_examples": "configs/data/arithmetic_examples.jsonl", "data.max_prompt_tokens": 2048, "updates.row_tokens": 2560})
+        tiny(
+            "outcome",
+            {
+                "data.worked_examples": "configs/data/arithmetic_examples.jsonl",
+                "data.max_prompt_tokens": 2048,
+                "updates.row_tokens": 2560,
+            },
+        )
     )
     examples = read_jsonl(ROOT / "configs/data/arithmetic_examples.jsonl")
     for problem in made.problems:
