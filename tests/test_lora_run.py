@@ -1,0 +1,264 @@
+"""Runs that train adapters: what they train, what they leave behind, and that it is learning."""
+
+import contextlib
+import dataclasses
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from exprl_jax import distill, sft, train
+from exprl_jax import loop as every_loop
+from exprl_jax.config import resolve
+from exprl_jax.metrics import Clock
+from exprl_jax.model.decoder import forward_logits
+from exprl_jax.model.language_model import open_model
+from exprl_jax.model.weights import export_folder
+from exprl_jax.plan import describe
+from test_diagnostics import FAST, LetterGraders, LetterJudge, letters
+from tiny_runs import assert_same_parameters, assert_same_rows, config_dict, parameters, prepared, rows, run, tiny
+
+STEPS = 3
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+LIVE = {"steps": STEPS, "optimizer.learning_rate": 1e-2}
+TOKENS = np.random.default_rng(0).integers(0, 256, (2, 24), dtype=np.int32)
+
+
+def live(changes=None):
+    return tiny("lora", LIVE | (changes or {}))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing interrupted."""
+    return run(live(), tmp_path_factory.mktemp("whole") / "run")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """What its adapters stand on, as a folder."""
+    made = prepared(live())
+    folder = tmp_path_factory.mktemp("base") / "export"
+    export_folder(made.base, made.policy.arch, made.policy.execution, folder, made.policy.tokenizer, "float32")
+    return folder
+
+
+def adapters(folder):
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+# ------------------------------------------------------------------------------------------------ what a run trains
+
+
+def test_a_step_changes_the_adapters_and_nothing_else():
+    made = prepared(live())
+    state = train._first_state(made)
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(state.params)}
+    assert names == {name + part for name in TARGETS for part in ("_lora_a", "_lora_b")}
+    trained = sum(x.size for x in jax.tree.leaves(state.params))
+    moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+    assert moments == 2 * trained < made.policy.arch.parameters / 2
+    # One frozen copy is base, reference and judge.
+    assert list(made.frozen) == [made.config.policy] == [made.config.reference] == [made.config.judge.model]
+    before = jax.device_get((made.base, state.params))
+    with contextlib.ExitStack() as held:
+        graders = held.enter_context(train.open_graders(made.config.grader, made.config.code, made.kinds))
+        for step in range(2):  # in the first only B has a gradient
+            taken = train.take_step(made, graders, state, step, Clock(), lambda: None)
+            state = taken.state.replace(step=taken.state.step + 1)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(made.base), before[0])
+    for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(before[1])):
+        assert (np.asarray(new) != old).any(), path
+
+
+def test_every_step_of_the_whole_run_moves_the_adapters(whole):
+    """Else the comparisons below would prove little."""
+    assert len({row["policy/entropy"] for row in rows(whole)}) == STEPS
+    assert all(row["grad/norm"] > 0 and row["update/skipped"] == 0 for row in rows(whole))
+
+
+def test_the_dry_run_counts_what_a_run_holds(monkeypatch):
+    """Adapters and their moments; the base is frozen, with the reference and the judge or, in another dtype, beside them."""
+    monkeypatch.setattr("exprl_jax.plan._GIB", 1)
+    config = live({"mesh.data": 4, "mesh.model": 2, "reference.param_dtype": "bfloat16"})
+    listed = dict(re.findall(r"(?m)^(resident: \w+|training: gradients) +(\S+) GiB", describe(config)))
+    made = prepared(config)
+    state, first = train._first_state(made), jax.devices()[0]
+
+    def held(tree):
+        return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == first)
+
+    assert len(made.frozen) == 2
+    assert float(listed["resident: policy"]) == held(state.params)
+    assert float(listed["resident: Adam"]) == held(state.opt_state)
+    assert float(listed["resident: frozen"]) == sum(held(x) for x in made.frozen.values())
+    assert float(listed["training: gradients"]) == 2 * held(state.params)
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+
+
+def transformers_logits(model):
+    with torch.no_grad():
+        return model(torch.from_numpy(TOKENS).long()).logits.float().numpy()
+
+
+def read_transformers(folder):
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager").eval()
+
+
+def test_the_export_is_an_ordinary_model(whole, base):
+    """Merged: it differs from the base in every target and in nothing else, and loads here and in transformers."""
+    ours, start = parameters(whole), load_file(base / "model.safetensors")
+    assert ours.keys() == start.keys()
+    for name in ours:
+        target = name.rpartition("_proj.weight")[1] != ""
+        assert (ours[name] != start[name]).any() == target, name
+    how = dataclasses.replace(live().policy, weights=str(whole / "export"))
+    made = prepared(live({"policy.weights": how.weights, "lora.rank": 0}))
+    params = jax.device_get(train._first_state(made).params)
+    logits = forward_logits(jax.tree.map(jnp.asarray, params), made.policy.arch, how.execution, jnp.asarray(TOKENS))
+    np.testing.assert_allclose(logits, transformers_logits(read_transformers(whole / "export")), atol=1e-4)
+
+
+def test_the_merged_targets_are_the_adapters_on_their_base(whole, base):
+    own, start, ours, config = adapters(whole), load_file(base / "model.safetensors"), parameters(whole), live()
+    stems = {name.partition(".lora_")[0] for name in own}
+    assert len(own) == 2 * len(stems)
+    for stem in stems:
+        a, b = (own[f"{stem}.lora_{part}.weight"].astype(np.float64) for part in "AB")
+        name = f"{stem.removeprefix('base_model.model.')}.weight"
+        np.testing.assert_allclose(ours[name], start[name] + config.lora.alpha / 4 * (b @ a), atol=1e-6, err_msg=name)
+        assert a.shape[0] == b.shape[1] == 4 and b.any()
+
+
+# Of PEFT about transformers, neither of them ours.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_peft_makes_the_exported_model_of_base_and_adapter(whole, base):
+    peft = pytest.importorskip("peft")
+    theirs = peft.PeftModel.from_pretrained(read_transformers(base), whole / "adapter").eval()
+    expected = transformers_logits(read_transformers(whole / "export"))
+    np.testing.assert_allclose(transformers_logits(theirs), expected, atol=1e-4)
+    assert np.abs(transformers_logits(read_transformers(base)) - expected).max() > 1e-2
+    assert json.loads((whole / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "random:qwen3"
+
+
+def test_a_run_stopped_at_a_step_goes_on_as_if_it_had_not(whole, tmp_path, monkeypatch, capfd):
+    asked = iter([True])
+    monkeypatch.setattr(every_loop.StopRequest, "agreed", lambda self: next(asked))
+    folder = run(live(), tmp_path / "run")
+    assert not (folder / "export").exists() and not (folder / "adapter").exists()
+    monkeypatch.setattr(every_loop.StopRequest, "agreed", lambda self: False)
+    run(live(), folder)
+    assert f"resuming after step 1 of {STEPS}" in capfd.readouterr().err
+    assert rows(folder) == rows(whole)
+    assert_same_parameters(folder, whole)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (folder / "adapter" / name).read_bytes() == (whole / "adapter" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_waves_microbatches_and_the_mesh_change_nothing(whole, tmp_path):
+    folder = run(live({"mesh.data": 4, "mesh.model": 2, "rollout.wave": 4, "updates.microbatch": 4}), tmp_path / "run")
+    differing = {"update/padding"}  # of the rows, which are other ones
+    ours, theirs = ([{k: v for k, v in row.items() if k not in differing} for row in rows(x)] for x in (folder, whole))
+    assert_same_rows(ours, theirs, 1e-3)
+    for name, tensor in adapters(whole).items():
+        np.testing.assert_allclose(adapters(folder)[name], tensor, atol=1e-3, err_msg=name)
+
+
+# ------------------------------------------------------------------------------------------------ doors
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints/1", "checkpoints/3"])
+def test_a_runs_adapters_are_no_model(whole, below):
+    how = dataclasses.replace(live().policy, weights=str(whole / below))
+    with pytest.raises(ValueError) as caught:
+        open_model(how)
+    said = str(caught.value)
+    assert said.startswith(f"model {whole / below}: its run trained adapters") and "\n" not in said
+    assert said.endswith(f"name {whole}/export")
+    assert open_model(dataclasses.replace(how, weights=str(whole / "export"))).arch == prepared(live()).policy.arch
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"targets": "q,k,w"}, "config.lora.targets: got 'q,k,w', expected some of q,k,v,o,gate,up,down"),
+        ({"targets": "q,v,q"}, "config.lora.targets: got 'q,v,q', expected some of q,k,v,o,gate,up,down, each once"),
+        ({"targets": ""}, "config.lora.targets: got '', expected some of"),
+        ({"targets": "q, v"}, "config.lora.targets: got 'q, v', expected some of"),
+        ({"rank": -1}, "config.lora.rank: got -1, expected"),
+        ({"alpha": 0.0}, "config.lora.alpha: got 0.0, expected"),
+    ],
+)
+@pytest.mark.parametrize("arm", ["lora", "sft"])
+def test_refuses(arm, changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        resolve(config_dict("tiny", arm, {f"lora.{name}": value for name, value in changes.items()}))
+    assert "\n" not in str(caught.value)
+
+
+def test_another_rank_is_another_run(whole):
+    with pytest.raises(ValueError, match="holds a run of another config .*lora.rank: 2 != 4"):
+        run(live({"lora.rank": 2}), whole)
+
+
+# ------------------------------------------------------------------------------------------------ that it learns
+
+
+def share(made, state):
+    """Of lower-case letters in fresh rollouts."""
+    wave = train.sample_wave(made, made.model(state), made.problems[:8], 10_000, 0, np.ones(8, bool))
+    texts = [made.policy.tokenizer.decode(np.asarray(row).tolist()) for group in wave.rollouts.tokens_PGR for row in group]
+    return np.mean([letters(text) for text in texts])
+
+
+@pytest.mark.slow
+def test_rewards_move_the_policy_their_way():
+    """The diagnostic of full training, through adapters; with the sign reversed, the other way."""
+    found = {}
+    made = prepared(tiny("lora", FAST | {"optimizer.learning_rate": 1e-2}))
+    for sign in (1, -1):
+        signed = dataclasses.replace(made, judge=LetterJudge(sign, 16))
+        state = train._first_state(signed)
+        found[0] = share(signed, state)
+        for step in range(8):
+            taken = train.take_step(signed, LetterGraders(sign), state, step, Clock(), lambda: None)
+            state = taken.state.replace(step=taken.state.step + 1)
+        found[sign] = share(signed, state)
+    assert found[1] > found[0] + 0.01, found
+    assert found[-1] < found[0] - 0.01, found
+
+
+def test_an_imitators_loss_falls(tmp_path):
+    changes = {"data.source": live().data.source, "batch": 16, "epochs": 2, "lora.rank": 4, "optimizer.learning_rate": 3e-3}
+    sft.sft(resolve(config_dict("tiny", "sft", changes)), str(tmp_path / "run"))
+    losses = [row["loss/total"] for row in rows(tmp_path / "run")]
+    assert losses[-1] < losses[0] - 0.2, losses
+    assert len(adapters(tmp_path / "run")) == 2 * 7 * prepared(live()).policy.arch.layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kl, steps", [("sampled", 16), ("full", 8)])
+def test_a_teacher_draws_adapters_to_itself(kl, steps):
+    """The teacher is surer than the base, a copy of which in another dtype it is made of.  The KL to it falls."""
+    changes = {"distillation.kl": kl, "lora.rank": 4, "optimizer.learning_rate": 1e-2, "reference.param_dtype": "bfloat16"}
+    config, gaps = tiny("distill", FAST | changes), []
+    with contextlib.ExitStack() as held:
+        tuition = distill.prepare_tuition(config, held)
+        start = tuition.run.frozen[config.reference]
+        frozen = tuition.run.frozen | {config.reference: start | {"final_norm": 3.0 * start["final_norm"]}}
+        tuition = dataclasses.replace(tuition, run=dataclasses.replace(tuition.run, frozen=frozen))
+        state = train._first_state(tuition.run)
+        for step in range(steps):
+            taken = distill.take_step(tuition, LetterGraders(1), state, step, Clock(), lambda: None)
+            state = taken.state.replace(step=taken.state.step + 1)
+            gaps.append(taken.row["distill/kl"])
+    assert np.mean(gaps[-2:]) < 0.8 * np.mean(gaps[:2]), gaps
