@@ -25,6 +25,7 @@ from exprl_jax.records import Array, Packed, TrainState
 from exprl_jax.reward.judge_prompts import digit_token_ids
 from exprl_jax.reward.scoring import score
 from exprl_jax.rollout.sampler import sample
+from exprl_jax.rollout.sampling import fold_in_name
 from exprl_jax.rollout.waves import Sampler
 
 
@@ -223,8 +224,7 @@ def init_state(
       params: of the policy; with adapters they are left where they are, and the state is the adapters'.
     """
     if lora.rank:
-        key = jax.random.fold_in(jax.random.key(seed), lora.rank)
-        params = init_adapters(arch, how.execution, lora, "float32", key)
+        params = init_adapters(arch, how.execution, lora, "float32", fold_in_name(jax.random.key(seed), "lora"))
     else:
         params = jax.tree.map(lambda x: jnp.array(x, how.param_dtype, copy=True), params)
     return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))

@@ -105,7 +105,7 @@ def calibrate(config: Calibrate, workdir_path: str) -> None:
       ValueError: anything about config, rollouts, model or folder that cannot work, in one line.
     """
     if jax.process_count() > 1:
-        raise ValueError("task = 'calibrate' runs in one process; start it without --coordinator")
+        raise ValueError("task = 'calibrate' runs in one process; start it without --coordinator and --distributed")
     check_workdir(workdir_path, to_dict(config))
     mesh = make_mesh(config.mesh)
     local_problems(mesh, config.wave)  # whether waves can be divided over the mesh

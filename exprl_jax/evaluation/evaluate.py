@@ -26,7 +26,7 @@ from exprl_jax.data.problem_sources import split_sources
 from exprl_jax.data.problems import Problem, read_problems
 from exprl_jax.evaluation.pass_at_k import summarise
 from exprl_jax.evaluation.tables import Run, render_table, write_results, write_tables
-from exprl_jax.loop import barrier, fingerprint, say
+from exprl_jax.loop import barrier, check_same_problems, fingerprint, say
 from exprl_jax.mesh import DATA, gather_rows, local_problems, make_mesh
 from exprl_jax.model.language_model import LanguageModel, open_model
 from exprl_jax.records import Rollouts
@@ -51,6 +51,7 @@ def evaluate(config: Evaluate, workdir_path: str) -> None:
     check_workdir(workdir_path, to_dict(config))
     sets = read_sets(config)
     problems = [problem for of_set in sets.values() for problem in of_set]
+    check_same_problems(problems)
     policy, mesh, how = open_model(config.policy), make_mesh(config.mesh), config.sampling
     prompts = checked_prompts(config, policy, problems)
     opening = Opening(config.judge, scored=[], verified=[p for p in problems if p.kind == "science"], unit=_no_unit)

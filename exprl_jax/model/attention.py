@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Float, Int
@@ -101,10 +102,11 @@ def attend_packed(
         return swap(_splash(swap(q_BTHE), swap(k_BTKE), swap(v_BTKE), segment_BT, segment_BT, place))
     slot_BT = jnp.broadcast_to(jnp.arange(segment_BT.shape[1]), segment_BT.shape)
     queries = [x[:, None] for x in (q_BTHE, segment_BT, shared_BT, slot_BT)]
-    return _in_chunks(
+    out = _in_chunks(
         lambda q, *where: _attend_segments(q[:, 0], k_BTKE, v_BTKE, segment_BT, *(x[:, 0] for x in where))[:, None],
         queries, segment_BT.shape[1], place,
-    )[:, 0]  # fmt: skip
+    )  # fmt: skip
+    return checkpoint_name(out[:, 0], KEPT)
 
 
 def _in_chunks(function, queries, keys, place):

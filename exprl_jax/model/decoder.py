@@ -12,7 +12,6 @@ from typing import Any, Protocol
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from exprl_jax.mesh import ONE_DEVICE, Placement
@@ -78,7 +77,6 @@ class Block(nn.Module):
         q = attention.rotate(q, positions_PGT, frequency)
         k = attention.rotate(k, positions_PGT, frequency)
         a, memory, kept = self.look(q, k, v, memory, each, view)
-        a = checkpoint_name(a, attention.KEPT)
         x_PGTD += place.by_tokens(product(a, "o", H, E, D, inner=2))
 
         h = place.whole_tokens(rms_norm(x_PGTD, self.param("ffn_norm", ones, (D,)), arch.norm_eps))

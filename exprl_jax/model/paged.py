@@ -81,11 +81,13 @@ def open_pages(
     scales = jnp.ones((), wide), jnp.ones((), wide)
     if how.kv_dtype == "int8":
         real = (jnp.arange(k.shape[3]) < prefix.length_P[:, None])[None, :, None, :, None]
-        first, second = jnp.split(jnp.where(real, k, 0).astype(wide), 2, axis=-1)
+        k_real, v_real = (jnp.where(real, x, 0).astype(wide) for x in (k, v))
+        first, second = jnp.split(k_real, 2, axis=-1)
         length = jnp.sqrt(first**2 + second**2)
-        largest = jnp.concatenate([length, length], -1).max(3), jnp.abs(jnp.where(real, v, 0).astype(wide)).max(3)
-        # A context of no tokens says nothing; normed keys and values are of the order of 1.
-        scales = [jnp.where(x > 0, x, 4.0) * (_HEADROOM / 127) for x in largest]
+        scales = [
+            _step(jnp.concatenate([length, length], -1).max(3), k_real, prefix.length_P),
+            _step(jnp.abs(v_real).max(3), v_real, prefix.length_P),
+        ]
     scales = [jnp.broadcast_to(x, (*k.shape[:3], arch.head_size)) for x in scales]
 
     def fill(k_LPKCE, v_LPKCE, k_scale, v_scale, length_P, start_PG):
@@ -171,6 +173,16 @@ def _write_and_attend(q, k, v, pool, table, length_P, start_PG, k_scale, v_scale
     if how.kv_dtype == "int8":
         out = (out * v_scale[:, None, None, :, None]).astype(q.dtype)
     return out.reshape(P, G, T, H, E), pool
+
+
+def _step(largest_LPKE, real_LPKCE, length_P):
+    """One step of an int8: 127 of them reach beyond each channel's largest.  In a short context that is little to go by:
+    no channel is taken to be smaller than twice its head's root mean square, or than 4 where there is no context at all
+    (normed keys and values are of the order of 1)."""
+    tokens_P11 = jnp.maximum(length_P, 1)[:, None, None]
+    spread = jnp.sqrt(jnp.square(real_LPKCE).sum((3, 4))[..., None] / (tokens_P11 * real_LPKCE.shape[4]))
+    largest = jnp.maximum(largest_LPKE, 2 * spread)
+    return jnp.where(length_P[:, None, None] > 0, largest, 4.0) * (_HEADROOM / 127)
 
 
 def _put(pool, page, offset, kv):
