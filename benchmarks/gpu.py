@@ -1,7 +1,7 @@
 """Decoding against the memory bandwidth, and the update against the arithmetic, of one GPU, with random weights.
 
     pip install -r requirements-gpu.txt
-    python -m benchmarks.gpu --output=docs/gpu.md
+    python -m benchmarks.gpu --output=runs/gpu.md
 
 Shapes of Qwen3-0.6B and Qwen3-4B in bfloat16.  Decoding: groups of 16 after prompts of 512 tokens; the bound is the
 parameters once a step and the keys and values that the step's rows have by then, read at the best rate that the same run

@@ -113,7 +113,7 @@ def stage2(config: ConfigDict) -> ConfigDict:
     """The released Stage II: no std, no KL, a ratio cap of 5 alone, sums over tokens divided by rollouts."""
     config = sparse(config)
     config.steps = 500
-    config.rollout.update(prompts=16, group=32)
+    config.rollout.update(prompts=16, group=32, wave=2)
     config.updates.per_batch = 1
     config.advantage.std_normalise = False
     config.loss.update(
@@ -138,7 +138,7 @@ def large(config: ConfigDict) -> ConfigDict:
     config.steps = 270
     config.policy.weights = config.reference.weights = QWEN3_8B
     config.judge.max_tokens = 4096
-    config.rollout.group = 16
+    config.rollout.update(group=16, wave=2)
     config.data.source = ",".join(f"data/{name}.parquet" for name in MIXED)
     config.data.held_out += ",gpqa_diamond,olympiadbench_physics"
     return config

@@ -11,16 +11,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from exprl_jax.checkpoint import Checkpoints
 from exprl_jax.config import Checkpoint, Lora, to_dict
 from exprl_jax.data.problems import Problem
 from exprl_jax.metrics import Clock, CompileLedger, Metrics, Progress, truncate_after, write_rollouts
 from exprl_jax.model.language_model import LanguageModel, save_description
-from exprl_jax.model.lora import adapt, save_adapters
-from exprl_jax.model.weights import export_folder, whole_array
-from exprl_jax.programs import build_merge
+from exprl_jax.model.lora import adapt, fetch_merged, save_adapters
+from exprl_jax.model.weights import export_folder, fetch_tensor, whole_array
 from exprl_jax.records import TrainState
 from exprl_jax.stopping import StopRequest
 from exprl_jax.workdir import Workdir, open_workdir
@@ -134,15 +132,17 @@ def follow(task: Task, workdir_path: str) -> None:
         _summary(workdir)
 
 
-def export(lora: Lora, policy: LanguageModel, mesh: Mesh, base: Any, params: Any, workdir: Workdir) -> None:
+def export(lora: Lora, policy: LanguageModel, base: Any, params: Any, workdir: Workdir) -> None:
     """Writes the trained policy as a Hugging Face folder; adapters merged into their base, and beside it for PEFT."""
     how, dtype = policy.execution, policy.how.param_dtype
     if lora.rank:
         adapters = jax.tree.map(whole_array, params)
         if jax.process_index() == 0:
             save_adapters(workdir.adapter, adapters, policy.arch, how, lora, policy.how.weights)
-        params = build_merge(policy, mesh)(adapt(lora, base, params))
-    export_folder(params, policy.arch, how, workdir.export, policy.tokenizer, dtype)
+    export_folder(
+        adapt(lora, base, params), policy.arch, how, workdir.export, policy.tokenizer, dtype,
+        fetch=fetch_merged if lora.rank else fetch_tensor,
+    )  # fmt: skip
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:

@@ -49,7 +49,14 @@ def make_mesh(how: config.Mesh) -> Mesh:
     Raises:
       ValueError: the axes' product is not the number of devices.
     """
-    return Mesh(mesh_utils.create_device_mesh(fit_mesh(how, jax.device_count())), (DATA, MODEL))
+    return mesh_over(jax.devices(), *fit_mesh(how, jax.device_count()))
+
+
+def mesh_over(devices: Sequence[Any], data: int, model: int) -> Mesh:
+    """A `data` × `model` mesh, its axes along the devices' physical ones where they fit (2 × 8 of a 4 × 4 slice splits one)."""
+    return Mesh(
+        mesh_utils.create_device_mesh((data, model), devices, allow_split_physical_axes=True), (DATA, MODEL)
+    )
 
 
 def parameter_rules(arch: Architecture) -> tuple[tuple[str, PartitionSpec], ...]:

@@ -20,7 +20,7 @@ from exprl_jax.mesh import Placement, microbatches_sharding, replicated, rows_sh
 from exprl_jax.model import decoder
 from exprl_jax.model.config import Architecture
 from exprl_jax.model.language_model import LanguageModel
-from exprl_jax.model.lora import adapt, attached, init_adapters, merged
+from exprl_jax.model.lora import adapt, attached, init_adapters
 from exprl_jax.records import Array, Packed, TrainState
 from exprl_jax.reward.judge_prompts import digit_token_ids
 from exprl_jax.reward.scoring import score
@@ -174,14 +174,6 @@ def build_sft(config: Sft, mesh: Mesh, policy: LanguageModel, updates: int) -> S
         init_state=_jit("init_state", initialise, shardings),
         sft_step=_jit("sft_step", updating, (shardings, replicated(mesh)), donate_argnums=0),
     )
-
-
-def build_merge(policy: LanguageModel, mesh: Mesh) -> Callable:
-    """Adapters on their base (`model.lora.Adapted`) → the parameters of an ordinary model."""
-    dtype = policy.how.param_dtype
-    abstract = decoder.abstract_params(policy.arch, policy.execution, dtype)
-    shardings = shard_parameters(abstract, policy.arch, policy.execution, mesh)
-    return _jit("merge", functools.partial(merged, how=policy.execution, dtype=dtype), shardings)
 
 
 def _prefill(model: LanguageModel, mesh: Mesh) -> Callable:

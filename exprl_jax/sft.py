@@ -148,7 +148,7 @@ def task_of(run: Run) -> Task:
         first_state=functools.partial(first_state, run),
         problems=run.problems,
         take_step=functools.partial(take_step, run),
-        export=functools.partial(export, run.config.lora, run.policy, run.mesh, run.base),
+        export=functools.partial(export, run.config.lora, run.policy, run.base),
         shows="loss",
     )
 

@@ -256,7 +256,7 @@ def task_of(run: Run, step: Callable[..., Taken]) -> Task:
         first_state=functools.partial(_first_state, run),
         problems=run.problems,
         take_step=step,
-        export=functools.partial(export, config.lora, policy, run.mesh, run.base),
+        export=functools.partial(export, config.lora, policy, run.base),
         shows="reward" if config.task == "rl" else "accuracy",
     )
 

@@ -11,10 +11,10 @@ from exprl_jax.rollout.sampling import draw_tokens
 
 
 def test_dims_that_disagree_are_refused():
-    hidden, table = jnp.zeros((2, 1, 3, 4)), jnp.zeros((4, 5))
-    token_logprobs(hidden, table, jnp.zeros((2, 1, 3), int), 1.0, 8)
+    hidden, table = jnp.zeros((2, 3, 4)), jnp.zeros((4, 5))
+    token_logprobs(hidden, table, jnp.zeros((2, 3), int), 1.0, 8)
     with pytest.raises(jaxtyping.TypeCheckError):
-        token_logprobs(hidden, table, jnp.zeros((2, 1, 2), int), 1.0, 8)
+        token_logprobs(hidden, table, jnp.zeros((2, 2), int), 1.0, 8)
     with pytest.raises(jaxtyping.TypeCheckError):
         logits(hidden, jnp.zeros((3, 5)))
     with pytest.raises(jaxtyping.TypeCheckError):

@@ -546,7 +546,7 @@ def test_a_position_is_refused_in_other_data():
 )
 def test_budgets_beyond_a_models_context_are_refused(key, said):
     with pytest.raises(ValueError, match=f"expected at most 4096, {said}"):
-        prepared(tiny(changes={key: 4096}))
+        prepared(tiny(changes={key: 4096, "updates.row_tokens": 8192}))
 
 
 # ------------------------------------------------------------------------------------------------ all kinds at once

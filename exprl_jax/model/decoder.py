@@ -257,12 +257,13 @@ def packed_hidden_states(
 
 
 def open_cache(
-    arch: Architecture, how: Execution, prefix: Prefix, start_PG: Int[Array, "P G"], slots: int,
+    arch: Architecture, how: Execution, prefix: Prefix, start_PG: Int[Array, "P G"], slots: int, tokens: int,
     place: Placement = ONE_DEVICE,
 ) -> Any:  # fmt: skip
-    """Room for `slots` tokens of each row, its context at hand: pages on TPU and for int8, else slots of the rows' own."""
+    """Room for rows, their contexts at hand: on TPU and for int8 pages for so many `tokens` of each, which need none for
+    padding, else slots."""
     if paged.is_paged(how, place):
-        return paged.open_pages(arch, how, place, prefix, start_PG, slots)
+        return paged.open_pages(arch, how, place, prefix, start_PG, tokens)
     return empty_cache(arch, how, *start_PG.shape, slots)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from exprl_jax.config import Lora
 from exprl_jax.model.config import Architecture, Execution
 from exprl_jax.model.decoder import LORA_A, LORA_B, Params
-from exprl_jax.model.weights import write_tensors
+from exprl_jax.model.weights import Entry, fetch_tensor, write_tensors
 
 # PEFT's names of the modules.
 _MODULES = {
@@ -59,24 +59,17 @@ def attached(params: Params | Adapted) -> Params:
     return params.base | {layer: params.base[layer] | own for layer, own in scaled.items()}
 
 
-def merged(adapted: Adapted, how: Execution, dtype: str) -> Params:
-    """The parameters of an ordinary model that computes the same: W + scale · A·B, summed in float32."""
-
-    def merge(weights, own):
-        made = dict(weights)
-        for name in weights:
-            if name + LORA_A in own:
-                a, b = (own[name + part].astype(jnp.float32) for part in (LORA_A, LORA_B))
-                product = jax.vmap(_product)(a, b) if how.scan_layers else _product(a, b)
-                made[name] = weights[name].astype(jnp.float32) + adapted.scale * product
-        return made
-
-    whole = adapted.base | {layer: merge(adapted.base[layer], own) for layer, own in adapted.adapters.items()}
-    return jax.tree.map(lambda x: x.astype(dtype), whole)
-
-
-def _product(a, b):
-    return jnp.tensordot(a, b, axes=1)
+def fetch_merged(adapted: Adapted, how: Execution, entry: Entry) -> np.ndarray:
+    """One tensor of the ordinary model that computes the same, W + scale · A·B in float32, on this host: no second model
+    ever exists.  See `weights.fetch_tensor`."""
+    leaf, name, layer = entry
+    weight = fetch_tensor(adapted.base, how, entry)
+    own = {} if layer is None else adapted.adapters["layers" if how.scan_layers else f"layer_{layer}"]
+    if name + LORA_A not in own:
+        return weight
+    a, b = (fetch_tensor(adapted.adapters, how, (leaf, name + part, layer)) for part in (LORA_A, LORA_B))
+    product = np.tensordot(a.astype(np.float32), b.astype(np.float32), 1)
+    return weight.astype(np.float32) + np.float32(adapted.scale) * product
 
 
 def init_adapters(arch: Architecture, how: Execution, lora: Lora, dtype: str, key: jax.Array) -> Params:

@@ -27,8 +27,8 @@ from exprl_jax.records import Prefix
 PAGE = 128
 # Lanes of a TPU vector: heads are padded to a multiple.
 _LANES = 128
-# What fits into a TPU core's fast memory: bytes of the kernel's buffers of pages, and its queries × heads at a time.
-_BUFFER, _QUERIES = 4 * 1024**2, 1024
+# What fits into a TPU core's fast memory: bytes of the kernel's buffers of pages, pages at a time, queries × heads at a time.
+_BUFFER, _PAGES, _QUERIES = 4 * 1024**2, 8, 1024
 # How far later keys and values may exceed their context's largest before an int8 saturates.
 _HEADROOM = 1.5
 
@@ -85,8 +85,8 @@ def open_pages(
         first, second = jnp.split(k_real, 2, axis=-1)
         length = jnp.sqrt(first**2 + second**2)
         scales = [
-            _step(jnp.concatenate([length, length], -1).max(3), k_real, prefix.length_P),
-            _step(jnp.abs(v_real).max(3), v_real, prefix.length_P),
+            _step(jnp.concatenate([length, length], -1).max(3, initial=0), k_real, prefix.length_P),
+            _step(jnp.abs(v_real).max(3, initial=0), v_real, prefix.length_P),
         ]
     scales = [jnp.broadcast_to(x, (*k.shape[:3], arch.head_size)) for x in scales]
 
@@ -239,7 +239,7 @@ def _kernel(q_BTKmE, pool, table, known_B, asked_B):
     out = ragged_paged_attention(
         q, pool, known_B.astype(jnp.int32), table, end, jnp.full(1, B, jnp.int32), sm_scale=E**-0.5,
         k_scale=1.0 if pool.dtype == jnp.int8 else None, v_scale=1.0 if pool.dtype == jnp.int8 else None,
-        num_kv_pages_per_block=max(1, min(table.shape[1], _BUFFER // (2 * page_bytes))),
+        num_kv_pages_per_block=max(1, min(table.shape[1], _PAGES, _BUFFER // (2 * page_bytes))),
         num_queries_per_block=min(B * T, max(8, min(128, _QUERIES // q.shape[1]))),
     )  # fmt: skip
     out = out.reshape(B * T, heads, m, -1)[:, :K, :, :E]

@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import struct
-from typing import Any, Iterable, Mapping, Protocol, Sequence
+from typing import Any, Callable, Iterable, Mapping, Protocol, Sequence
 
 import jax
 import ml_dtypes
@@ -158,6 +158,23 @@ def load_params(
     return params
 
 
+def fetch_tensor(params: Params, how: Execution, entry: Entry) -> np.ndarray:
+    """One tensor of the checkpoint, in our axes, on this host; every process takes part."""
+    _, key, layer = entry
+    if layer is None:
+        array = params[key]
+    elif how.scan_layers:
+        array = jax.lax.dynamic_index_in_dim(params["layers"][key], layer, keepdims=False)
+    else:
+        array = params[f"layer_{layer}"][key]
+    return whole_array(array)
+
+
+def whole_array(array: jax.Array) -> np.ndarray:
+    """An array on this host, wherever its parts are; every process takes part."""
+    return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
+
+
 def export_folder(
     params: Params,
     arch: Architecture,
@@ -166,6 +183,7 @@ def export_folder(
     tokenizer: SavesTokenizer,
     dtype: str,
     shard_bytes: int = 5_000_000_000,
+    fetch: Callable[[Any, Execution, Entry], np.ndarray] = fetch_tensor,
 ) -> None:
     """Writes a Hugging Face model folder: config.json, safetensors and the tokenizer's files.
 
@@ -175,6 +193,7 @@ def export_folder(
     Args:
       dtype: of the tensors in the file, `float32` or `bfloat16`.
       shard_bytes: tensors are spread over files of at most this size; one file if they fit.
+      fetch: makes one tensor of the parameters, on this host; for parameters that are not stored as such.
 
     Raises:
       ValueError: the place is taken by something that is not a model folder, or has no room.
@@ -185,14 +204,14 @@ def export_folder(
     if jax.process_index() != 0:
         for stored in files.values():
             for entry in stored:
-                _gather(params, how, entry)
+                fetch(params, how, entry)
         return
     _check_place(folder, arch.parameters * dtype.itemsize)
     scratch = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     try:
         scratch.mkdir(parents=True)
         for name, stored in files.items():
-            arrays = (entry[0].store(_gather(params, how, entry)) for entry in stored)
+            arrays = (entry[0].store(fetch(params, how, entry)) for entry in stored)
             _write_safetensors(scratch / name, dtype, [leaf for leaf, _, _ in stored], arrays)
         if len(files) > 1:
             places = {leaf.name: name for name, stored in files.items() for leaf, _, _ in stored}
@@ -212,23 +231,6 @@ def write_description(folder: pathlib.Path, arch: Architecture, tokenizer: Saves
     """Writes config.json and the tokenizer's files: a Hugging Face folder but for the weights."""
     _write_json(folder / "config.json", hf_layout.render_config(arch, dtype, tokenizer.eos_ids, tokenizer.pad_id))
     tokenizer.save(folder)
-
-
-def _gather(params: Params, how: Execution, entry: Entry) -> np.ndarray:
-    """One tensor of the checkpoint, in our axes, on this host; every process takes part."""
-    _, key, layer = entry
-    if layer is None:
-        array = params[key]
-    elif how.scan_layers:
-        array = jax.lax.dynamic_index_in_dim(params["layers"][key], layer, keepdims=False)
-    else:
-        array = params[f"layer_{layer}"][key]
-    return whole_array(array)
-
-
-def whole_array(array: jax.Array) -> np.ndarray:
-    """An array on this host, wherever its parts are; every process takes part."""
-    return np.asarray(array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True))
 
 
 def _plan_files(arch: Architecture, dtype: np.dtype, shard_bytes: int) -> dict[str, list[Entry]]:

@@ -1,7 +1,7 @@
 """The compiled programs of a config, with the arguments that a run gives them and how often a step calls each.
 
 Arguments are shapes with shardings: nothing is allocated and no weights are needed.  Widths that a run measures from its
-data stand at the config's budgets, so what is compiled is the largest that a run can ask for.
+data stand at the config's budgets; a judge's rows are a little wider than that, by its closing instruction.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
 
     def call(name, phase, program, arguments, *, each_step, settings, inside=None, beside=None, steps=0, attended=(0, 0)):
         passed = {each for owner, tree in arguments if not isinstance(tree, Result) for each in owned_bytes(owner, tree)}
-        others = {owner: size for owner, size in held.items() if owner not in passed and phase != "start"}
+        others = {owner: size for owner, size in held.items() if owner not in passed and (phase != "start" or owner not in (POLICY, ADAM))}
         kernels = KERNELS | {"ragged_paged_attention": paged(*attended)}
         return Call(
             name, phase, program, arguments, inside or {}, others | (beside or {}), steps, kernels, each_step, settings

@@ -18,7 +18,7 @@ import os
 from typing import Any
 
 import numpy as np
-from jax.experimental import mesh_utils, topologies
+from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from exprl_jax.mesh import DATA, MODEL
@@ -114,12 +114,6 @@ def roomiest(chips: int) -> Topology:
     if not found:
         raise ValueError(f"no generation has a slice of {chips} chips")
     return topology(max(found, key=lambda name: CHIPS[name.partition(":")[0]].hbm))
-
-
-def mesh_over(where: Topology, data: int, model: int) -> Mesh:
-    """A `data` × `model` mesh over the slice, axes along its physical ones where they fit."""
-    devices = mesh_utils.create_device_mesh((data, model), where.devices, allow_split_physical_axes=True)
-    return Mesh(devices, (DATA, MODEL))
 
 
 def axis_bandwidth(where: Topology, mesh: Mesh) -> dict[str, float]:

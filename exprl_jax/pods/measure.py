@@ -18,9 +18,9 @@ import jax
 from jax.sharding import Mesh
 
 from exprl_jax.config import Config
-from exprl_jax.mesh import fit_mesh
+from exprl_jax.mesh import fit_mesh, mesh_over
 from exprl_jax.pods.calls import Call, Result, owned_bytes, programs_of, tree_bytes
-from exprl_jax.pods.chips import GIB, Topology, axis_bandwidth, mesh_over, roomiest
+from exprl_jax.pods.chips import GIB, Topology, axis_bandwidth, roomiest
 from exprl_jax.pods.flops import matrix_flops
 from exprl_jax.pods.hlo import Module, collectives, large_copies, read_module, traffic, visits
 
@@ -123,7 +123,7 @@ def prove(config: Config, where: Topology, changes: str) -> Proof:
       ValueError: the config does not fit the topology, or is not of a task that this knows.
     """
     data, model = fit_mesh(config.mesh, len(where.devices))
-    mesh = mesh_over(where, data, model)
+    mesh = mesh_over(where.devices, data, model)
     results: dict[str, Any] = {}
     with uncached():
         programs = [_measure(call, config, where, mesh, results) for call in programs_of(config, mesh)]
@@ -174,10 +174,11 @@ def _measure(call: Call, config: Config, where: Topology, mesh: Mesh, results: d
     def program(**found):
         return Program(call.name, call.phase, call.each_step, seconds=time.perf_counter() - begun, **found)
 
+    missing = [tree.name for _, tree in call.arguments if isinstance(tree, Result) and tree.name not in results]
+    if missing:
+        return program(compiled=False, failure=f"needs the result of {missing[0]}, which did not compile")
     try:
         traced, compiled, results[call.name] = _compile(call, results)
-    except KeyError as missing:
-        return program(compiled=False, failure=f"needs the result of {missing.args[0]}, which did not compile")
     except jax.errors.JaxRuntimeError as error:
         needed = needed_bytes(str(error))
         if needed is None:
@@ -263,7 +264,7 @@ def _buffers_elsewhere(name: str, config: Config, where: Topology) -> tuple[str,
     as many chips of the generation with the most memory.  Empty where it does not fit there either."""
     there = roomiest(len(where.devices))
     results: dict[str, Any] = {}
-    calls = {call.name: call for call in programs_of(config, mesh_over(there, *fit_mesh(config.mesh, len(there.devices))))}
+    calls = {call.name: call for call in programs_of(config, mesh_over(there.devices, *fit_mesh(config.mesh, len(there.devices))))}
     wanted = [tree.name for _, tree in calls[name].arguments if isinstance(tree, Result)]
     try:
         for each in (*wanted, name):

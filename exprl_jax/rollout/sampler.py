@@ -61,6 +61,7 @@ def sample(
       draw: seeds, identities, temperatures, and which rows to sample at all.
       eos_ids: any of these ends a row.
     """
+    own = rows.tokens_PGT.shape[2] - 1 + max_tokens
     rows = _whole_chunks(rows)
     P, G, T = rows.tokens_PGT.shape
     # A copy in the compute dtype and the layout of decoding, made once: no step of the loop casts or gathers.
@@ -95,7 +96,7 @@ def sample(
         )
 
     # The last slot's token is fed by the loop, so the cache needs no room for the last sampled one.
-    cache = decoder.open_cache(arch, how, prefix, rows.start_PG, T - 1 + max_tokens, place)
+    cache = decoder.open_cache(arch, how, prefix, rows.start_PG, T - 1 + max_tokens, own, place)
     if T > 1:
         length = min(CHUNK, T - 1)
 

@@ -30,8 +30,8 @@ def lengths_of(examples, share):
     return shared, [len(e.prompt) + len(e.response) - 1 - s for e, s in zip(examples, shared)]
 
 
-def rows_by_the_rule(shared, own, group, width):
-    """First fit, longest first, in words: rows are lists of examples."""
+def rows_by_the_rule(shared, own, group, width, grouped):
+    """First fit, longest first, of the heaviest group first or of all, in words: rows are lists of examples."""
     rows, row_of = [], {}
 
     def filled(row):
@@ -41,16 +41,15 @@ def rows_by_the_rule(shared, own, group, width):
         mine = [i for i in range(len(own)) if group[i] == g]
         return sum(own[i] for i in mine) + shared[mine[0]]
 
-    for g in sorted(set(group), key=lambda g: (-weight(g), g)):
-        for i in sorted((i for i in range(len(own)) if group[i] == g), key=lambda i: (-own[i], i)):
-            has_group = [row for row in rows if any(group[j] == g for j in row)]
-            candidates = [row for row in has_group if filled([*row, i]) <= width]
-            candidates = candidates or [row for row in rows if row not in has_group and filled([*row, i]) <= width]
-            if not candidates:
-                rows.append([])
-            row = (candidates or rows[-1:])[0]
-            row.append(i)
-            row_of[i] = rows.index(row)
+    for i in sorted(range(len(own)), key=lambda i: ((-weight(group[i]), group[i]) if grouped else (), -own[i] - shared[i], i)):
+        has_group = [row for row in rows if any(group[j] == group[i] for j in row)]
+        candidates = [row for row in has_group if filled([*row, i]) <= width]
+        candidates = candidates or [row for row in rows if row not in has_group and filled([*row, i]) <= width]
+        if not candidates:
+            rows.append([])
+        row = (candidates or rows[-1:])[0]
+        row.append(i)
+        row_of[i] = rows.index(row)
     return [row_of[i] for i in range(len(own))]
 
 
@@ -60,7 +59,8 @@ def test_longest_first_into_the_first_row_with_room(groups, share, width):
     examples, group_N = examples_of(groups)
     shared, own = lengths_of(examples, share)
     got = assign_rows(shared, own, group_N, width)
-    assert got.tolist() == rows_by_the_rule(shared, own, group_N.tolist(), width)
+    by_group, by_length = (rows_by_the_rule(shared, own, group_N.tolist(), width, grouped) for grouped in (True, False))
+    assert got.tolist() == (by_group if max(by_group, default=0) <= max(by_length, default=0) else by_length)
     for row in set(got.tolist()):
         here = np.flatnonzero(got == row)
         assert sum(own[i] for i in here) + sum({group_N[i]: shared[i] for i in here}.values()) <= width

@@ -17,7 +17,7 @@ from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.model import weights
 from exprl_jax.model.decoder import abstract_params, forward_logits, packed_hidden_states
 from exprl_jax.model.language_model import LanguageModel
-from exprl_jax.model.lora import Adapted, abstract_adapters, adapt, attached, init_adapters, merged, save_adapters
+from exprl_jax.model.lora import Adapted, abstract_adapters, adapt, attached, fetch_merged, init_adapters, save_adapters
 from exprl_jax.model.sources import resolve_model
 from exprl_jax.records import Context, Draw, Packed, Rows
 from tests.oracles import torch_models
@@ -28,6 +28,27 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 LORA = Lora(rank=3, alpha=7.5, targets=",".join(TARGETS))
 LAYOUTS = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 B, T = 8, 12
+
+
+
+def merged(adapted, how, dtype):
+    """The parameters of an ordinary model that computes the same, on the device."""
+
+    def merge(weights, own):
+        made = dict(weights)
+        for name in weights:
+            if name + LORA_A in own:
+                a, b = (own[name + part].astype(jnp.float32) for part in (LORA_A, LORA_B))
+                product = jax.vmap(_product)(a, b) if how.scan_layers else _product(a, b)
+                made[name] = weights[name].astype(jnp.float32) + adapted.scale * product
+        return made
+
+    whole = adapted.base | {layer: merge(adapted.base[layer], own) for layer, own in adapted.adapters.items()}
+    return jax.tree.map(lambda x: x.astype(dtype), whole)
+
+
+def _product(a, b):
+    return jnp.tensordot(a, b, axes=1)
 
 
 def random_adapters(arch, how, lora=LORA, seed=1):
@@ -350,7 +371,7 @@ def test_peft_computes_the_same_from_our_files(family, scan, targets, tmp_path):
     ours = jax.jit(lambda params: forward_logits(attached(params), arch, how, jnp.asarray(TOKENS)))(adapted)
     np.testing.assert_allclose(ours, torch_models.logits(theirs, TOKENS), atol=1e-4, rtol=0)
     assert np.abs(ours - plain).mean() > 0.1
-    weights.export_folder(merged(adapted, how, "float32"), arch, how, tmp_path / "export", FakeTokenizer(), "float32")
+    weights.export_folder(adapted, arch, how, tmp_path / "export", FakeTokenizer(), "float32", fetch=fetch_merged)
     exported, united = load_file(tmp_path / "export" / "model.safetensors"), theirs.merge_and_unload().state_dict()
     assert exported.keys() == united.keys() - ({"lm_head.weight"} if arch.tied else set())
     for name, tensor in exported.items():

@@ -161,7 +161,7 @@ def test_the_tpus_kernel_has_tiles_for_the_padded_heads(dtype):
 def decoded(params, context, rows, how=execution(), place=ONE_DEVICE, chunks=CHUNKS):
     """Hidden states of rows fed in chunks, from whatever cache there is."""
     prefix = prefill(params, QWEN3, how, context, place)
-    cache, hidden, slot = open_cache(QWEN3, how, prefix, rows.start_PG, T, place), [], 0
+    cache, hidden, slot = open_cache(QWEN3, how, prefix, rows.start_PG, T, T, place), [], 0
     assert isinstance(cache, paged.PagedCache)
     for n in chunks:
         tokens = rows.tokens_PGT[:, :, slot : slot + n]
@@ -271,7 +271,7 @@ def test_int8_attention_is_near():
 def next_logp(params, context, rows, how, chunks):
     """log-probs [P, G, T, V] of the next token, decoded."""
     prefix = prefill(params, QWEN3, how, context)
-    cache, out, slot = open_cache(QWEN3, how, prefix, rows.start_PG, rows.tokens_PGT.shape[2]), [], 0
+    cache, out, slot = open_cache(QWEN3, how, prefix, rows.start_PG, *[rows.tokens_PGT.shape[2]] * 2), [], 0
     for n in chunks:
         tokens = rows.tokens_PGT[:, :, slot : slot + n]
         hidden, cache = continue_rows(params, QWEN3, how, prefix, cache, tokens, rows.start_PG, slot)

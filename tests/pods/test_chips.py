@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from exprl_jax.mesh import replicated
-from exprl_jax.pods.chips import CHIPS, GIB, axis_bandwidth, mesh_over, roomiest, topology
+from exprl_jax.mesh import mesh_over
+from exprl_jax.pods.chips import CHIPS, GIB, axis_bandwidth, roomiest, topology
 from exprl_jax.pods.measure import uncached
 
 
@@ -13,7 +14,7 @@ from exprl_jax.pods.measure import uncached
 def test_the_limit_is_the_one_that_the_compiler_enforces(generation, chips):
     where = topology(f"{generation}:{'2x2x2' if chips == 8 else '2x2'}")
     assert len(where.devices) == chips  # one device a chip
-    mesh = mesh_over(where, 1, chips)
+    mesh = mesh_over(where.devices, 1, chips)
     large = jax.ShapeDtypeStruct((2**40,), jnp.int8, sharding=replicated(mesh))
     with uncached(), pytest.raises(jax.errors.JaxRuntimeError) as refused:
         jax.jit(lambda x: x + 1).lower(large).compile()
@@ -50,7 +51,7 @@ def test_every_shape_that_is_offered_can_be_described(generation):
 )
 def test_a_mesh_axis_has_the_links_of_the_physical_axes_that_it_lies_on(name, data, model, links):
     where = topology(name)
-    found = axis_bandwidth(where, mesh_over(where, data, model))
+    found = axis_bandwidth(where, mesh_over(where.devices, data, model))
     assert found == {axis: count * where.chip.link for axis, count in links.items()}
 
 

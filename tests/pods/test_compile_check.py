@@ -16,7 +16,8 @@ from exprl_jax.config import resolve
 from exprl_jax.model.language_model import PUBLISHED
 from exprl_jax.pods import measure
 from exprl_jax.pods.calls import programs_of, residents
-from exprl_jax.pods.chips import GIB, mesh_over, topology
+from exprl_jax.mesh import mesh_over
+from exprl_jax.pods.chips import GIB, topology
 from exprl_jax.pods.measure import TEMPORARIES, needed_bytes, prove, uncached
 from exprl_jax.pods.tables import as_text, rewritten
 from tiny_runs import config_dict
@@ -144,7 +145,7 @@ def test_a_program_that_does_not_fit_is_named_with_its_buffers_and_its_settings_
 
 def test_what_a_run_holds_lies_beside_every_program():
     config, where = tiny("mixed"), topology("v5e:4x4")
-    mesh = mesh_over(where, 8, 2)
+    mesh = mesh_over(where.devices, 8, 2)
     held, calls = residents(config, mesh), {call.name: call for call in programs_of(config, mesh)}
     # The judge is another model than the reference here: two frozen copies.
     assert set(held) == {"policy", "Adam", "frozen reference", "frozen judge"}
@@ -157,7 +158,7 @@ def test_what_a_run_holds_lies_beside_every_program():
 
 
 def test_updates_that_wait_lie_beside_the_one_at_work():
-    mesh = mesh_over(topology("v5e:4x4"), 4, 4)
+    mesh = mesh_over(topology("v5e:4x4").devices, 4, 4)
     four = {"mesh.data": 4, "mesh.model": 4}
     one, two = (
         {call.name: call for call in programs_of(tiny(**four, **{"updates.per_batch": n}), mesh)} for n in (1, 2)
@@ -167,7 +168,7 @@ def test_updates_that_wait_lie_beside_the_one_at_work():
 
 
 def test_the_compilers_words_about_memory_are_understood():
-    mesh = mesh_over(topology("v5e:4x4"), 4, 4)
+    mesh = mesh_over(topology("v5e:4x4").devices, 4, 4)
     large = jax.ShapeDtypeStruct((32, 2**29), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
     with uncached(), pytest.raises(jax.errors.JaxRuntimeError) as refused:
         jax.jit(lambda x: x + 1).lower(large).compile()

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from exprl_jax.pods.chips import mesh_over, topology
+from exprl_jax.mesh import mesh_over
+from exprl_jax.pods.chips import topology
 from exprl_jax.pods.hlo import (
     _axes, _groups, Instruction, collectives, large_copies, read_module, traffic, trip_count, visits,
 )  # fmt: skip
@@ -22,7 +23,7 @@ ROWS, WIDTH, LAYERS, MB = 4, 256, 5, 1e6
 
 @functools.cache
 def mesh(data=4, model=4):
-    return mesh_over(topology("v5e:4x4"), data, model)
+    return mesh_over(topology("v5e:4x4").devices, data, model)
 
 
 def shape(*dims, axes=(), dtype=jnp.bfloat16, over=None):
