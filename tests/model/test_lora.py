@@ -15,7 +15,7 @@ from exprl_jax import config, mesh, programs
 from exprl_jax.config import Lora
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.model import weights
-from exprl_jax.model.decoder import abstract_params, forward_logits, packed_hidden_states
+from exprl_jax.model.decoder import LORA_A, LORA_B, abstract_params, forward_logits, packed_hidden_states
 from exprl_jax.model.language_model import LanguageModel
 from exprl_jax.model.lora import Adapted, abstract_adapters, adapt, attached, fetch_merged, init_adapters, save_adapters
 from exprl_jax.model.sources import resolve_model
@@ -28,7 +28,6 @@ TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 LORA = Lora(rank=3, alpha=7.5, targets=",".join(TARGETS))
 LAYOUTS = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 B, T = 8, 12
-
 
 
 def merged(adapted, how, dtype):
