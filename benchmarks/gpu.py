@@ -52,7 +52,8 @@ def main() -> None:
     flops, bandwidth = limits(256 if asked.tiny else 8192)
     device = jax.devices()[0]
     lines = [
-        f"{device.device_kind}, jax {jax.__version__}: best product {flops / 1e12:.1f} TFLOP/s, best copy {bandwidth / 1e9:.0f} GB/s",
+        f"{device.device_kind}, jax {jax.__version__}: best product {flops / 1e12:.1f} TFLOP/s, best copy "
+        f"{bandwidth / 1e9:.0f} GB/s",
         "", "| decode | rows | tokens/s | bound | of bound |", "|---|---|---|---|---|",
     ]  # fmt: skip
     lines += [decoding(name, arch, count, new, bandwidth) for name, arch in shapes.items() for count in problems]
@@ -111,7 +112,7 @@ def updating(name: str, arch: Architecture, width: int, flops: float) -> str:
     normal = random.normal(size=mask.shape).astype(np.float32)
     experience = put_microbatches(
         mesh,
-        Experience(filled.packed, mask, mask / mask.sum(dtype=np.float32), normal, normal * 0, normal * 0, normal * 0, filled.used),
+        Experience(filled.packed, mask, mask / mask.sum(dtype=np.float32), normal, *[normal * 0] * 3, filled.used),
     )
     holder = [bound.init_state(load(model, _shardings(model, mesh), 0))]
 

@@ -1,7 +1,9 @@
 """ExpRL on one chip: adapters on a frozen Qwen3-4B-Instruct-2507, which judges and is the KL reference too.
 
     python -m exprl_jax.main --config=configs/one_chip.py --workdir=runs/one_chip
-    python -m exprl_jax.main --config=configs/one_chip.py:small --workdir=runs/one_chip-small     Qwen3-0.6B, which judges badly
+    python -m exprl_jax.main --config=configs/one_chip.py:small --workdir=runs/one_chip-small
+
+`small` is Qwen3-0.6B, which judges badly (paper, Table 5).
 
 One v5e chip (16 GB) or more, by the ahead-of-time compiler (docs/pods.md); not yet run.  Rollouts are an eighth of the
 paper's length and judgements a quarter.  `export/` in the workdir is the merged model, `adapter/` is for PEFT.

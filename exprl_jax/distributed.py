@@ -125,4 +125,3 @@ def _initialize(heartbeat_s: int, **where: Any) -> None:
     # JAX's own answer to SIGTERM is to take note of it: a process that is still loading could not be ended.
     jax.config.update("jax_enable_preemption_service", False)
     jax.distributed.initialize(heartbeat_timeout_seconds=heartbeat_s, shutdown_timeout_seconds=heartbeat_s, **where)
-

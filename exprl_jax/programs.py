@@ -204,12 +204,15 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def _init_state(config: Config | Sft, policy: LanguageModel, optimizer: optax.GradientTransformation) -> Callable:
-    return functools.partial(init_state, lora=config.lora, how=policy.how, arch=policy.arch, optimizer=optimizer, seed=config.seed)
+    return functools.partial(
+        init_state, lora=config.lora, how=policy.how, arch=policy.arch, optimizer=optimizer, seed=config.seed
+    )
 
 
 def init_state(
-    params: decoder.Params, *, lora: Lora, how: Model, arch: Architecture, optimizer: optax.GradientTransformation, seed: int
-) -> TrainState:
+    params: decoder.Params, *, lora: Lora, how: Model, arch: Architecture, optimizer: optax.GradientTransformation,
+    seed: int,
+) -> TrainState:  # fmt: skip
     """The state before the first step.
 
     Args:

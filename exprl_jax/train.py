@@ -546,7 +546,7 @@ def join_batch(
     run: Run, problems: Sequence[Problem], parts: Sequence[tuple[Rollouts, np.ndarray, np.ndarray]],
     places: Sequence[np.ndarray],
 ) -> Batch:  # fmt: skip
-    """Args: parts: (rollouts, loss mask, advantages) of this process's part of every wave; places: of those in the batch."""
+    """Args: parts: (rollouts, loss mask, advantages) of this process's part of every wave; places: in the batch."""
     rollouts, mask, advantage = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     own = dict(vars(rollouts)) | {"loss_mask": mask, "advantage": advantage}
     whole = gather_rows(own, np.concatenate(places))

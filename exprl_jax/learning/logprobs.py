@@ -185,9 +185,8 @@ def _backward(temperature, chunk, place, saved, cotangent):
     part, rows, table = _split(place, temperature, chunk, table_DV)
     slopes = tuple(x / temperature for x in cotangent if not isinstance(x, SymbolicZero))
     read = tuple(not isinstance(x, SymbolicZero) for x in cotangent)  # known while tracing
-    pull = place.split(
-        functools.partial(_pull_score, part, read), (rows, table, *[rows] * (3 + len(slopes))), (rows, (None, part.vocabulary))
-    )
+    takes = (rows, table, *[rows] * (3 + len(slopes)))
+    pull = place.split(functools.partial(_pull_score, part, read), takes, (rows, table))
     d_hidden, d_table = pull(
         hidden_BTD, table_DV.astype(hidden_BTD.dtype), targets_BT, log_normaliser, entropy, *slopes
     )
@@ -248,9 +247,7 @@ def _compare(part, hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV):
 def _kl_backward(temperature, chunk, place, saved, cotangent):
     arrays, kl, log_normalisers = saved
     part, rows, table = _split(place, temperature, chunk, arrays[1])
-    pull = place.split(
-        functools.partial(_pull_kl, part), (rows, table, rows, table, *[rows] * 4), (rows, (None, part.vocabulary))
-    )
+    pull = place.split(functools.partial(_pull_kl, part), (rows, table, rows, table, *[rows] * 4), (rows, table))
     d_hidden, d_table = pull(*_in_dtype_of_states(arrays), kl, *log_normalisers, cotangent / temperature)
     return d_hidden, d_table.astype(arrays[1].dtype), None, None
 

@@ -193,9 +193,10 @@ def _splash(q_BHTE, k_BKSE, v_BKSE, segment_BT, segment_BS, place):
     # Queries are padded behind, keys as much behind and, to whole blocks, in front: the two ends stay aligned.
     behind = -T % block
     front = -(S + behind) % block
+    scaled = q_BHTE * jnp.asarray(E**-0.5, q_BHTE.dtype)
     q, k, v = (
-        jnp.pad(x, ((0, 0), (0, 0), before, (0, lanes)))
-        for x, before in ((q_BHTE * jnp.asarray(E**-0.5, q_BHTE.dtype), (0, behind)), *((x, (front, behind)) for x in (k_BKSE, v_BKSE)))
+        jnp.pad(x, ((0, 0), (0, 0), ends, (0, lanes)))
+        for x, ends in ((scaled, (0, behind)), (k_BKSE, (front, behind)), (v_BKSE, (front, behind)))
     )
     nothing = {"constant_values": -1}
     segment_q = jnp.pad(segment_BT, ((0, 0), (0, behind)), **nothing)

@@ -27,7 +27,7 @@ from exprl_jax.records import Prefix
 PAGE = 128
 # Lanes of a TPU vector: heads are padded to a multiple.
 _LANES = 128
-# What fits into a TPU core's fast memory: bytes of the kernel's buffers of pages, pages at a time, queries × heads at a time.
+# What fits into a TPU core's fast memory: bytes of the kernel's buffers of pages; pages, and queries × heads, at a time.
 _BUFFER, _PAGES, _QUERIES = 4 * 1024**2, 8, 1024
 # How far later keys and values may exceed their context's largest before an int8 saturates.
 _HEADROOM = 1.5
@@ -93,7 +93,8 @@ def open_pages(
     def fill(k_LPKCE, v_LPKCE, k_scale, v_scale, length_P, start_PG):
         (L, P, _, C, _), G = k_LPKCE.shape, start_PG.shape[1]
         shared, own = C // PAGE, -(-(PAGE - 1 + slots) // PAGE)
-        kv = _combine(*(jnp.moveaxis(x, 2, 3) for x in (k_LPKCE, v_LPKCE)), k_scale[:, :, None], v_scale[:, :, None], how, place)
+        k, v = (jnp.moveaxis(x, 2, 3) for x in (k_LPKCE, v_LPKCE))
+        kv = _combine(k, v, k_scale[:, :, None], v_scale[:, :, None], how, place)
         full_P, pages = length_P // PAGE, P * (shared + G * own)
         pool = jnp.zeros((L * pages, PAGE, *kv.shape[3:]), kv.dtype)
         if C:
@@ -110,7 +111,8 @@ def open_pages(
         after = number - full_P[:, None, None]
         first_own = P * shared + jnp.arange(P * G).reshape(P, G, 1) * own
         # Past its own pages a row has none; it never gets there.
-        table = jnp.where(after < 0, jnp.arange(P)[:, None, None] * shared + number, first_own + jnp.clip(after, 0, own - 1))
+        of_context = jnp.arange(P)[:, None, None] * shared + number
+        table = jnp.where(after < 0, of_context, first_own + jnp.clip(after, 0, own - 1))
         return pool, table.astype(jnp.int32)
 
     cache, scale = (None, place.data, heads), (None, place.data, heads)

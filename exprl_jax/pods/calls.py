@@ -97,7 +97,8 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
 
     def call(name, phase, program, arguments, *, each_step, settings, inside=None, beside=None, steps=0, attended=(0, 0)):
         passed = {each for owner, tree in arguments if not isinstance(tree, Result) for each in owned_bytes(owner, tree)}
-        others = {owner: size for owner, size in held.items() if owner not in passed and (phase != "start" or owner not in (POLICY, ADAM))}
+        made = {POLICY, ADAM} if phase == "start" else set()
+        others = {owner: size for owner, size in held.items() if owner not in passed | made}
         kernels = KERNELS | {"ragged_paged_attention": paged(*attended)}
         return Call(
             name, phase, program, arguments, inside or {}, others | (beside or {}), steps, kernels, each_step, settings

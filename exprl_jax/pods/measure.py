@@ -264,7 +264,8 @@ def _buffers_elsewhere(name: str, config: Config, where: Topology) -> tuple[str,
     as many chips of the generation with the most memory.  Empty where it does not fit there either."""
     there = roomiest(len(where.devices))
     results: dict[str, Any] = {}
-    calls = {call.name: call for call in programs_of(config, mesh_over(there.devices, *fit_mesh(config.mesh, len(there.devices))))}
+    mesh = mesh_over(there.devices, *fit_mesh(config.mesh, len(there.devices)))
+    calls = {call.name: call for call in programs_of(config, mesh)}
     wanted = [tree.name for _, tree in calls[name].arguments if isinstance(tree, Result)]
     try:
         for each in (*wanted, name):
