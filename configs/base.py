@@ -139,6 +139,7 @@ def large(config: ConfigDict) -> ConfigDict:
     config.policy.weights = config.reference.weights = QWEN3_8B
     config.judge.max_tokens = 4096
     config.rollout.update(group=16, wave=2)
+    config.updates.microbatch = 2
     config.data.source = ",".join(f"data/{name}.parquet" for name in MIXED)
     config.data.held_out += ",gpqa_diamond,olympiadbench_physics"
     return config
