@@ -14,7 +14,7 @@ from configs import tiny
 from exprl_jax import config, mesh, programs
 from exprl_jax.config import Lora
 from exprl_jax.data.tokenizer import load_tokenizer
-from exprl_jax.model import weights
+from exprl_jax.model import hf_layout, weights
 from exprl_jax.model.decoder import LORA_A, LORA_B, abstract_params, forward_logits, packed_hidden_states
 from exprl_jax.model.language_model import LanguageModel
 from exprl_jax.model.lora import Adapted, abstract_adapters, adapt, attached, fetch_merged, init_adapters, save_adapters
@@ -293,7 +293,8 @@ def on_mesh(data, model):
     adapted = adapt(LORA, base, own)
     out = sampled(adapted, policy, over)
     learned = jax.jit(jax.value_and_grad(objective))(own)
-    return jax.device_get((learned, programs.build_merge(policy, over)(adapted), out.logp_PGR)), out.tokens_PGR
+    stored = [fetch_merged(adapted, policy.execution, entry) for entry in hf_layout.stored_leaves(policy.arch)]
+    return (*jax.device_get((learned, out.logp_PGR)), stored), out.tokens_PGR
 
 
 @pytest.mark.parametrize("data, model", [(2, 4), (1, 8)])
