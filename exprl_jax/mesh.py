@@ -162,6 +162,14 @@ class Placement:
         """Whether forwards go the TPU's way: Pallas TPU kernels, and rows decoded from pages."""
         return self.platform == "tpu"
 
+    def has_cudnn(self, dtype: Any, head_size: int) -> bool:
+        """Whether cuDNN has flash attention for such heads: on NVIDIA's GPUs from Ampere on, in half precision."""
+        if self.platform != "gpu":
+            return False
+        device = self.mesh.devices.flat[0]
+        ampere = "cuda" in device.client.platform_version and float(device.compute_capability) >= 8
+        return ampere and np.dtype(dtype).itemsize == 2 and head_size % 8 == 0 and head_size <= 128
+
     @property
     def shares_segments(self) -> bool:
         """Whether packed rows may have segments that others see: the TPU's kernel tells segments apart, and no more."""

@@ -1,7 +1,8 @@
 """Rotary positions, and attention in memory linear in the tokens: of rows over a context and themselves, and of packed
 rows over what their segments may see.
 
-Each has two implementations behind one function: query chunks of plain XLA, and on TPU the splash kernel.
+Behind one function each: query chunks of plain XLA, on TPU the splash kernel, and on NVIDIA's GPUs cuDNN's flash attention for
+what has no past in a cache.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from exprl_jax.mesh import MODEL, ONE_DEVICE, Placement
 from exprl_jax.model.cache import KV
 from exprl_jax.model.config import Architecture
 
-# Scores (query × key × head × row) that exist at once on a device, in forward and backward; queries are cut to fit.
+# Scores (query × key × head × row; one head of the mask is all that cuDNN needs) that exist at once on a device, in forward
+# and backward; queries are cut to fit.
 SCORES = 2**26
 # Under this name a rematerialised layer may keep the result of its attention.
 KEPT = "attention"
@@ -74,10 +76,16 @@ def attend(
     """
     if place.on_tpu:
         return _splash_rows(q_PGTHE, context, length_P, own, start_PG, place)
-    slot_T = slot + jnp.arange(q_PGTHE.shape[2])
+    P, G, T, H, E = q_PGTHE.shape
+    C, S = context.k.shape[2], own.k.shape[3]
+    slot_T = slot + jnp.arange(T)
+    if place.has_cudnn(q_PGTHE.dtype, E) and (C, S) == (0, T):
+        k, v = (jnp.swapaxes(x.reshape(P * G, -1, S, E), 1, 2) for x in (own.k, own.v))
+        segment_BT = (slot_T >= start_PG[..., None]).reshape(P * G, T).astype(jnp.int32)
+        return attend_packed(q_PGTHE.reshape(P * G, T, H, E), k, v, segment_BT, segment_BT, place).reshape(q_PGTHE.shape)
     return _in_chunks(
         lambda q, slot_T: _attend_rows(q, context, length_P, own, start_PG, slot_T[0, 0]),
-        (q_PGTHE, slot_T[None, None]), context.k.shape[2] + own.k.shape[3], place,
+        (q_PGTHE, slot_T[None, None]), H, C + S, place,
     )  # fmt: skip
 
 
@@ -100,22 +108,28 @@ def attend_packed(
     if place.on_tpu:
         swap = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
         return swap(_splash(swap(q_BTHE), swap(k_BTKE), swap(v_BTKE), segment_BT, segment_BT, place))
-    slot_BT = jnp.broadcast_to(jnp.arange(segment_BT.shape[1]), segment_BT.shape)
+    _, T, H, E = q_BTHE.shape
+    slot_BT = jnp.broadcast_to(jnp.arange(T), segment_BT.shape)
     queries = [x[:, None] for x in (q_BTHE, segment_BT, shared_BT, slot_BT)]
-    out = _in_chunks(
-        lambda q, *where: _attend_segments(q[:, 0], k_BTKE, v_BTKE, segment_BT, *(x[:, 0] for x in where))[:, None],
-        queries, segment_BT.shape[1], place,
-    )  # fmt: skip
+    attention, heads = _attend_seen, H
+    if place.has_cudnn(q_BTHE.dtype, E):
+        attention, heads = functools.partial(_cudnn, place=place), 1
+
+    def some(q, *where):
+        seen_BTS = _seen(segment_BT, *(x[:, 0] for x in where))
+        return attention(q[:, 0], k_BTKE, v_BTKE, seen_BTS)[:, None]
+
+    out = _in_chunks(some, queries, heads, T, place)
     return checkpoint_name(out[:, 0], KEPT)
 
 
-def _in_chunks(function, queries, keys, place):
+def _in_chunks(function, queries, heads, keys, place):
     """`function` of some tokens (axis 2) of each of `queries` at a time, recomputed in the backward pass."""
-    P, G, T, H, _ = queries[0].shape
+    P, G, T = queries[0].shape[:3]
     if place.mesh is not None:
         P = P // place.mesh.shape[place.data] if place.data else P
-        H = H // place.mesh.shape[MODEL] if place.axis_of(H) else H
-    length = max(1, SCORES // max(1, P * G * H * keys))
+        heads = heads // place.mesh.shape[MODEL] if place.axis_of(heads) else heads
+    length = max(1, SCORES // max(1, P * G * heads * keys))
     if T <= length:
         return function(*queries)
     chunks = -(-T // length)
@@ -153,18 +167,38 @@ def _attend_rows(q, context: KV, length_P, own: KV, start_PG, slot_T):
     return jnp.moveaxis(out.astype(q.dtype), 4, 2).reshape(P, G, T, H, E)
 
 
-def _attend_segments(q, k, v, segment_BS, segment_BT, shared_BT, slot_BT):
+def _seen(segment_BS, segment_BT, shared_BT, slot_BT):
+    """[B, T, S]: what packed queries see."""
+    slot_S = jnp.arange(segment_BS.shape[1])
+    seen = (segment_BS[:, None] == segment_BT[..., None]) | (segment_BS[:, None] == shared_BT[..., None])
+    seen &= slot_S <= slot_BT[..., None]
+    # What pads the last chunk stands for slot 0 of a segment that may not be that slot's: it sees it all the same.
+    return seen | (slot_S == slot_BT[..., None])
+
+
+def _attend_seen(q, k, v, seen_BTS):
     B, T, H, E = q.shape
-    K, S = k.shape[2], k.shape[1]
+    K = k.shape[2]
     q = q.reshape(B, T, K, H // K, E) * jnp.asarray(E**-0.5, q.dtype)
     score = jnp.einsum("btkme,bske->bkmts", q, k, preferred_element_type=jnp.float32)
-    seen = (segment_BS[:, None] == segment_BT[..., None]) | (segment_BS[:, None] == shared_BT[..., None])
-    seen &= jnp.arange(S) <= slot_BT[..., None]
-    # What pads the last chunk stands for slot 0 of a segment that may not be that slot's: it sees it all the same.
-    seen |= jnp.arange(S) == slot_BT[..., None]
-    weight = jax.nn.softmax(jnp.where(seen[:, None, None], score, -jnp.inf), axis=-1).astype(q.dtype)
+    weight = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], score, -jnp.inf), axis=-1).astype(q.dtype)
     out = jnp.einsum("bkmts,bske->bkmte", weight, v, preferred_element_type=jnp.float32).astype(q.dtype)
     return jnp.moveaxis(out, 3, 1).reshape(B, T, H, E)
+
+
+def _cudnn(q, k, v, seen_BTS, place):
+    """The same on each device's rows and heads by cuDNN, or where there is none by XLA behind the same call."""
+    T, S = seen_BTS.shape[1:]
+    # With a mask, the kernel of the backward pass takes even lengths only.
+    q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
+    seen_BTS = jnp.pad(seen_BTS, ((0, 0), (0, T % 2), (0, S % 2)))
+    implementation = "cudnn" if place.platform == "gpu" else "xla"
+
+    def each(q, k, v, seen_BTS):
+        return jax.nn.dot_product_attention(q, k, v, mask=seen_BTS[:, None], implementation=implementation)
+
+    rows = (place.data, None, place.axis_of(k.shape[2]))
+    return place.split(each, (rows, rows, rows, rows[:1]), rows)(q, k, v, seen_BTS)[:, :T]
 
 
 def _splash_rows(q_PGTHE, context: KV, length_P, own: KV, start_PG, place):

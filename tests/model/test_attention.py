@@ -1,7 +1,8 @@
 """Attention over a context and a row's own past, and within packed rows, against a float64 softmax with a mask written
-out by the definition.  The splash kernel is interpreted (`TpuWay`)."""
+out by the definition.  The splash kernel is interpreted (`TpuWay`), cuDNN's is XLA behind the same call (`GpuWay`)."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,10 @@ from exprl_jax.mesh import DATA, ONE_DEVICE, Placement
 from exprl_jax.model import attention
 from exprl_jax.model.attention import attend, attend_packed, rotate
 from exprl_jax.model.cache import KV
-from tests.oracles.tiny_decoder import TpuWay
+from tests.oracles.tiny_decoder import GpuWay, TpuWay
 
 FORWARD, GRADIENT = 1e-5, 1e-4
-SPLASH = TpuWay(None)
+SPLASH, CUDNN = TpuWay(None), GpuWay(None)
 
 # P, G, T, H, K, E, C, S; contexts' lengths; starts
 GROUPED = (2, 3, 7, 4, 2, 6, 5, 9), [3, 5], [[0, 2, 6], [1, 0, 4]]
@@ -159,6 +160,18 @@ def test_rows_on_splash_attend_by_definition(case, monkeypatch):
     assert_same(ours(function, given, weight), expected, real)
 
 
+@pytest.mark.parametrize("slots, chunk", [(7, 7), (7, 3), (9, 7)])
+def test_rows_on_cudnn_attend_by_definition(slots, chunk, monkeypatch):
+    """Without a context and a past they are packed rows of one segment; with slots behind their own they are not."""
+    sizes, length, start = NO_CONTEXT_SLOTS
+    P, G, T, *heads, C, _ = sizes
+    monkeypatch.setattr(attention, "SCORES", chunk * P * G * slots)
+    function, given, weight, expected, real = rows_of(((P, G, T, *heads, C, slots), length, start), 0, CUDNN)
+    assert_same(ours(function, given, weight), expected, real)
+    packed = f"name={attention.KEPT}" in str(jax.make_jaxpr(function)(*given))
+    assert packed == (slots == T)
+
+
 @pytest.mark.parametrize("place", [ONE_DEVICE, SPLASH])
 def test_what_no_real_query_may_see_has_no_influence(place):
     (P, G, T, H, K, E, C, S), length, start = GROUPED
@@ -238,6 +251,54 @@ def test_packed_rows_on_splash_attend_by_definition(cut, heads, monkeypatch):
     assert_same(ours(function, given, weight), expected, real)
 
 
+@pytest.mark.parametrize(
+    "cut, heads, chunk",
+    [(SHARED, (4, 2, 6), 11), (SHARED, (4, 2, 6), 4), (SHARED, (3, 1, 5), 3), (APART, (3, 3, 7), 5), (LONG, (2, 1, 128), 300)],
+)  # fmt: skip
+def test_packed_rows_on_cudnn_attend_by_definition(cut, heads, chunk, monkeypatch):
+    B, T = cut.segment_BT.shape
+    monkeypatch.setattr(attention, "SCORES", chunk * B * T)
+    function, given, weight, expected, real = packed_of(cut, *heads, CUDNN)
+    assert_same(ours(function, given, weight), expected, real)
+    assert ("scan" in str(jax.make_jaxpr(function)(*given))) == (chunk < T)
+
+
+@pytest.mark.parametrize("tokens", [256, 255])
+def test_packed_rows_lower_to_cudnns_kernels(tokens, monkeypatch):
+    """As far as can be seen without a GPU: JAX takes shapes, dtypes and mask, and puts the two kernels into the program; no
+    product of queries and keys is left."""
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(GpuWay, "platform", "gpu")
+    q, k = (jax.ShapeDtypeStruct((2, tokens, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    segment = jax.ShapeDtypeStruct((2, tokens), jnp.int32)
+
+    def loss(q, k, v, segment, shared):
+        return attend_packed(q, k, v, segment, shared, CUDNN).astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(q, k, k, segment, segment)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@__cudnn$fmhaScaleBiasSoftmax(") == text.count("@__cudnn$fmhaScaleBiasSoftmaxBackward(") == 1
+    assert "dot_general" not in text
+
+
+@pytest.mark.parametrize(
+    "dtype, size, version, capability, has",
+    [
+        ("bfloat16", 128, "cuda 12080", "8.0", True), ("float16", 64, "cuda 12080", "10.0", True),
+        ("float32", 128, "cuda 12080", "9.0", False), ("bfloat16", 256, "cuda 12080", "9.0", False),
+        ("bfloat16", 36, "cuda 12080", "9.0", False), ("bfloat16", 128, "cuda 12080", "7.5", False),
+        ("bfloat16", 128, "rocm 60300", "gfx942", False),
+    ],
+)  # fmt: skip
+def test_cudnn_is_asked_for_what_it_has(dtype, size, version, capability, has):
+    device = types.SimpleNamespace(
+        platform="gpu", client=types.SimpleNamespace(platform_version=version), compute_capability=capability
+    )
+    place = Placement(types.SimpleNamespace(devices=np.array([device])))
+    assert place.has_cudnn(jnp.dtype(dtype), size) == has
+    assert not Placement(make(2, 4)).has_cudnn(jnp.dtype(dtype), size) and not ONE_DEVICE.has_cudnn(jnp.dtype(dtype), size)
+
+
 # ------------------------------------------------------------------------------------------------ memory
 
 
@@ -275,7 +336,8 @@ def make(data, model):
     return mesh.make_mesh(config.Mesh(data, model))
 
 
-@pytest.mark.parametrize("way, data, model", [(Placement, 2, 4), (TpuWay, 2, 4), (TpuWay, 4, 2)])
+@pytest.mark.parametrize("data, model", [(2, 4), (4, 2)])
+@pytest.mark.parametrize("way", [Placement, TpuWay, GpuWay])
 def test_sharded_is_by_definition(way, data, model):
     """Rows over `data`, heads over `model` where key heads divide: 2 over 2, but not over 4."""
     place = way(make(data, model))

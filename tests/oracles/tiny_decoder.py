@@ -27,6 +27,14 @@ class TpuWay(Placement):
         return True
 
 
+@dataclasses.dataclass(frozen=True)
+class GpuWay(Placement):
+    """Forwards go the way of GPUs with cuDNN on devices that are none; XLA stands behind the same call there."""
+
+    def has_cudnn(self, dtype, head_size) -> bool:
+        return True
+
+
 def architecture(family: str) -> Architecture:
     """Qwen2 is the tied one."""
     return dataclasses.replace(QWEN3, family=family, tied=family == "qwen2")
