@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from exprl_jax.config import Config, Model
+from exprl_jax.config import Config, Model, Sft
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.mesh import (
     DATA, MODEL, Placement, bytes_per_device, microbatches_sharding, replicated, rows_sharding, shard_parameters,
@@ -24,8 +24,10 @@ from exprl_jax.model.lora import Adapted, adapt
 from exprl_jax.model.language_model import PUBLISHED, LanguageModel, open_model
 from exprl_jax.model.paged import open_pages
 from exprl_jax.pods.kernels import KERNELS, Kernel, paged
-from exprl_jax.programs import abstract_state, build, build_judge, build_sampler, shard_state
-from exprl_jax.records import Context, Draw, Experience, Packed, Rows, TrainState
+from exprl_jax.programs import (
+    Programs, abstract_state, build, build_judge, build_sampler, build_sft, build_teacher, shard_state,
+)  # fmt: skip
+from exprl_jax.records import Context, Draw, Experience, Lesson, Packed, Rows, Teaching, TrainState
 from exprl_jax.reward.judges import check_judge_lengths
 from exprl_jax.rollout.waves import padded_width
 from exprl_jax.train import (
@@ -38,6 +40,8 @@ _JUDGING = ("rollout.wave", "judge.max_context_tokens", "judge.max_trace_tokens"
 _TRAINING = (
     "updates.microbatch", "updates.row_tokens", "updates.logp_chunk", "policy.execution.remat", "mesh.model",
 )  # fmt: skip
+# An SFT run counts its updates from its data; here they are a constant of the learning rate's schedule, nothing more.
+_SFT_UPDATES = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +69,7 @@ class Call:
       beside: bytes a device that lie there meanwhile and are no argument, by owner.
       steps: trips, at most, of the loop whose end depends on values; 0 where there is none.
       kernels: what the Pallas kernels in it cost, by a pattern of their names.
-      each_step: calls in one RL step, at most.
+      each_step: calls in one step, at most.
       settings: config keys that make it smaller, those that help most first.
     """
 
@@ -81,19 +85,20 @@ class Call:
     settings: tuple[str, ...]
 
 
-def programs_of(config: Config, mesh: Mesh) -> list[Call]:
-    """Every program of an RL run, in the order in which a run first calls them.
+def programs_of(config: Config | Sft, mesh: Mesh) -> list[Call]:
+    """Every program of a training run, in the order in which a run first calls them.
 
     Raises:
       ValueError: another task, or a config that does not fit the mesh or its models.
     """
-    if config.task != "rl":
-        raise ValueError(f"compile_check: got config.task = {config.task!r}, expected 'rl'")
-    check_layout(config, mesh.shape[DATA])
-    policy, frozen = known_model(config.policy), frozen_models(config)
-    check_lengths(config, policy.arch)
-    waves = config.rollout.prompts // config.rollout.wave
-    held = residents(config, mesh)
+    tasks = {"rl": _reinforced, "distill": _distilled, "sft": _supervised}
+    if config.task not in tasks:
+        raise ValueError(f"compile_check: got config.task = {config.task!r}, expected one of {', '.join(map(repr, tasks))}")
+    return tasks[config.task](config, mesh, _caller(residents(config, mesh)))
+
+
+def _caller(held: Mapping[str, int]) -> Callable[..., Call]:
+    """Makes calls of a run that holds so many bytes by owner."""
 
     def call(name, phase, program, arguments, *, each_step, settings, inside=None, beside=None, steps=0, attended=(0, 0)):
         passed = {each for owner, tree in arguments if not isinstance(tree, Result) for each in owned_bytes(owner, tree)}
@@ -104,63 +109,16 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
             name, phase, program, arguments, inside or {}, others | (beside or {}), steps, kernels, each_step, settings
         )
 
-    wave, group, answer = config.rollout.wave, config.rollout.group, config.rollout.max_tokens
-    prompt = padded_width(config.data.max_prompt_tokens - 1)
-    prompts = _context(mesh, wave, prompt)
-    sampler = build_sampler(policy, mesh, max_tokens=answer, wave=wave)
-    programs, state = build(config, mesh, policy), _state(config, mesh, policy)
-    base = (frozen[config.policy], _parameters(policy, mesh)) if config.lora.rank else (POLICY, ())
-    acting = base[0], adapt(config.lora, base[1], state.params)
-    start = (("weights", _parameters(policy, mesh)),)
-    calls = [
-        call("init_state", "start", programs.init_state, start, each_step=0, settings=("mesh.data", "mesh.model")),
-        call(
-            "prefill", "sample", sampler.prefill, (acting, (BATCH, prompts)),
-            each_step=waves, settings=_SAMPLING,
-        ),
-        call(
-            "sample", "sample", sampler.sample,
-            (acting, (KEYS, Result("prefill")), (BATCH, _rows(mesh, wave, group, 1)),
-             (BATCH, _draw(mesh, wave, group))),
-            # Over a response a row attends to half of it on average.
-            each_step=waves, settings=_SAMPLING, steps=answer, attended=(0, prompt + answer / 2),
-            inside={
-                KEYS: _pool_bytes(
-                    policy, mesh, jax.eval_shape(sampler.prefill, acting[1], prompts), group, answer
-                )
-            },
-        ),
-    ]  # fmt: skip
+    return call
 
+
+def _reinforced(config: Config, mesh: Mesh, call: Callable[..., Call]) -> list[Call]:
+    updates, shape = config.updates.per_batch, packed_shape(config)
+    programs, acting, base, state = _trained(config, mesh)
+    calls = _sampling(config, mesh, call, programs, acting)
     if has_local_judge(config):
-        how, role = config.judge, frozen[config.judge.model]
-        judge = known_model(how.model)
-        check_judge_lengths(how, judge.arch)
-        asking, params = build_judge(how, mesh, judge), _parameters(judge, mesh)
-        context, trace = _context(mesh, wave, padded_width(how.max_context_tokens)), padded_width(how.max_trace_tokens)
-        writes = how.readout == "text"
-        queries = (BATCH, _rows(mesh, wave, group, trace)), *([(BATCH, _draw(mesh, wave, group))] if writes else [])
-        slots, seen = trace - 1 + how.max_tokens if writes else trace, context.tokens_PC.shape[1]
-        calls += [
-            call(
-                "judge_prefill", "judge", asking.prefill, ((role, params), (BATCH, context)), each_step=waves,
-                settings=_JUDGING,
-            ),
-            call(
-                "judge", "judge", asking.judge, ((role, params), (KEYS, Result("judge_prefill")), *queries),
-                # A rollout has at most so many prefixes to score, and a call takes one of each rollout.
-                each_step=waves * segment_rule(config).max_segments, settings=_JUDGING,
-                steps=how.max_tokens if writes else 0, attended=(seen + trace / 2, seen + trace + how.max_tokens / 2),
-                inside={
-                    KEYS: _pool_bytes(judge, mesh, jax.eval_shape(asking.prefill, params, context), group, slots)
-                }
-                if writes
-                else {},
-            ),
-        ]  # fmt: skip
+        calls += _judging(config, mesh, call)
 
-    updates = config.updates.per_batch
-    shape = packed_shape(config)
     experience = _experience(mesh, shape)
     # A step's updates lie ready together.
     waiting = {BATCH: (updates - 1) * tree_bytes(experience)}
@@ -168,7 +126,7 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
     scored = [("token_logp", *acting)] if updates > 1 else []
     if config.loss.kl_coef > 0:
         reference = _parameters(known_model(config.reference), mesh)
-        scored.append(("token_logp (reference)", frozen[config.reference], reference))
+        scored.append(("token_logp (reference)", frozen_models(config)[config.reference], reference))
     calls += [
         call(
             name, "logp", programs.token_logp, ((owner, params), *asked), each_step=updates, settings=_TRAINING,
@@ -176,13 +134,116 @@ def programs_of(config: Config, mesh: Mesh) -> list[Call]:
         )
         for name, owner, params in scored
     ]  # fmt: skip
-    calls.append(
-        call(
-            "train_step", "train", programs.train_step, ((POLICY, state), base, (BATCH, experience)),
-            each_step=updates, settings=_TRAINING, beside=waiting, steps=shape[0],
-        )
+    train = call(
+        "train_step", "train", programs.train_step, ((POLICY, state), base, (BATCH, experience)), each_step=updates,
+        settings=_TRAINING, beside=waiting, steps=shape[0],
     )  # fmt: skip
-    return calls
+    return [*calls, train]
+
+
+def _distilled(config: Config, mesh: Mesh, call: Callable[..., Call]) -> list[Call]:
+    shape = packed_shape(config)
+    programs, acting, base, state = _trained(config, mesh)
+    teaching = build_teacher(config, mesh, known_model(config.policy))
+    teacher = frozen_models(config)[config.reference], _parameters(known_model(config.reference), mesh)
+    experience = _experience(mesh, shape)
+    shown = Teaching(experience.packed, experience.packed.tokens_BT)
+    batch, how = ((BATCH, shown), (BATCH, experience)), dict(each_step=1, settings=_TRAINING, steps=shape[0])
+    if config.distillation.kl == "full":
+        arguments = (POLICY, state), base, teacher, *batch
+        learning = [call("distill_step", "train", teaching.distill_step, arguments, **how)]
+    else:
+        arguments = (POLICY, state), base, batch[1]
+        learning = [
+            call("teacher_signal", "train", teaching.signal, (acting, teacher, *batch), **how),
+            call("train_step", "train", programs.train_step, arguments, beside={BATCH: tree_bytes(shown)}, **how),
+        ]
+    return _sampling(config, mesh, call, programs, acting) + learning
+
+
+def _supervised(config: Sft, mesh: Mesh, call: Callable[..., Call]) -> list[Call]:
+    if config.microbatch % mesh.shape[DATA]:
+        raise ValueError(
+            f"config.microbatch: got {config.microbatch} rows, expected a multiple of mesh.data = {mesh.shape[DATA]}"
+        )
+    policy, state = known_model(config.policy), _state(config, mesh)
+    programs = build_sft(config, mesh, policy, _SFT_UPDATES)
+    shape = -(-config.batch // config.microbatch), config.microbatch, config.row_tokens
+    packed, mask, _ = _slots(mesh, shape)
+    lesson, weights = Lesson(packed, mask, used=_array(mesh, np.int32)), _parameters(policy, mesh)
+    base = (frozen_models(config)[config.policy], weights) if config.lora.rank else (POLICY, ())
+    settings = ("microbatch", "row_tokens", "logp_chunk", "policy.execution.remat", "mesh.model")
+    return [
+        call(
+            "init_state", "start", programs.init_state, (("weights", weights),), each_step=0,
+            settings=("mesh.data", "mesh.model"),
+        ),
+        call(
+            "sft_step", "train", programs.sft_step, ((POLICY, state), base, (BATCH, lesson)), each_step=1,
+            settings=settings, steps=shape[0],
+        ),
+    ]  # fmt: skip
+
+
+def _trained(config: Config, mesh: Mesh) -> tuple[Programs, tuple[str, Any], tuple[str, Any], TrainState]:
+    """(programs, what samples, what adapters stand on, the state), arguments with their owners.
+
+    Raises:
+      ValueError: the config does not fit the mesh or its models.
+    """
+    check_layout(config, mesh.shape[DATA])
+    policy = known_model(config.policy)
+    check_lengths(config, policy.arch)
+    state = _state(config, mesh)
+    base = (frozen_models(config)[config.policy], _parameters(policy, mesh)) if config.lora.rank else (POLICY, ())
+    return build(config, mesh, policy), (base[0], adapt(config.lora, base[1], state.params)), base, state
+
+
+def _sampling(
+    config: Config, mesh: Mesh, call: Callable[..., Call], programs: Programs, acting: tuple[str, Any]
+) -> list[Call]:
+    wave, group, answer = config.rollout.wave, config.rollout.group, config.rollout.max_tokens
+    policy = known_model(config.policy)
+    prompt = padded_width(config.data.max_prompt_tokens - 1)
+    prompts, waves = _context(mesh, wave, prompt), config.rollout.prompts // wave
+    sampler = build_sampler(policy, mesh, max_tokens=answer, wave=wave)
+    prefix = jax.eval_shape(sampler.prefill, acting[1], prompts)
+    return [
+        call(
+            "init_state", "start", programs.init_state, (("weights", _parameters(policy, mesh)),), each_step=0,
+            settings=("mesh.data", "mesh.model"),
+        ),
+        call("prefill", "sample", sampler.prefill, (acting, (BATCH, prompts)), each_step=waves, settings=_SAMPLING),
+        call(
+            "sample", "sample", sampler.sample,
+            (acting, (KEYS, Result("prefill")), (BATCH, _rows(mesh, wave, group, 1)), (BATCH, _draw(mesh, wave, group))),
+            # Over a response a row attends to half of it on average.
+            each_step=waves, settings=_SAMPLING, steps=answer, attended=(0, prompt + answer / 2),
+            inside={KEYS: _pool_bytes(policy, mesh, prefix, group, answer)},
+        ),
+    ]  # fmt: skip
+
+
+def _judging(config: Config, mesh: Mesh, call: Callable[..., Call]) -> list[Call]:
+    how, role = config.judge, frozen_models(config)[config.judge.model]
+    judge, wave, group = known_model(how.model), config.rollout.wave, config.rollout.group
+    check_judge_lengths(how, judge.arch)
+    asking, params, waves = build_judge(how, mesh, judge), _parameters(judge, mesh), config.rollout.prompts // wave
+    context, trace = _context(mesh, wave, padded_width(how.max_context_tokens)), padded_width(how.max_trace_tokens)
+    writes = how.readout == "text"
+    queries = (BATCH, _rows(mesh, wave, group, trace)), *([(BATCH, _draw(mesh, wave, group))] if writes else [])
+    slots, seen = trace - 1 + how.max_tokens if writes else trace, context.tokens_PC.shape[1]
+    prefix = jax.eval_shape(asking.prefill, params, context)
+    return [
+        call("judge_prefill", "judge", asking.prefill, ((role, params), (BATCH, context)), each_step=waves, settings=_JUDGING),
+        call(
+            "judge", "judge", asking.judge, ((role, params), (KEYS, Result("judge_prefill")), *queries),
+            # A rollout has at most so many prefixes to score, and a call takes one of each rollout.
+            each_step=waves * segment_rule(config).max_segments, settings=_JUDGING,
+            steps=how.max_tokens if writes else 0, attended=(seen + trace / 2, seen + trace + how.max_tokens / 2),
+            inside={KEYS: _pool_bytes(judge, mesh, prefix, group, slots)} if writes else {},
+        ),
+    ]  # fmt: skip
 
 
 def known_model(how: Model) -> LanguageModel:
@@ -193,21 +254,21 @@ def known_model(how: Model) -> LanguageModel:
     return open_model(how)
 
 
-def frozen_models(config: Config) -> dict[Model, str]:
+def frozen_models(config: Config | Sft) -> dict[Model, str]:
     """The models that a run holds beside the policy, and what they serve as; equal models are one copy."""
     roles: dict[Model, list[str]] = {}
-    if needs_reference_model(config):
-        roles.setdefault(config.reference, []).append("reference")
-    if has_local_judge(config):
+    if config.task != "sft" and needs_reference_model(config):
+        roles.setdefault(config.reference, []).append("teacher" if config.task == "distill" else "reference")
+    if config.task != "sft" and has_local_judge(config):
         roles.setdefault(config.judge.model, []).append("judge")
     if config.lora.rank:
         roles.setdefault(config.policy, []).append("base")
     return {model: "frozen " + " + ".join(names) for model, names in roles.items()}
 
 
-def residents(config: Config, mesh: Mesh) -> dict[str, int]:
+def residents(config: Config | Sft, mesh: Mesh) -> dict[str, int]:
     """Bytes a device that a run holds throughout a step, by owner."""
-    state = _state(config, mesh, known_model(config.policy))
+    state = _state(config, mesh)
     frozen = {role: tree_bytes(_parameters(known_model(how), mesh)) for how, role in frozen_models(config).items()}
     return owned_bytes(POLICY, state) | frozen
 
@@ -237,7 +298,11 @@ def _parameters(model: LanguageModel, mesh: Mesh) -> Any:
     return _placed(abstract, shard_parameters(abstract, model.arch, model.execution, mesh))
 
 
-def _state(config: Config, mesh: Mesh, policy: LanguageModel) -> TrainState:
+def _state(config: Config | Sft, mesh: Mesh) -> TrainState:
+    policy = known_model(config.policy)
+    if config.task == "sft":
+        programs = build_sft(config, mesh, policy, _SFT_UPDATES)
+        return _placed(programs.abstract, programs.shardings)
     return _placed(abstract_state(config, policy.arch), shard_state(config, mesh, policy))
 
 
@@ -265,12 +330,16 @@ def _draw(mesh: Mesh, problems: int, group: int) -> Draw:
 
 
 def _experience(mesh: Mesh, shape: tuple[int, int, int]) -> Experience:
-    """An update's batch [M, B, T], as `mesh.put_microbatches` places it."""
+    packed, mask, number = _slots(mesh, shape)
+    return Experience(packed, mask, number, number, number, number, number, used=_array(mesh, np.int32))
+
+
+def _slots(mesh: Mesh, shape: tuple[int, int, int]) -> tuple[Packed, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Packed rows of an update's batch [M, B, T], a mask and a number of each slot, as `mesh.put_microbatches` places them."""
     token, mask, number = (
         jax.ShapeDtypeStruct(shape, kind, sharding=microbatches_sharding(mesh)) for kind in (np.int32, np.bool_, np.float32)
     )
-    packed = Packed(token, token, token, token, token)
-    return Experience(packed, mask, number, number, number, number, number, used=_array(mesh, np.int32))
+    return Packed(token, token, token, token, token), mask, number
 
 
 def _pool_bytes(model: LanguageModel, mesh: Mesh, prefix: Any, group: int, slots: int) -> int:

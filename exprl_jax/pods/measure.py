@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from exprl_jax.config import Config
+from exprl_jax.config import Config, Sft
 from exprl_jax.mesh import fit_mesh, mesh_over
 from exprl_jax.pods.calls import Call, Result, owned_bytes, programs_of, tree_bytes
 from exprl_jax.pods.chips import GIB, Topology, axis_bandwidth, roomiest
@@ -51,7 +51,7 @@ class Program:
     """What one program takes, a device.
 
     Attributes:
-      each_step: calls in one RL step, at most.
+      each_step: calls in one step, at most.
       compiled: it compiled; without that only `exhausted` or `failure` says anything.
       seconds: that tracing and compiling took.
       peak: bytes of HBM at most, arguments included.
@@ -116,7 +116,7 @@ class Proof:
         return sum(each.bound * each.each_step for each in self.programs if phase in (None, each.phase))
 
 
-def prove(config: Config, where: Topology, changes: str) -> Proof:
+def prove(config: Config | Sft, where: Topology, changes: str) -> Proof:
     """Compiles every program of the config for the topology.  One that does not fit does not stop the others.
 
     Raises:
@@ -168,7 +168,7 @@ def needed_bytes(message: str) -> float | None:
     return float(number) * 1024 ** (1 + "KMGT".index(unit))
 
 
-def _measure(call: Call, config: Config, where: Topology, mesh: Mesh, results: dict[str, Any]) -> Program:
+def _measure(call: Call, config: Config | Sft, where: Topology, mesh: Mesh, results: dict[str, Any]) -> Program:
     begun = time.perf_counter()
 
     def program(**found):
@@ -259,7 +259,7 @@ def _donated(call: Call, traced: Any) -> list[tuple[Any, bool]]:
     return [(leaf, flag.donated) for leaf, flag in zip(leaves, flags)]
 
 
-def _buffers_elsewhere(name: str, config: Config, where: Topology) -> tuple[str, ...]:
+def _buffers_elsewhere(name: str, config: Config | Sft, where: Topology) -> tuple[str, ...]:
     """The largest buffers of a program that the compiler refused: it does not name them, so the program is compiled for
     as many chips of the generation with the most memory.  Empty where it does not fit there either."""
     there = roomiest(len(where.devices))

@@ -54,7 +54,7 @@ def tiny(arm="text", **changes):
 
 def accelerated(arm, changes):
     how = {"scan_layers": True, "compute_dtype": "bfloat16", "remat": "full"}
-    models = ("policy", "reference", "judge.model")
+    models = ("policy",) if arm == "sft" else ("policy", "reference", "judge.model")
     execution = {f"{model}.execution.{key}": value for model in models for key, value in how.items()}
     return execution | {"mesh.data": 8, "mesh.model": 2} | changes
 
@@ -167,6 +167,42 @@ def test_updates_that_wait_lie_beside_the_one_at_work():
     assert "token_logp" not in one and two["token_logp"].each_step == two["train_step"].each_step == 2
 
 
+# Arm, changes, programs, frozen models, and what lies beside the update.
+SAMPLED, FULL = {"distillation.kl": "sampled"}, {"distillation.kl": "full"}
+BASELINES = [
+    ("sft", {}, ["init_state", "sft_step"], set(), set()),
+    ("sft", {"lora.rank": 2}, ["init_state", "sft_step"], {"frozen base"}, set()),
+    (
+        "distill", SAMPLED, ["init_state", "prefill", "sample", "teacher_signal", "train_step"], {"frozen teacher"},
+        {"frozen teacher", "batch"},
+    ),
+    ("distill", FULL, ["init_state", "prefill", "sample", "distill_step"], {"frozen teacher"}, set()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arm, changes, names, frozen, beside", BASELINES)
+def test_the_baselines_programs_take_what_they_are_given(arm, changes, names, frozen, beside):
+    config, mesh = tiny(arm, **changes), mesh_over(topology("v5e:4x4").devices, 8, 2)
+    calls = programs_of(config, mesh)
+    assert [call.name for call in calls] == names
+    assert set(residents(config, mesh)) == {"policy", "Adam"} | frozen and set(calls[-1].beside) == beside
+    for call in calls:
+        if call.phase == "train":
+            made = call.program.trace(*(tree for _, tree in call.arguments)).out_info[0]
+            given = call.arguments[0][1] if call.name.endswith("step") else call.arguments[-1][1].weight_MBT
+            shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (made, given)]
+            assert shapes[0] == shapes[1], call.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arm, changes, names", [each[:3] for each in BASELINES])
+def test_the_baselines_programs_compile_and_fit(arm, changes, names):
+    proof = prove(tiny(arm, **changes), topology("v5e:4x4"), "")
+    assert proof.fits and [each.name for each in proof.programs] == names
+    assert [each.name for each in proof.programs if each.donated] == names[-1:]
+    assert all(each.flops > 0 for each in proof.programs if each.phase != "start")
+
+
 def test_the_compilers_words_about_memory_are_understood():
     mesh = mesh_over(topology("v5e:4x4").devices, 4, 4)
     large = jax.ShapeDtypeStruct((32, 2**29), jnp.float32, sharding=NamedSharding(mesh, PartitionSpec("data")))
@@ -192,7 +228,8 @@ LOADS = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
         (["--config=configs/tiny.py", "--topology=v5e:4x4", "more"], 2, "unexpected argument 'more'"),
         (["--config=configs/tiny.py", "--topology=v5e-16"], 1, "expected <generation>:<shape>"),
         (["--config=configs/tiny.py", "--topology=v5e:4x4+mesh.data=3"], 1, "expected a product of 16"),
-        (["--config=configs/tiny.py:sft", "--topology=v5e:4x4"], 1, "expected 'rl'"),
+        (["--config=configs/tiny.py:sft", "--topology=v5e:4x4+microbatch=3"], 1, "config.microbatch: got 3 rows"),
+        (["--config=configs/evaluate.py:tiny", "--topology=v5e:4x4"], 1, "expected one of 'rl', 'distill', 'sft'"),
     ],
 )
 def test_what_cannot_work_ends_in_one_line(options, status, said, capsys):
