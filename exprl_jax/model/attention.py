@@ -179,11 +179,14 @@ def _seen(segment_BS, segment_BT, shared_BT, slot_BT):
 def _attend_seen(q, k, v, seen_BTS):
     B, T, H, E = q.shape
     K = k.shape[2]
-    q = q.reshape(B, T, K, H // K, E) * jnp.asarray(E**-0.5, q.dtype)
-    score = jnp.einsum("btkme,bske->bkmts", q, k, preferred_element_type=jnp.float32)
-    weight = jax.nn.softmax(jnp.where(seen_BTS[:, None, None], score, -jnp.inf), axis=-1).astype(q.dtype)
-    out = jnp.einsum("bkmts,bske->bkmte", weight, v, preferred_element_type=jnp.float32).astype(q.dtype)
-    return jnp.moveaxis(out, 3, 1).reshape(B, T, H, E)
+    # Heads in front, and all queries of a key's head in one product: scores are never transposed.
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * jnp.asarray(E**-0.5, q.dtype), k, v))
+    q_BKNE = q.reshape(B, K, H // K * T, E)
+    score_BKNS = jnp.einsum("bkne,bkse->bkns", q_BKNE, k, preferred_element_type=jnp.float32)
+    score = jnp.where(seen_BTS[:, None], score_BKNS.reshape(B, H, T, -1), -jnp.inf)
+    weight = jax.nn.softmax(score, axis=-1).astype(q.dtype).reshape(score_BKNS.shape)
+    out = jnp.einsum("bkns,bkse->bkne", weight, v, preferred_element_type=jnp.float32).astype(q.dtype)
+    return jnp.swapaxes(out.reshape(B, H, T, E), 1, 2)
 
 
 def _cudnn(q, k, v, seen_BTS, place):
