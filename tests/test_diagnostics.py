@@ -82,8 +82,8 @@ def shares(run, state, part):
     [
         ("outcome", {}, slice(4, 8)),
         ("process", {"advantage.estimator": "delta_norm"}, slice(4, 8)),
-        ("process", {"advantage.estimator": "end_norm"}, slice(4, 8)),
-        ("process", {"advantage.estimator": "group_norm"}, slice(0, 8)),
+        pytest.param("process", {"advantage.estimator": "end_norm"}, slice(4, 8), marks=pytest.mark.slow),
+        pytest.param("process", {"advantage.estimator": "group_norm"}, slice(0, 8), marks=pytest.mark.slow),
         ("sparse", {}, slice(0, 8)),
         ("stage2", {"policy.weights": "random:qwen3"}, slice(0, 8)),
     ],
@@ -104,7 +104,7 @@ def test_a_signal_moves_the_policy_its_way(arm, changes, part):
     assert found[-1] < found[0] - 0.02, found
 
 
-@pytest.mark.parametrize("kl, steps", [("sampled", 40), ("full", 16)])
+@pytest.mark.parametrize("kl, steps", [pytest.param("sampled", 40, marks=pytest.mark.slow), ("full", 16)])
 def test_a_teacher_draws_the_policy_to_itself(kl, steps):
     """The teacher is surer than the policy.  The KL to it falls; with a negative learning rate it does not."""
     found = {}
