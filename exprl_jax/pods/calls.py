@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from exprl_jax.config import Config, Model, Sft
+from exprl_jax.config import Config, Evaluate, Model, Rollout, Sampling, Sft
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.mesh import (
     DATA, MODEL, Placement, bytes_per_device, microbatches_sharding, replicated, rows_sharding, shard_parameters,
@@ -34,6 +34,7 @@ from exprl_jax.train import (
     check_layout, check_lengths, has_local_judge, needs_reference_model, packed_shape, segment_rule,
 )  # fmt: skip
 
+Run = Config | Sft | Evaluate
 POLICY, ADAM, BATCH, KEYS = "policy", "Adam", "batch", "KV"
 _SAMPLING = ("rollout.wave", "mesh.model", "policy.execution.kv_dtype")
 _JUDGING = ("rollout.wave", "judge.max_context_tokens", "judge.max_trace_tokens", "judge.max_tokens", "mesh.model")
@@ -85,13 +86,13 @@ class Call:
     settings: tuple[str, ...]
 
 
-def programs_of(config: Config | Sft, mesh: Mesh) -> list[Call]:
-    """Every program of a training run, in the order in which a run first calls them.
+def programs_of(config: Run, mesh: Mesh) -> list[Call]:
+    """Every program of a run, in the order in which it first calls them.
 
     Raises:
       ValueError: another task, or a config that does not fit the mesh or its models.
     """
-    tasks = {"rl": _reinforced, "distill": _distilled, "sft": _supervised}
+    tasks = {"rl": _reinforced, "distill": _distilled, "sft": _supervised, "evaluate": _evaluated}
     if config.task not in tasks:
         raise ValueError(f"compile_check: got config.task = {config.task!r}, expected one of {', '.join(map(repr, tasks))}")
     return tasks[config.task](config, mesh, _caller(residents(config, mesh)))
@@ -115,7 +116,7 @@ def _caller(held: Mapping[str, int]) -> Callable[..., Call]:
 def _reinforced(config: Config, mesh: Mesh, call: Callable[..., Call]) -> list[Call]:
     updates, shape = config.updates.per_batch, packed_shape(config)
     programs, acting, base, state = _trained(config, mesh)
-    calls = _sampling(config, mesh, call, programs, acting)
+    calls = _begun(config, mesh, call, programs, acting)
     if has_local_judge(config):
         calls += _judging(config, mesh, call)
 
@@ -158,7 +159,7 @@ def _distilled(config: Config, mesh: Mesh, call: Callable[..., Call]) -> list[Ca
             call("teacher_signal", "train", teaching.signal, (acting, teacher, *batch), **how),
             call("train_step", "train", programs.train_step, arguments, beside={BATCH: tree_bytes(shown)}, **how),
         ]
-    return _sampling(config, mesh, call, programs, acting) + learning
+    return _begun(config, mesh, call, programs, acting) + learning
 
 
 def _supervised(config: Sft, mesh: Mesh, call: Callable[..., Call]) -> list[Call]:
@@ -199,26 +200,44 @@ def _trained(config: Config, mesh: Mesh) -> tuple[Programs, tuple[str, Any], tup
     return build(config, mesh, policy), (base[0], adapt(config.lora, base[1], state.params)), base, state
 
 
-def _sampling(
+def _begun(
     config: Config, mesh: Mesh, call: Callable[..., Call], programs: Programs, acting: tuple[str, Any]
 ) -> list[Call]:
-    wave, group, answer = config.rollout.wave, config.rollout.group, config.rollout.max_tokens
-    policy = known_model(config.policy)
+    """The state's beginning, and the rollouts."""
+    weights, waves = _parameters(known_model(config.policy), mesh), config.rollout.prompts // config.rollout.wave
+    start = call(
+        "init_state", "start", programs.init_state, (("weights", weights),), each_step=0, settings=("mesh.data", "mesh.model")
+    )
+    return [start, *_sampling(config, config.rollout, mesh, call, acting, waves, _SAMPLING)]
+
+
+def _evaluated(config: Evaluate, mesh: Mesh, call: Callable[..., Call]) -> list[Call]:
+    """A step is a wave.  Whether a judge is needed too, for open-ended answers, only the data says."""
+    if config.sampling.wave % mesh.shape[DATA]:
+        raise ValueError(
+            f"config.sampling.wave: got {config.sampling.wave}, expected a multiple of mesh.data = {mesh.shape[DATA]}"
+        )
+    acting = POLICY, _parameters(known_model(config.policy), mesh)
+    settings = ("sampling.wave", "sampling.group", "mesh.model", "policy.execution.kv_dtype")
+    return _sampling(config, config.sampling, mesh, call, acting, 1, settings)
+
+
+def _sampling(
+    config: Config | Evaluate, how: Rollout | Sampling, mesh: Mesh, call: Callable[..., Call], acting: tuple[str, Any],
+    waves: int, settings: tuple[str, ...],
+) -> list[Call]:  # fmt: skip
+    policy, wave, group, answer = known_model(config.policy), how.wave, how.group, how.max_tokens
     prompt = padded_width(config.data.max_prompt_tokens - 1)
-    prompts, waves = _context(mesh, wave, prompt), config.rollout.prompts // wave
+    prompts = _context(mesh, wave, prompt)
     sampler = build_sampler(policy, mesh, max_tokens=answer, wave=wave)
     prefix = jax.eval_shape(sampler.prefill, acting[1], prompts)
     return [
-        call(
-            "init_state", "start", programs.init_state, (("weights", _parameters(policy, mesh)),), each_step=0,
-            settings=("mesh.data", "mesh.model"),
-        ),
-        call("prefill", "sample", sampler.prefill, (acting, (BATCH, prompts)), each_step=waves, settings=_SAMPLING),
+        call("prefill", "sample", sampler.prefill, (acting, (BATCH, prompts)), each_step=waves, settings=settings),
         call(
             "sample", "sample", sampler.sample,
             (acting, (KEYS, Result("prefill")), (BATCH, _rows(mesh, wave, group, 1)), (BATCH, _draw(mesh, wave, group))),
             # Over a response a row attends to half of it on average.
-            each_step=waves, settings=_SAMPLING, steps=answer, attended=(0, prompt + answer / 2),
+            each_step=waves, settings=settings, steps=answer, attended=(0, prompt + answer / 2),
             inside={KEYS: _pool_bytes(policy, mesh, prefix, group, answer)},
         ),
     ]  # fmt: skip
@@ -255,7 +274,7 @@ def known_model(how: Model) -> LanguageModel:
 
 
 def frozen_models(config: Config | Sft) -> dict[Model, str]:
-    """The models that a run holds beside the policy, and what they serve as; equal models are one copy."""
+    """The models that a training run holds beside the policy, and what they serve as; equal models are one copy."""
     roles: dict[Model, list[str]] = {}
     if config.task != "sft" and needs_reference_model(config):
         roles.setdefault(config.reference, []).append("teacher" if config.task == "distill" else "reference")
@@ -266,8 +285,10 @@ def frozen_models(config: Config | Sft) -> dict[Model, str]:
     return {model: "frozen " + " + ".join(names) for model, names in roles.items()}
 
 
-def residents(config: Config | Sft, mesh: Mesh) -> dict[str, int]:
+def residents(config: Run, mesh: Mesh) -> dict[str, int]:
     """Bytes a device that a run holds throughout a step, by owner."""
+    if config.task == "evaluate":
+        return {POLICY: tree_bytes(_parameters(known_model(config.policy), mesh))}
     state = _state(config, mesh)
     frozen = {role: tree_bytes(_parameters(known_model(how), mesh)) for how, role in frozen_models(config).items()}
     return owned_bytes(POLICY, state) | frozen

@@ -17,14 +17,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from exprl_jax.config import Config, Sft
 from exprl_jax.mesh import fit_mesh, mesh_over
-from exprl_jax.pods.calls import Call, Result, owned_bytes, programs_of, tree_bytes
+from exprl_jax.pods.calls import Call, Result, Run, owned_bytes, programs_of, tree_bytes
 from exprl_jax.pods.chips import GIB, Topology, axis_bandwidth, roomiest
 from exprl_jax.pods.flops import matrix_flops
 from exprl_jax.pods.hlo import Module, collectives, large_copies, read_module, traffic, visits
 
-TEMPORARIES = "activations and temporaries"
+TEMPORARIES, CODE = "activations and temporaries", "code"
 # A copy of so many bytes each time around a loop is worth a line in the report.
 _LARGE = 64 * 1024**2
 
@@ -54,9 +53,10 @@ class Program:
       each_step: calls in one step, at most.
       compiled: it compiled; without that only `exhausted` or `failure` says anything.
       seconds: that tracing and compiling took.
+      code: bytes of its machine code, which lie in HBM once it is loaded.
       peak: bytes of HBM at most, arguments included.
       owners: where the peak's bytes are, and what lies beside it, by owner.
-      total: peak and what lies beside it.
+      total: peak and what lies beside it, the code of all programs of the run with it.
       donated, aliased: bytes of arguments that the caller gives up, and of results that take their place.
       moved: bytes received, and how often, by collective and mesh axes.
       copies: large arrays that a loop moves each time around, as text.
@@ -73,6 +73,7 @@ class Program:
     seconds: float
     exhausted: Exhausted | None = None
     failure: str = ""
+    code: int = 0
     peak: int = 0
     owners: Mapping[str, int] = dataclasses.field(default_factory=dict)
     total: int = 0
@@ -116,7 +117,7 @@ class Proof:
         return sum(each.bound * each.each_step for each in self.programs if phase in (None, each.phase))
 
 
-def prove(config: Config | Sft, where: Topology, changes: str) -> Proof:
+def prove(config: Run, where: Topology, changes: str) -> Proof:
     """Compiles every program of the config for the topology.  One that does not fit does not stop the others.
 
     Raises:
@@ -125,8 +126,11 @@ def prove(config: Config | Sft, where: Topology, changes: str) -> Proof:
     data, model = fit_mesh(config.mesh, len(where.devices))
     mesh = mesh_over(where.devices, data, model)
     results: dict[str, Any] = {}
+    calls = programs_of(config, mesh)
     with uncached():
-        programs = [_measure(call, config, where, mesh, results) for call in programs_of(config, mesh)]
+        measured = [_measure(call, config, where, mesh, results) for call in calls]
+    code = sum(program.code for program, _ in measured)
+    programs = [_loaded(call, *found, code, where.chip.hbm) for call, found in zip(calls, measured)]
     return Proof(where.name, data, model, changes, where.chip.hbm, tuple(programs))
 
 
@@ -168,7 +172,20 @@ def needed_bytes(message: str) -> float | None:
     return float(number) * 1024 ** (1 + "KMGT".index(unit))
 
 
-def _measure(call: Call, config: Config | Sft, where: Topology, mesh: Mesh, results: dict[str, Any]) -> Program:
+def _loaded(call: Call, program: Program, buffers: tuple[str, ...], code: int, limit: float) -> Program:
+    """A program beside the code of all programs: a run keeps them loaded."""
+    if not program.compiled:
+        return program
+    total, exhausted = program.total + code, None
+    if total > limit:
+        exhausted = Exhausted(total, limit, buffers, call.settings)
+    return dataclasses.replace(program, owners={**program.owners, CODE: code}, total=total, exhausted=exhausted)
+
+
+def _measure(
+    call: Call, config: Run, where: Topology, mesh: Mesh, results: dict[str, Any]
+) -> tuple[Program, tuple[str, ...]]:
+    """(what the program takes, the largest arrays that it makes)."""
     begun = time.perf_counter()
 
     def program(**found):
@@ -176,15 +193,15 @@ def _measure(call: Call, config: Config | Sft, where: Topology, mesh: Mesh, resu
 
     missing = [tree.name for _, tree in call.arguments if isinstance(tree, Result) and tree.name not in results]
     if missing:
-        return program(compiled=False, failure=f"needs the result of {missing[0]}, which did not compile")
+        return program(compiled=False, failure=f"needs the result of {missing[0]}, which did not compile"), ()
     try:
         traced, compiled, results[call.name] = _compile(call, results)
     except jax.errors.JaxRuntimeError as error:
         needed = needed_bytes(str(error))
         if needed is None:
-            return program(compiled=False, failure=" ".join(str(error).split())[:500])
+            return program(compiled=False, failure=" ".join(str(error).split())[:500]), ()
         buffers = _buffers_elsewhere(call.name, config, where)
-        return program(compiled=False, exhausted=Exhausted(needed, where.chip.hbm, buffers, call.settings))
+        return program(compiled=False, exhausted=Exhausted(needed, where.chip.hbm, buffers, call.settings)), buffers
     seconds = time.perf_counter() - begun
 
     module, memory = read_module(compiled.as_text()), compiled.memory_analysis()
@@ -207,11 +224,9 @@ def _measure(call: Call, config: Config | Sft, where: Topology, mesh: Mesh, resu
         moved[f"{each.kind} {each.axes}"] = (size + each.received * each.times, times + each.times)
     flops = matrix_flops(traced.jaxpr, call.steps, call.kernels) / mesh.size
     hbm = traffic(module, call.steps, call.kernels)
-    exhausted = None
-    if total > where.chip.hbm:
-        exhausted = Exhausted(total, where.chip.hbm, largest_buffers(module, call.steps, 5), call.settings)
-    return Program(
-        call.name, call.phase, call.each_step, True, seconds, exhausted,
+    found = Program(
+        call.name, call.phase, call.each_step, True, seconds,
+        code=int(memory.generated_code_size_in_bytes),
         peak=peak,
         owners=owners,
         total=total,
@@ -223,6 +238,7 @@ def _measure(call: Call, config: Config | Sft, where: Topology, mesh: Mesh, resu
         hbm=hbm,
         bounds=roofline(flops, hbm, moved, where, mesh),
     )  # fmt: skip
+    return found, largest_buffers(module, call.steps, 5)
 
 
 def roofline(
@@ -259,7 +275,7 @@ def _donated(call: Call, traced: Any) -> list[tuple[Any, bool]]:
     return [(leaf, flag.donated) for leaf, flag in zip(leaves, flags)]
 
 
-def _buffers_elsewhere(name: str, config: Config | Sft, where: Topology) -> tuple[str, ...]:
+def _buffers_elsewhere(name: str, config: Run, where: Topology) -> tuple[str, ...]:
     """The largest buffers of a program that the compiler refused: it does not name them, so the program is compiled for
     as many chips of the generation with the most memory.  Empty where it does not fit there either."""
     there = roomiest(len(where.devices))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from exprl_jax.pods.chips import GIB
-from exprl_jax.pods.measure import TEMPORARIES, Program, Proof
+from exprl_jax.pods.measure import CODE, TEMPORARIES, Program, Proof
 
 Table = tuple[str, list[str], list[list[str]]]
 BEGIN, END = "<!-- compile_check: begin -->", "<!-- compile_check: end -->"
@@ -140,5 +140,5 @@ def _figure(number: float) -> str:
 
 
 def _place(owner: str) -> tuple[int, str]:
-    order = ["weights", "policy", "Adam", "frozen", "batch", "KV"]
+    order = ["weights", "policy", "Adam", "frozen", "batch", "KV", CODE]
     return next((i for i, name in enumerate(order) if owner.startswith(name)), len(order)), owner

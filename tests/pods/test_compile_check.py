@@ -229,7 +229,8 @@ LOADS = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
         (["--config=configs/tiny.py", "--topology=v5e-16"], 1, "expected <generation>:<shape>"),
         (["--config=configs/tiny.py", "--topology=v5e:4x4+mesh.data=3"], 1, "expected a product of 16"),
         (["--config=configs/tiny.py:sft", "--topology=v5e:4x4+microbatch=3"], 1, "config.microbatch: got 3 rows"),
-        (["--config=configs/evaluate.py:tiny", "--topology=v5e:4x4"], 1, "expected one of 'rl', 'distill', 'sft'"),
+        (["--config=configs/evaluate.py:tiny", "--topology=v5e:4x4+sampling.wave=7+mesh.data=16"], 1, "config.sampling.wave: got 7"),
+        (["--config=configs/calibrate.py:smoke", "--topology=v5e:4x4"], 1, "expected one of 'rl', 'distill', 'sft', 'evaluate'"),
     ],
 )
 def test_what_cannot_work_ends_in_one_line(options, status, said, capsys):
