@@ -1,11 +1,12 @@
-"""Google Cloud in a folder, for the tests of tpu_scripts/: `gcloud`, and on its workers sudo, python3 and the program.
+"""Google Cloud in a folder, for the tests of tpu_scripts/: `gcloud`, and on its workers sudo, pkill, python3, the program.
 
 Each of these commands is this file under another name.  All record their words in calls.jsonl.  What gcloud answers
 of the slice $STUB_NAME comes from scripts in the folder $STUB: a line of `queued` and of `nodes` each time it is asked
 (the last line stays; `-`: there is none; no script: the node is READY).  `tpu-vm ssh` runs its command in a real shell,
 with a folder of workers/ as home.  A line of `programs-<worker>` says what the program does when it is started there: a
-number to exit with, `run` until it is killed, `lost`: killed together with the shell that waits for it, or `leaves` a
-child behind.  A call that holds a line of `refuse` among its words fails.
+number to exit with, `run` until it is killed, `lost`: killed together with the shell that waits for it, `leaves` a
+child behind, or `stops` and a number to exit with: it runs until TERM has reached one worker, and saves until there is
+a file `saved`.  A call that holds a line of `refuse` among its words fails.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 
-COMMANDS = ("gcloud", "sudo", "mountpoint", "python3")
+COMMANDS = ("gcloud", "sudo", "mountpoint", "pkill", "python3")
 
 
 def install(folder: pathlib.Path, name: str, scripts: dict[str, list[str]], workers: int = 2) -> dict[str, str]:
@@ -111,6 +112,8 @@ def _python(folder: pathlib.Path, words: list[str]) -> int:
         case ["-m", "exprl_jax.main", *_]:
             home = pathlib.Path(os.environ["HOME"])
             does = _next(folder, f"programs-{home.name}")
+            if does.startswith("stops"):
+                signal.signal(signal.SIGTERM, lambda *_: (folder / "asked").touch())
             print(f"stub program on worker {home.name}", flush=True)
             if does == "leaves" and not os.fork():
                 (folder / f"program-{home.name}-{os.getpid()}.pid").write_text(str(os.getpid()))
@@ -119,7 +122,24 @@ def _python(folder: pathlib.Path, words: list[str]) -> int:
                 time.sleep(600)
             if does == "lost":
                 os.kill(os.getppid(), signal.SIGKILL)
-            return int(does) if does.isdecimal() else 0
+            if does.startswith("stops"):
+                while not ((folder / "asked").exists() and (folder / "saved").exists()):
+                    time.sleep(0.01)
+                if home.name == "0":
+                    print("stopped after step 4 of 230; start again with the same command to go on", flush=True)
+                does = does.removeprefix("stops")
+            return int(does) if does.strip().isdecimal() else 0
+    return 0
+
+
+def _pkill(words: list[str]) -> int:
+    """Only what runs on this worker, which has the machine to itself."""
+    sent, _, pattern = words
+    for pid in subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True).stdout.split():
+        with contextlib.suppress(OSError):
+            held = pathlib.Path("/proc", pid, "environ").read_bytes().split(b"\0")
+            if f"HOME={os.environ['HOME']}".encode() in held:
+                os.kill(int(pid), getattr(signal, f"SIG{sent[1:]}"))
     return 0
 
 
@@ -150,6 +170,8 @@ def _do(folder: pathlib.Path, name: str, words: list[str]) -> int:
         return _gcloud(folder, words)
     if name.startswith("python"):
         return _python(folder, words)
+    if name == "pkill":
+        return _pkill(words)
     return 1 if name == "mountpoint" else 0  # nothing is mounted yet
 
 

@@ -312,6 +312,36 @@ def test_launch_outlives_its_connection_once(cloud):
         assert log.startswith(started) and log.endswith(started) and log.count(started) == 2
 
 
+def launched(stub):
+    """Starts a run, waits until it says something on every worker, and returns its records."""
+    done = stub.run("launch.sh", *CALLS["launch.sh"])
+    assert done.returncode == 0, done.stderr
+    records = [stub.home(worker) / "runs/mnt/exprl/runs/outcome" for worker in range(2)]
+    wait_for(lambda: all((each / "log").exists() and (each / "log").read_text() for each in records))
+    return records
+
+
+def statuses(records):
+    """How the programs ended, once all have."""
+    wait_for(lambda: all((each / "status").exists() and (each / "status").read_text() for each in records))
+    return [int((each / "status").read_text()) for each in records]
+
+
+def test_a_run_that_was_asked_to_stop_is_held_until_it_has_saved(cloud):
+    """Asked as the guide does; the shell that waits for the program has the program's name among its words."""
+    (ask,) = (command for command in commands_of(GUIDE) if "pkill" in command)
+    stub = cloud(**{f"programs-{worker}": ["stops"] for worker in range(2)})
+    stub.set_up()
+    records = launched(stub)
+    variables = stub.environment | {"PROJECT": "p", "ZONE": "z", "NAME": "n"}
+    assert subprocess.run(["sh", "-c", ask], cwd=stub.folder, env=variables).returncode == 0
+    wait_for((stub.folder / "asked").exists)
+    again = stub.run("launch.sh", *CALLS["launch.sh"])
+    assert again.returncode == 1 and again.stderr.count("a run is under way") == 2
+    (stub.folder / "saved").touch()
+    assert statuses(records) == [143, 0]
+
+
 def test_what_a_program_leaves_behind_does_not_hold_its_run(cloud):
     """A grader that outlives it, for instance."""
     stub = cloud(**{f"programs-{worker}": ["leaves", "0"] for worker in range(2)})
