@@ -342,6 +342,15 @@ def test_a_run_that_was_asked_to_stop_is_held_until_it_has_saved(cloud):
     assert statuses(records) == [143, 0]
 
 
+def test_only_a_program_that_has_just_stopped_well_counts_as_stopped(cloud):
+    """The log of the first start stays; an error outlasts the request to stop."""
+    stub = cloud(**{"programs-0": ["stops", "0", "3", "stops 1"], "programs-1": ["stops", "0", "0", "stops"]})
+    stub.set_up()
+    (stub.folder / "asked").touch()
+    (stub.folder / "saved").touch()
+    assert [statuses(launched(stub)) for _ in range(4)] == [[143, 0], [0, 0], [3, 0], [1, 0]]
+
+
 def test_what_a_program_leaves_behind_does_not_hold_its_run(cloud):
     """A grader that outlives it, for instance."""
     stub = cloud(**{f"programs-{worker}": ["leaves", "0"] for worker in range(2)})

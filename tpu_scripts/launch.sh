@@ -33,7 +33,15 @@ program=$(program "$WORKDIR" "$CONFIG")
 # The lock belongs to the shell that waits for the program, not to the program's own children, and goes with it however
 # it ends.  That shell writes how the program ended, unless the machine goes down: then nothing is written.  The TERM that
 # asks the program to stop may reach it too, and does not end it: it waits until the program has saved.  A program that
-# was asked to stop, and saved, has not ended its run: it counts as killed (143).
+# was asked to stop, and saved, has not ended its run: it ends with 0, says so after what the log held before, and counts
+# as killed (143).
+# shellcheck disable=SC2016 # for the worker's shell
+wait='trap : TERM
+before=$(wc -c <"$0"/log)
+{ '$program'; } 9>&-
+code=$?
+[ $code -ne 0 ] || ! tail -c +$((before + 1)) "$0"/log | grep -q "^stopped" || code=143
+echo $code >"$0"/status'
 on_workers all "set -eu
 cd exprl_jax
 run=$(records_of "$WORKDIR")
@@ -42,4 +50,4 @@ exec 9>\"\$run\"/lock
 flock -n 9 || { echo \"a run is under way in \$run\" >&2; exit 1; }
 rm -f \"\$run\"/status
 printf '%s\n' $(quote "$program") >\"\$run\"/command
-nohup sh -c $(quote "trap : TERM; { $program; } 9>&-; code=\$?; tail -n 5 \"\$0\"/log | grep -q \"^stopped\" && code=143; echo \$code >\"\$0\"/status") \"\$run\" >>\"\$run\"/log 2>&1 </dev/null &"
+nohup sh -c $(quote "$wait") \"\$run\" >>\"\$run\"/log 2>&1 </dev/null &"
