@@ -297,7 +297,7 @@ def test_launch_outlives_its_connection_once(cloud):
     for worker in range(2):
         assert stub.calls(f"{worker}:python") == [[f"{worker}:python", *passed]]
     again = stub.run(*words)
-    assert again.returncode == 1 and again.stderr.count("a run is under way in ") == 2
+    assert again.returncode == 1 and again.stderr.count("a run is under way: ") == 2
     records = [stub.home(worker) / f"runs{workdir}" for worker in range(2)]
     assert not any((each / "status").exists() for each in records)
     stub_gcloud.end_programs(stub.folder)
@@ -480,6 +480,34 @@ def test_resume_takes_up_a_run_that_is_under_way(cloud):
             (record / "status").write_text("0\n")  # not read while the run holds its lock
         assert resumed.poll() is None
         resumed.terminate()
+
+
+@pytest.mark.parametrize(
+    "script, words",
+    [
+        ("resume.sh", ["--", "--config.steps=300"]),
+        ("resume.sh", ["--config=configs/stage2.py"]),
+        ("resume.sh", ["--workdir=/mnt/exprl/runs/another"]),
+        ("launch.sh", ["--workdir=/mnt/exprl/runs/another"]),
+        ("setup.sh", ["--nfs=10.0.0.2:/share"]),
+        ("setup.sh", []),
+    ],
+)
+def test_a_slice_that_is_busy_is_left_alone(cloud, script, words):
+    """One worker's run is enough."""
+    stub = cloud(queued=["ACTIVE"], **{"programs-0": ["1"], "programs-1": ["run"]})
+    stub.set_up()
+    records = launched(stub)
+    assert statuses(records[:1]) == [1]
+    done = stub.run(script, *CALLS[script], *words)
+    assert done.returncode == 1
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("a run is under way: ")]
+    assert said.endswith(f"-m exprl_jax.main {' '.join(RUN)} --distributed=auto")
+    if script == "resume.sh":
+        busy = "resume.sh: n is busy with another run than this one; wait for its end, or ask it to stop"
+        assert done.stderr.splitlines()[-1] == busy
+    assert "setup" not in deeds(stub) and all((stub.home(worker) / "exprl_jax").exists() for worker in range(2))
+    assert not (records[1] / "status").exists()
 
 
 def test_resume_starts_a_killed_program_again_and_not_for_ever(cloud):

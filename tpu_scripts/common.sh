@@ -118,6 +118,11 @@ records_of() {
     printf '"$HOME"/runs%s' "$(quote "$1")"
 }
 
+# A slice has one run at a time, whatever its workdir: the shell that waits for the program holds this file of each
+# worker, and the program's words are in it.
+# shellcheck disable=SC2016,SC2034 # for the worker's shell; in the other scripts
+LOCK='"$HOME"/exprl_jax_lock'
+
 # A folder of this process for as long as the script runs.
 make_scratch() {
     SCRATCH=${TMPDIR:-/tmp}/exprl_jax.$$

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Starts a run on all workers of a slice, or goes on with it; it does not need this connection to live.
+# Starts a run on all workers of a slice, or goes on with it; it does not need this connection to live.  A slice that
+# has a run already is left as it is.
 #
 #     tpu_scripts/launch.sh --project=P --zone=Z --name=N --config=configs/stage1.py --workdir=/mnt/exprl/runs/outcome \
 #         [-- --config.KEY=VALUE ...]
@@ -46,8 +47,8 @@ on_workers all "set -eu
 cd exprl_jax
 run=$(records_of "$WORKDIR")
 mkdir -p \"\$run\"
-exec 9>\"\$run\"/lock
-flock -n 9 || { echo \"a run is under way in \$run\" >&2; exit 1; }
+exec 9>>$LOCK
+flock -w 1 9 || { echo \"a run is under way: \$(cat $LOCK)\" >&2; exit 1; }
 rm -f \"\$run\"/status
-printf '%s\n' $(quote "$program") >\"\$run\"/command
+printf '%s\n' $(quote "$program") | tee $LOCK >\"\$run\"/command
 nohup sh -c $(quote "$wait") \"\$run\" >>\"\$run\"/log 2>&1 </dev/null &"

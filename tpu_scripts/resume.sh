@@ -15,7 +15,8 @@
 #
 # Start it in any state: it finds out where things stand, so it may itself be stopped and started again.  It ends with 0
 # when the program has ended so on every worker, and otherwise when the program refuses to go on (status 1 or 2), when
-# the restarts are used up, or when ten things in a row have failed.  It never deletes a slice that is well.
+# the slice is busy with another run (another workdir, config or option), when the restarts are used up, or when ten
+# things in a row have failed.  It never deletes a slice that is well.
 
 set -eu
 here=$(dirname "$0")
@@ -67,13 +68,15 @@ launch() {
     eval 'call launch.sh --config="$CONFIG" --workdir="$WORKDIR" --' "$REST"
 }
 
-# One line a worker: running, `ended` and the status, lost (it was killed with its shell), or new: not started yet, or
-# started as another run.
+# One line a worker: running, busy (with another run), `ended` and the status, lost (it was killed with its shell), or
+# new: not started yet, or started as another run that is no more.  Looks share the lock, so that two are not two runs.
 ask_workers() {
     on_workers all "run=$(records_of "$WORKDIR")
 program=$(quote "$(program "$WORKDIR" "$CONFIG")")
-if ! [ -f \"\$run\"/command ] || [ \"\$(cat \"\$run\"/command)\" != \"\$program\" ]; then echo new
-elif ! flock -n \"\$run\"/lock true; then echo running
+if ! flock -s -n $LOCK true; then
+    if [ \"\$(cat $LOCK)\" = \"\$program\" ]; then echo running
+    else echo busy; echo \"a run is under way: \$(cat $LOCK)\" >&2; fi
+elif ! [ -f \"\$run\"/command ] || [ \"\$(cat \"\$run\"/command)\" != \"\$program\" ]; then echo new
 elif [ -f \"\$run\"/status ]; then echo \"ended \$(cat \"\$run\"/status)\"
 else echo lost
 fi"
@@ -143,7 +146,9 @@ while :; do
         continue
         ;;
     esac
-    if some_worker_is running; then
+    if some_worker_is busy; then
+        fail "$NAME is busy with another run than this one; wait for its end, or ask it to stop"
+    elif some_worker_is running; then
         failures=0
         sleep "$POLL"
     elif some_worker_is new; then

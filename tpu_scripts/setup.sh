@@ -10,7 +10,8 @@
 # --dry-run                   print the commands, run nothing
 #
 # Workdirs lie on /mnt/exprl: what all hosts see and what outlives the slice.  A slice of one host can do without if its
-# workdir may go with it.  Changes that are not committed stay behind.  Last, all workers count the chips together.
+# workdir may go with it.  Changes that are not committed stay behind.  Last, all workers count the chips together.  A slice
+# that has a run is left as it is; one that was set up before may be set up again.
 
 set -eu
 here=$(dirname "$0")
@@ -70,9 +71,11 @@ else
     [ "$state" = ACTIVE ] || fail "gcloud cannot say in what state $NAME is"
 fi
 
-if [ -n "$mount" ]; then
-    on_workers all "set -e; sudo mkdir -p /mnt/exprl; mountpoint -q /mnt/exprl || { $mount; }"
-fi
+# Before anything changes on any worker: what is installed anew would be taken away from under a run.
+[ -z "$mount" ] || mount="sudo mkdir -p /mnt/exprl; mountpoint -q /mnt/exprl || { $mount; }"
+on_workers all "set -e
+flock -s -n $LOCK true || { echo \"a run is under way: \$(cat $LOCK)\" >&2; exit 1; }
+$mount"
 make_scratch
 run git -C "$here/.." archive --format=tar.gz --output="$SCRATCH/exprl_jax.tar.gz" HEAD
 run gcloud compute tpus tpu-vm scp "$SCRATCH/exprl_jax.tar.gz" "$NAME:" --project="$PROJECT" --zone="$ZONE" --worker=all
