@@ -5,8 +5,8 @@ of the slice $STUB_NAME comes from scripts in the folder $STUB: a line of `queue
 (the last line stays; `-`: there is none; no script: the node is READY).  `tpu-vm ssh` runs its command in a real shell,
 with a folder of workers/ as home.  A line of `programs-<worker>` says what the program does when it is started there: a
 number to exit with, `run` until it is killed, `lost`: killed together with the shell that waits for it, `leaves` a
-child behind, or `stops` and a number to exit with: it runs until TERM has reached one worker, and saves until there is
-a file `saved`.  A call that holds a line of `refuse` among its words fails.
+child behind, `reboots`: is lost with the machine's mounts, or `stops` and a number to exit with: it runs until TERM has
+reached one worker, and saves until there is a file `saved`.  A call that holds a line of `refuse` among its words fails.
 """
 
 import contextlib
@@ -120,7 +120,9 @@ def _python(folder: pathlib.Path, words: list[str]) -> int:
                 does = "run"
             if does == "run":
                 time.sleep(600)
-            if does == "lost":
+            if does == "reboots":
+                (home / "mounted").unlink()
+            if does in ("lost", "reboots"):
                 os.kill(os.getppid(), signal.SIGKILL)
             if does.startswith("stops"):
                 while not ((folder / "asked").exists() and (folder / "saved").exists()):
@@ -172,7 +174,10 @@ def _do(folder: pathlib.Path, name: str, words: list[str]) -> int:
         return _python(folder, words)
     if name == "pkill":
         return _pkill(words)
-    return 1 if name == "mountpoint" else 0  # nothing is mounted yet
+    mounted = pathlib.Path(os.environ["HOME"], "mounted")
+    if "mount" in words:
+        mounted.touch()
+    return not mounted.exists() if name == "mountpoint" else 0
 
 
 if __name__ == "__main__":

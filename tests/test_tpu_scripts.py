@@ -15,6 +15,7 @@ from tiny_runs import ROOT
 
 FOLDER = ROOT / "tpu_scripts"
 SLICE = ["--project=p", "--zone=z", "--name=n"]
+NFS = "--nfs=10.0.0.2:/share"
 RUN = ["--config=configs/stage1.py", "--workdir=/mnt/exprl/runs/outcome"]
 # A complete call of each.
 CALLS = {
@@ -61,6 +62,7 @@ class Cloud:
         """Workers as setup.sh leaves them."""
         for worker in range(2):
             (self.home(worker) / "exprl_jax").mkdir()
+            (self.home(worker) / "mounted").touch()
             stub_gcloud._executable(self.home(worker) / "exprl_jax_env/bin/python")
 
 
@@ -231,7 +233,7 @@ def test_create(cloud, topology, type_, runtime, spot):
 
 def test_setup_waits_and_readies_every_worker(cloud, tmp_path):
     stub = cloud(queued=["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"], nodes=["CREATING", "READY"])
-    done = stub.run("setup.sh", *SLICE, "--nfs=10.0.0.2:/share", "--poll=0", TMPDIR=str(tmp_path))
+    done = stub.run("setup.sh", *SLICE, NFS, "--poll=0", TMPDIR=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[:3] == ["n is WAITING_FOR_RESOURCES", "n is PROVISIONING", "n is CREATING"]
     called = without_text(stub.calls("gcloud"))
@@ -272,7 +274,7 @@ def test_setup_mounts_only_a_bucket_that_renames_folders(cloud):
     assert "--bucket=b: expected a bucket with hierarchical namespace" in done.stderr
     described = ["gcloud", "storage", "buckets", "describe", "gs://b", "--raw"]
     assert stub.calls() == [[*described, "--format=value(hierarchicalNamespace.enabled)"]]
-    both = stub.run("setup.sh", *SLICE, "--bucket=b", "--nfs=10.0.0.2:/share")
+    both = stub.run("setup.sh", *SLICE, "--bucket=b", NFS)
     assert both.returncode == 2 and both.stderr == "setup.sh: --nfs and --bucket are two ways to the same; give one\n"
 
 
@@ -349,6 +351,21 @@ def test_only_a_program_that_has_just_stopped_well_counts_as_stopped(cloud):
     (stub.folder / "asked").touch()
     (stub.folder / "saved").touch()
     assert [statuses(launched(stub)) for _ in range(4)] == [[143, 0], [0, 0], [3, 0], [1, 0]]
+
+
+@pytest.mark.parametrize("workdir", ["/mnt/exprl", "/mnt/exprl/runs/outcome", "/mnt/exprlike", "/home/me/runs/outcome"])
+def test_launch_writes_to_the_shared_folder_only_where_it_is_mounted(cloud, workdir):
+    """On one of two workers it is not, as after a reboot; a slice of one host may do without."""
+    stub = cloud(**{f"programs-{worker}": ["0"] for worker in range(2)})
+    stub.set_up()
+    (stub.home(1) / "mounted").unlink()
+    done = stub.run("launch.sh", *SLICE, RUN[0], f"--workdir={workdir}")
+    if workdir.split("/")[2] == "exprl":
+        assert done.returncode == 1
+        assert done.stderr == "nothing is mounted on /mnt/exprl; give setup.sh --nfs or --bucket\n"
+        assert not stub.calls("1:python") and not (stub.home(1) / "runs").exists()
+    else:
+        assert (done.returncode, done.stderr) == (0, "") and len(stub.calls("0:python", "1:python")) == 2
 
 
 def test_what_a_program_leaves_behind_does_not_hold_its_run(cloud):
@@ -441,7 +458,7 @@ def deeds(stub):
 
 
 def resume(stub, *more):
-    return stub.run("resume.sh", *SLICE, "--topology=v5e:4x4", "--spot", *RUN, "--poll=0.05", *more)
+    return stub.run("resume.sh", *SLICE, "--topology=v5e:4x4", "--spot", NFS, *RUN, "--poll=0.05", *more)
 
 
 def test_resume_goes_on_after_preemptions_until_the_program_has_ended(cloud):
@@ -453,7 +470,7 @@ def test_resume_goes_on_after_preemptions_until_the_program_has_ended(cloud):
     nodes = ["READY", "READY", "READY", "PREEMPTED", "READY"]
     programs = {f"programs-{worker}": ["run", "run", "0"] for worker in range(2)}
     stub = cloud(queued=queued, nodes=nodes, **programs)
-    done = resume(stub, "--nfs=10.0.0.2:/share", "--", "--config.data.source=a b")
+    done = resume(stub, "--", "--config.data.source=a b")
     assert done.returncode == 0, done.stderr
     assert deeds(stub) == ["create", "setup", "launch", "delete"] * 2 + ["create", "setup", "launch"]
     passed = ["-m", "exprl_jax.main", *RUN, "--distributed=auto", "--config.data.source=a b"]
@@ -489,7 +506,7 @@ def test_resume_takes_up_a_run_that_is_under_way(cloud):
         ("resume.sh", ["--config=configs/stage2.py"]),
         ("resume.sh", ["--workdir=/mnt/exprl/runs/another"]),
         ("launch.sh", ["--workdir=/mnt/exprl/runs/another"]),
-        ("setup.sh", ["--nfs=10.0.0.2:/share"]),
+        ("setup.sh", [NFS]),
         ("setup.sh", []),
     ],
 )
@@ -516,8 +533,17 @@ def test_resume_starts_a_killed_program_again_and_not_for_ever(cloud):
     stub.set_up()
     done = resume(stub, "--restarts=2")
     assert done.returncode == 1
-    assert deeds(stub) == ["setup", "launch", "launch", "launch"]
+    assert deeds(stub) == ["setup", "launch"] * 3
     assert done.stderr.splitlines()[-1].startswith("resume.sh: the program was killed on n once more than --restarts ")
+
+
+def test_resume_mounts_again_what_a_reboot_has_taken(cloud):
+    stub = cloud(queued=["ACTIVE"], **{"programs-0": ["134", "0"], "programs-1": ["reboots", "0"]})
+    done = resume(stub)
+    assert done.returncode == 0, done.stderr
+    assert deeds(stub) == ["setup", "launch"] * 2
+    mounts = [call for call in stub.calls("0:sudo", "1:sudo") if call[1] == "mount"]
+    assert sorted(call[0] for call in mounts) == ["0:sudo", "1:sudo", "1:sudo"]
 
 
 @pytest.mark.parametrize("status", ["1", "2"])
@@ -550,7 +576,7 @@ def test_resume_bears_a_slice_that_goes_while_it_is_set_up(cloud):
     programs = {f"programs-{worker}": ["0"] for worker in range(2)}
     stub = cloud(queued=["ACTIVE", "ACTIVE", "SUSPENDED", "-", "ACTIVE"], refuse=["scp"], **programs)
     with subprocess.Popen(
-        [FOLDER / "resume.sh", *CALLS["resume.sh"], "--poll=0.05"], env=stub.environment, stderr=subprocess.PIPE,
+        [FOLDER / "resume.sh", *CALLS["resume.sh"], NFS, "--poll=0.05"], env=stub.environment, stderr=subprocess.PIPE,
         text=True,
     ) as resumed:  # fmt: skip
         wait_for(lambda: "delete" in deeds(stub))

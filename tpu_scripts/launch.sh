@@ -7,7 +7,8 @@
 #
 # --project, --zone, --name   as in create.sh (or PROJECT, ZONE, NAME)
 # --config                    the experiment, a file of the repository, optionally with :arm
-# --workdir                   absolute, on the file system that all workers share; starting again in it resumes
+# --workdir                   absolute, on the file system that all workers share; starting again in it resumes; one on
+#                             /mnt/exprl is refused while nothing is mounted there
 # --dry-run                   print the commands, run nothing
 #
 # What follows -- goes to python -m exprl_jax.main as it is.  Output is in ~/runs<workdir>/log on each worker (logs.sh).
@@ -43,7 +44,15 @@ before=$(wc -c <"$0"/log)
 code=$?
 [ $code -ne 0 ] || ! tail -c +$((before + 1)) "$0"/log | grep -q "^stopped" || code=143
 echo $code >"$0"/status'
+mounted=''
+case $WORKDIR in
+/mnt/exprl | /mnt/exprl/*)
+    mounted='mountpoint -q /mnt/exprl ||
+{ echo "nothing is mounted on /mnt/exprl; give setup.sh --nfs or --bucket" >&2; exit 1; }'
+    ;;
+esac
 on_workers all "set -eu
+$mounted
 cd exprl_jax
 run=$(records_of "$WORKDIR")
 mkdir -p \"\$run\"

@@ -158,8 +158,10 @@ while :; do
         fi
     elif some_worker_is 'lost|ended 1(2[89]|[3-9].)|ended 2..'; then
         again "the program was killed on $NAME"
-        say "the program was killed on $NAME: starting it again"
-        try launch || :
+        say "the program was killed on $NAME: setting up again" # with it a mount goes where the machine goes down
+        if try setup; then
+            try launch || :
+        fi
     elif some_worker_is 'ended 0' && ! some_worker_is 'ended [^0].*'; then
         say "$WORKDIR has ended"
         exit 0

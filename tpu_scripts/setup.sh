@@ -9,8 +9,8 @@
 # --poll                      seconds between two looks at the queue, 60
 # --dry-run                   print the commands, run nothing
 #
-# Workdirs lie on /mnt/exprl: what all hosts see and what outlives the slice.  A slice of one host can do without if its
-# workdir may go with it.  Changes that are not committed stay behind.  Last, all workers count the chips together.  A slice
+# Workdirs lie on /mnt/exprl: what all hosts see and what outlives the slice.  A slice of one host can do without, with
+# a workdir elsewhere, which goes with it.  Changes that are not committed stay behind.  Last, all workers count the chips together.  A slice
 # that has a run is left as it is; one that was set up before may be set up again.
 
 set -eu
