@@ -31,6 +31,7 @@ import os
 import pathlib
 import shutil
 import socket
+import time
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from exprl_jax.config import differences
@@ -42,6 +43,7 @@ NEUTRAL_KEYS = (
 # What a run writes as it goes, besides checkpoints: once there is any, the run has begun.
 RECORDS = ("metrics.jsonl", "samples/*.jsonl", "scores.jsonl", "annotations.jsonl")
 _SHOWN_DIFFERENCES = 8
+_SHOWN_WITHIN_S = 60.0  # NFS remembers for as long that a file was not there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +130,10 @@ def open_workdir(
                 barrier()
         else:
             barrier()
-            if not (folder / "config.json").exists():
+            limit = time.monotonic() + _SHOWN_WITHIN_S
+            while not (seen := (folder / "config.json").exists()) and time.monotonic() < limit:
+                time.sleep(1)
+            if not seen:
                 raise ValueError(
                     f"--workdir {folder}: process {process} sees no config.json; pass a folder that all hosts share"
                 )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import threading
 
 import pytest
 
+from exprl_jax import workdir as room
 from exprl_jax.workdir import open_workdir, write_atomically
 
 CONFIG = {"seed": 1, "steps": 10, "loss": {"clip_low": 0.2, "pair": (1, 2)}, "data": {"source": "a.jsonl"}}
@@ -183,7 +185,31 @@ def test_other_processes_wait_for_the_first_and_only_read(tmp_path):
     assert found == [True]
 
 
-def test_other_processes_are_let_go_when_the_first_refuses(tmp_path):
+def test_other_processes_wait_for_a_file_system_that_shows_them_the_run_later(tmp_path, monkeypatch):
+    """As NFS does, which remembers for a while that a file was not there."""
+    first, exists, looks = threading.Event(), pathlib.Path.exists, []
+
+    def late(path):
+        if path.name == "config.json" and threading.current_thread() is other:
+            looks.append(path)
+            if len(looks) == 1:
+                return False
+        return exists(path)
+
+    def enter():
+        with open_workdir(tmp_path / "run", CONFIG, process=1, barrier=first.wait) as workdir:
+            found.append(workdir.path)
+
+    found, other = [], threading.Thread(target=enter)
+    monkeypatch.setattr(pathlib.Path, "exists", late)
+    other.start()
+    with open_workdir(tmp_path / "run", CONFIG, process=0, barrier=first.set):
+        other.join(30)
+    assert found == [tmp_path / "run"] and len(looks) == 2
+
+
+def test_other_processes_are_let_go_when_the_first_refuses(tmp_path, monkeypatch):
+    monkeypatch.setattr(room, "_SHOWN_WITHIN_S", 0.0)
     barrier, refusals = threading.Barrier(2), []
     (tmp_path / "something").write_text("")
 
