@@ -24,6 +24,18 @@ from tiny_runs import ROOT, config_dict, prepared, resolve, tiny
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
 
 TINY = f"--config={ROOT / 'configs/tiny.py'}"
+# The door, and then a program that is compiled where its settings hold; a run's own take longer than the limit.
+COMPILE = """
+import sys
+from exprl_jax import main
+status = main.main(sys.argv)
+import jax
+def kept_for_the_next(x):
+    return x + 1
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+jax.jit(kept_for_the_next)(1)
+sys.exit(status)
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -139,6 +151,24 @@ def test_processes_that_nothing_tells_of_one_another_are_refused(tmp_path):
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("exprl_jax: --distributed=auto: JAX finds no Cloud TPU slice, Slurm step or MPI job")
     assert done.stderr.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_what_is_compiled_is_kept_for_the_next_start(named, tmp_path):
+    """In the user's cache without being told, and where JAX's variable says."""
+    alone = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    alone |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    if named:
+        alone["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "named")
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE, TINY, f"--diff={ROOT / 'configs/tiny.py'}"], cwd=ROOT, env=alone,
+        capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kept, other = tmp_path / "named", tmp_path / "cache/exprl_jax/xla"
+    if not named:
+        kept, other = other, kept
+    assert [path for path in kept.iterdir() if path.name.startswith("jit_kept_for_the_next")] and not other.exists()
 
 
 # ------------------------------------------------------------------------------------------------ the config
