@@ -8,6 +8,9 @@ Every process runs the same program, and most of its steps wait for all of them.
   heard of for the heartbeat's seconds, or at once where a connection breaks.
 - A stop that was asked of it (SIGTERM, as a preempted host gets): see `stopping`; all stop after the same step.
 
+Processes that do not all come together at the start are ended by JAX too: after five minutes, with status 134 and the
+stack of its C++, which no exception goes before.
+
 A run that has ended in one of the first two ways goes on from its newest checkpoint when all are started again.
 """
 
@@ -30,14 +33,14 @@ _GRACE_S = 3.0  # what is wrong in all processes alike, each says itself
 
 
 def connect(coordinator: str, processes: int, process: int, heartbeat_s: int) -> None:
-    """Joins a run of so many processes; returns once all are there.
+    """Joins a run of so many processes; returns once all are there.  JAX ends the process if they do not come.
 
     Args:
       coordinator: host:port of process 0.
       heartbeat_s: a process that has not been heard of for so many seconds is taken for dead.
 
     Raises:
-      ValueError: there is no such process, or not all came together.
+      ValueError: there is no such process, or process 0 cannot listen at that port.
     """
     try:
         _initialize(heartbeat_s, coordinator_address=coordinator, num_processes=processes, process_id=process)
@@ -47,9 +50,10 @@ def connect(coordinator: str, processes: int, process: int, heartbeat_s: int) ->
 
 def connect_detected(heartbeat_s: int) -> None:
     """Joins the run that the environment describes: a Cloud TPU slice, Slurm, Open MPI or whatever else JAX detects.
+    JAX ends the process if the others do not come.
 
     Raises:
-      ValueError: it describes none, or not all processes came together.
+      ValueError: it describes none, or process 0 cannot listen at its port.
     """
     try:
         _initialize(heartbeat_s)
