@@ -18,7 +18,7 @@ from exprl_jax.pods import measure
 from exprl_jax.pods.calls import programs_of, residents
 from exprl_jax.mesh import mesh_over
 from exprl_jax.pods.chips import GIB, topology
-from exprl_jax.pods.measure import TEMPORARIES, needed_bytes, prove, uncached
+from exprl_jax.pods.measure import CODE, TEMPORARIES, needed_bytes, prove, uncached
 from exprl_jax.pods.tables import as_text, rewritten
 from tiny_runs import config_dict
 
@@ -79,6 +79,23 @@ def test_every_program_compiles_and_fits(proof):
         within = sum(size for name, size in each.owners.items())
         assert within == pytest.approx(each.total, abs=1) and each.owners[TEMPORARIES] >= 0
         assert 0 < each.peak <= each.total < proof.limit
+
+
+# MiB at the peak.  What takes a tenth more than it did should be known to.
+PEAKS = {
+    "init_state": 4.53, "prefill": 4.77, "sample": 19.6, "judge_prefill": 7.24, "judge": 37.6, "token_logp": 10.2,
+    "token_logp (reference)": 9.60, "train_step": 22.5,
+}  # fmt: skip
+
+
+def test_the_peaks_are_what_they_were(proof):
+    found = {each.name: each.peak / 2**20 for each in proof.programs}
+    assert found == pytest.approx(PEAKS, rel=0.1)
+
+
+def test_the_code_of_all_programs_lies_beside_each(proof):
+    code = sum(each.code for each in proof.programs)
+    assert {each.owners[CODE] for each in proof.programs} == {code} and min(each.code for each in proof.programs) > 0
 
 
 def test_only_the_train_step_gives_its_state_away_and_gets_it_back_in_place(proof):
