@@ -19,6 +19,8 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
+        """Every process must enter at the same point."""
+        _any_process(False)  # compiled now, so that no later step is the first to ask
         for number in (signal.SIGTERM, signal.SIGINT):
             self._before[number] = signal.signal(number, self._ask)
         return self
@@ -29,12 +31,14 @@ class StopRequest:
 
     def agreed(self) -> bool:
         """True on every process once it was asked of one; every process must call this at the same point."""
-        if jax.process_count() == 1:
-            return self._asked
-        return bool(np.any(multihost_utils.process_allgather(np.bool_(self._asked))))
+        return _any_process(self._asked)
 
     def _ask(self, number: int, _: object) -> None:
         if number == signal.SIGINT and self._asked:
             raise KeyboardInterrupt
         self._asked = True
         print("stopping after what is under way, which is kept (Ctrl-C again to stop at once)", file=sys.stderr, flush=True)
+
+
+def _any_process(here: bool) -> bool:
+    return here if jax.process_count() == 1 else bool(np.any(multihost_utils.process_allgather(np.bool_(here))))
