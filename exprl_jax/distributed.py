@@ -17,13 +17,16 @@ A run that has ended in one of the first two ways goes on from its newest checkp
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import numpy as np
 from jax._src.distributed import global_state as _joined  # the key-value store of the processes has no public name
 from jax.experimental import multihost_utils
 
@@ -102,6 +105,16 @@ def meet(key: str, timeout_ms: int) -> None:
     """
     if jax.distributed.is_initialized():
         _joined.client.wait_at_barrier(key, timeout_ms)
+
+
+def processes_here(counted: bool) -> int:
+    """How many processes of the run are on this host and are counted; every process must call this."""
+    if jax.process_count() == 1:
+        return int(counted)
+    host = hashlib.blake2b(socket.gethostname().encode(), digest_size=16).digest()
+    mine = np.frombuffer(host + bytes([counted]), np.uint8)
+    theirs = multihost_utils.process_allgather(mine)
+    return int(theirs[(theirs[:, :-1] == mine[:-1]).all(-1), -1].sum())
 
 
 def _listen(leaving: threading.Event) -> None:

@@ -26,6 +26,7 @@ from exprl_jax.data.problems import (
     Kind, Problem, batch_indices, check_held_out, drop_overlong, read_problems,
 )  # fmt: skip
 from exprl_jax.data.prompts import PromptStyle, policy_prompt, worked_examples
+from exprl_jax.distributed import processes_here
 from exprl_jax.learning.advantages import Assigned, assign, to_tokens
 from exprl_jax.learning.losses import normaliser
 from exprl_jax.loop import Taken, Task, export, follow, say
@@ -134,7 +135,8 @@ def train(config: Config, workdir_path: str) -> None:
     check_workdir(workdir_path, to_dict(config))
     with contextlib.ExitStack() as held:
         run = prepare(config, held)
-        graders = held.enter_context(open_graders(config.grader, config.code, run.kinds))
+        grades = bool(owned_problems(run.mesh, config.rollout.wave).any())
+        graders = held.enter_context(open_graders(config.grader, config.code, run.kinds, grades))
         follow(task_of(run, functools.partial(take_step, run, graders)), workdir_path)
 
 
@@ -704,9 +706,17 @@ def fitting(key: str, limit: int, problems: Sequence[Problem], lengths: Mapping[
     return kept
 
 
-def open_graders(grader: Any, code: Any, kinds: Sequence[Kind]) -> Graders:
-    """The verifiers of these kinds; says what isolates the programs of rollouts, where there are any."""
-    graders = Graders(grader, code, kinds)
+def open_graders(grader: Any, code: Any, kinds: Sequence[Kind], grades: bool = True) -> Graders:
+    """The verifiers of these kinds; says what isolates the programs of rollouts, where there are any.
+
+    Every process must call this: those of a host share its `grader.workers`, and each has one at least.
+
+    Args:
+      grades: whether this process grades any rows.
+    """
+    sharing = processes_here(grades)
+    workers = max(1, grader.workers // sharing) if grades else 1
+    graders = Graders(dataclasses.replace(grader, workers=workers), code, kinds)
     if graders.isolation:
         say(graders.isolation)
     return graders

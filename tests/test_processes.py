@@ -106,6 +106,21 @@ sys.exit(main.main(sys.argv))
 """
 
 
+# Three processes of one host, the first of which grades nothing, and one of another; as many workers as they have.
+GRADERS = """
+import sys, socket
+from exprl_jax import config, distributed
+from exprl_jax.train import open_graders
+coordinator, processes, process = sys.argv[1], *map(int, sys.argv[2:])
+socket.gethostname = lambda: "one" if process < 3 else "two"
+distributed.connect(coordinator, processes, process, 60)
+from pathlib import Path
+with distributed.ending_together():
+    with open_graders(config.Grader(5.0, 5), None, ["math"], process > 0):
+        print(sum(len(path.read_text().split()) for path in Path("/proc/self/task").glob("*/children")))
+"""
+
+
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -307,6 +322,11 @@ def test_a_grader_that_hangs_in_one_process_costs_a_verdict_and_an_error_the_run
     hung = [row["step"] for row in rows(folder) if row["solve/timed_out"] > 0]
     assert hung and steps_of(folder) >= hung[0] + 2
     assert not pathlib.Path(f"/proc/{worker}").exists()
+
+
+def test_the_processes_of_a_host_share_its_graders():
+    said = finish(start_script(GRADERS, 4), 120)
+    assert [(status, spoken(out)) for status, out, _ in said] == [(0, [workers]) for workers in "1225"], said
 
 
 # ---------------------------------------------------------------------------------------------- at the start
