@@ -59,6 +59,9 @@ def describe(config: Config) -> str:
         "frozen copies": f"{len(_frozen(config))} ({', '.join(sorted({how.weights for how in _frozen(config)})) or 'none'})",
         "sequence": f"{config.data.max_prompt_tokens} + {config.rollout.max_tokens} tokens",
     }
+    if config.task == "rl" and config.judge.backend == "local" and not has_local_judge(config):
+        # Which kinds of problems there are, a plan without data cannot know.
+        derived["judge"] = f"not planned for; if the data hold open-ended science, {config.judge.model.weights} verifies it"
     sections.append(("derived", _table([(name, value) for name, value in derived.items()])))
 
     rows = []

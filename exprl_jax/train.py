@@ -675,7 +675,7 @@ def needs_reference_model(config: Config) -> bool:
 
 
 def has_local_judge(config: Config) -> bool:
-    """Whether any route is scored by a model on the mesh."""
+    """Whether any route is scored by a model on the mesh; open-ended science in the data has one verify it besides."""
     judged = config.task == "rl" and set(dataclasses.astuple(config.routes)) != {"verifier"}
     return judged and config.judge.backend == "local"
 

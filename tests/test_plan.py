@@ -118,11 +118,13 @@ def test_what_a_run_does_not_load_takes_no_memory():
     derived, memory = described(SPARSE)
     assert derived["frozen copies"].startswith("1")
     assert not [name for name in memory if "judg" in name] and memory["resident: frozen"] != "0.000 GiB"
+    assert derived["judge"].endswith("if the data hold open-ended science, Qwen/Qwen3-4B-Instruct-2507 verifies it")
     derived, memory = described(SPARSE | {"loss.kl_coef": 0.0})
     assert derived["frozen copies"] == "0 (none)" and memory["resident: frozen"] == "0.000 GiB"
     endpoint = {"judge.backend": "openai", "judge.endpoint.base_url": "http://judge/v1", "judge.endpoint.model": "m"}
     derived, memory = described(endpoint)
     assert derived["frozen copies"].startswith("1") and not [name for name in memory if "judg" in name]
+    assert "judge" not in derived and "judge" not in described(SPARSE | endpoint)[0] and "judge" not in described({})[0]
     derived, memory = described({"judge.model.weights": "Qwen/Qwen3-8B"})
     assert derived["frozen copies"].startswith("2") and "judging: KV cache" in memory
     derived, memory = described({"task": "distill", "updates.per_batch": 1, "loss.kl_coef": 0.0})
