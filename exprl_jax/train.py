@@ -774,7 +774,7 @@ def _places(table: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
 
 
 def _samples(run: Run, scored: Sequence[Scored], count: int) -> list[dict[str, Any]]:
-    """Some of the step's rows, as people read them: a rollout of every problem, then the next of every problem."""
+    """Some of this process's rows, as people read them: a rollout of every problem, then the next of every problem."""
     samples = []
     for g in range(run.config.rollout.group):
         for wave, judged, assigned, verdicts, *_ in scored:
