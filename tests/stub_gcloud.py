@@ -101,6 +101,8 @@ def _gcloud(folder: pathlib.Path, words: list[str]) -> int:
             return status
         case ["storage", "buckets", "describe", *_]:
             print(_next(folder, "bucket"))
+        case ["filestore", "instances", "describe", *_]:
+            print(_next(folder, "address"))
     return 0
 
 

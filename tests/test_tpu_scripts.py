@@ -113,7 +113,8 @@ def test_help_names_every_option(cloud, script):
     done = cloud().run(script, "--help")
     assert (done.returncode, done.stderr) == (0, "")
     assert f"tpu_scripts/{script} " in done.stdout and "set -eu" not in done.stdout
-    known = set(re.findall(r"^    (--\w[\w-]*)(?:=\*)?\)", (FOLDER / script).read_text(), re.MULTILINE))
+    patterns = re.findall(r"^    (--\w.*)\) ", (FOLDER / script).read_text(), re.MULTILINE)
+    known = set(re.findall(r"--\w[\w-]*", " ".join(patterns)))
     assert known | {"--project", "--zone", "--name", "--dry-run"} <= set(re.findall(r"--[\w-]+", done.stdout))
 
 
@@ -132,6 +133,18 @@ def test_a_missing_option_is_one_line(cloud, script, missing):
         *((script, "--no-such=1", f"{script}: unknown option --no-such=1; --help lists them") for script in ALL),
         *((s, "--", f"{s}: unknown option --; --help lists them") for s in ALL if s not in ("launch.sh", "resume.sh")),
         ("create.sh", "--topology=v5e:3x3", "--topology=v5e:3x3: expected v5e or v6e with 1x1 to 16x16"),
+        *(
+            (script, word, f"{script}: {word}: expected {said}")
+            for script in ("setup.sh", "resume.sh")
+            for word, said in [
+                ("--nfs=", "ADDRESS:/SHARE, for instance --nfs=10.0.0.2:/share"),
+                ("--nfs=:/share", "ADDRESS:/SHARE"),
+                ("--nfs=10.0.0.2", "ADDRESS:/SHARE"),
+                ("--nfs=10.0.0.2:/", "ADDRESS:/SHARE"),
+                ("--nfs=10.0.0.2:share", "ADDRESS:/SHARE"),
+                ("--bucket=", "a bucket's name, for instance --bucket=my-bucket"),
+            ]
+        ),
         ("resume.sh", "--workdir=gs://b/run", "expected a folder that all workers share, got a URL"),
         ("launch.sh", "--workdir=runs/x", "--workdir=runs/x: expected an absolute path on the workers"),
         ("logs.sh", "--workdir=x", "expected an absolute path"),
@@ -142,6 +155,15 @@ def test_a_wrong_option_is_one_line(cloud, script, word, said):
     stub = cloud()
     done = stub.run(script, *CALLS[script], word)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr and stub.calls() == []
+
+
+@pytest.mark.parametrize("script", ["setup.sh", "resume.sh"])
+@pytest.mark.parametrize("words", [["--bucket=b", NFS], [NFS, "--bucket=b"]])
+def test_two_file_systems_are_one_too_many(cloud, script, words):
+    stub = cloud()
+    done = stub.run(script, *CALLS[script], *words)
+    assert done.returncode == 2 and stub.calls() == []
+    assert done.stderr == f"{script}: --nfs and --bucket are two ways to the same; give one\n"
 
 
 @pytest.mark.parametrize("script", ALL)
@@ -203,6 +225,16 @@ def test_every_command_of_the_guide_is_taken(cloud, command):
     assert (done.returncode, done.stderr) == (0, "")
     for name in re.findall(r"configs/[\w/]+\.py", command):
         assert (ROOT / name).exists()
+
+
+def test_the_guide_does_not_take_a_failure_for_an_address(cloud):
+    (command,) = (line for line in commands_of(GUIDE) if "describe exprl" in line)
+    stub = cloud(address=["10.0.0.2"])
+    said = ["sh", "-c", f'{command} && sh -c "echo \\$NFS"']
+    asked = [subprocess.run(said, env=stub.environment, capture_output=True, text=True)]
+    (stub.folder / "refuse").write_text("describe\n")
+    asked.append(subprocess.run(said, env=stub.environment, capture_output=True, text=True))
+    assert [(each.returncode, each.stdout) for each in asked] == [(0, "10.0.0.2:/share\n"), (1, "")]
 
 
 def test_the_guide_shows_every_script():
@@ -274,8 +306,6 @@ def test_setup_mounts_only_a_bucket_that_renames_folders(cloud):
     assert "--bucket=b: expected a bucket with hierarchical namespace" in done.stderr
     described = ["gcloud", "storage", "buckets", "describe", "gs://b", "--raw"]
     assert stub.calls() == [[*described, "--format=value(hierarchicalNamespace.enabled)"]]
-    both = stub.run("setup.sh", *SLICE, "--bucket=b", NFS)
-    assert both.returncode == 2 and both.stderr == "setup.sh: --nfs and --bucket are two ways to the same; give one\n"
 
 
 @pytest.mark.parametrize("state", ["-", "FAILED", "SUSPENDED"])

@@ -77,6 +77,18 @@ need_absolute() {
     esac
 }
 
+# --nfs and --bucket.  An empty one comes of a variable that is not set; it does not mean that there is nothing to mount.
+mount_option() {
+    case $1 in
+    --nfs=?*:/?*) NFS=${1#*=} ;;
+    --nfs=*) fail "$1: expected ADDRESS:/SHARE, for instance --nfs=10.0.0.2:/share" 2 ;;
+    --bucket=?*) BUCKET=${1#*=} ;;
+    --bucket=*) fail "$1: expected a bucket's name, for instance --bucket=my-bucket" 2 ;;
+    *) return 1 ;;
+    esac
+    [ -z "$NFS" ] || [ -z "$BUCKET" ] || fail "--nfs and --bucket are two ways to the same; give one" 2
+}
+
 # Args: worker (a number or `all`), what its shell is to do.
 on_workers() {
     run gcloud compute tpus tpu-vm ssh "$NAME" --project="$PROJECT" --zone="$ZONE" --worker="$1" --command="$2"

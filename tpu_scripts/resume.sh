@@ -28,8 +28,7 @@ option() {
     case $1 in
     --topology=*) TOPOLOGY=${1#*=} ;;
     --spot) SPOT=--spot ;;
-    --nfs=*) NFS=${1#*=} ;;
-    --bucket=*) BUCKET=${1#*=} ;;
+    --nfs=* | --bucket=*) mount_option "$1" ;;
     --config=*) CONFIG=${1#*=} ;;
     --workdir=*) WORKDIR=${1#*=} ;;
     --restarts=*) RESTARTS=${1#*=} ;;

@@ -21,8 +21,7 @@ here=$(dirname "$0")
 NFS='' BUCKET='' POLL=60
 option() {
     case $1 in
-    --nfs=*) NFS=${1#*=} ;;
-    --bucket=*) BUCKET=${1#*=} ;;
+    --nfs=* | --bucket=*) mount_option "$1" ;;
     --poll=*) POLL=${1#*=} ;;
     *) return 1 ;;
     esac
@@ -32,9 +31,7 @@ parse "$@"
 # An apt that waits for the updates of a machine's first minutes.
 install='sudo apt-get -o DPkg::Lock::Timeout=600 install -y -q'
 mount=''
-if [ -n "$NFS" ] && [ -n "$BUCKET" ]; then
-    fail "--nfs and --bucket are two ways to the same; give one" 2
-elif [ -n "$NFS" ]; then
+if [ -n "$NFS" ]; then
     # No locks on the server: a preempted worker would hold its workdir's for ever.  No cached names or sizes: a worker
     # must see what another has just written.
     options=vers=3,hard,nolock,actimeo=0,lookupcache=none
