@@ -217,7 +217,7 @@ GUIDE = (ROOT / "docs/guide.md").read_text(encoding="utf-8")
 @pytest.mark.parametrize("command", [line for line in commands_of(GUIDE) if line.startswith("tpu_scripts/")])
 def test_every_command_of_the_guide_is_taken(cloud, command):
     stub = cloud()
-    first, dashes, rest = command.partition(" -- ")
+    first, dashes, rest = command.removesuffix(" &&").partition(" -- ")
     done = subprocess.run(
         ["sh", "-c", f"{first} --dry-run{dashes}{rest}"], cwd=ROOT, capture_output=True, text=True,
         env=stub.environment | {"PROJECT": "p", "ZONE": "z", "NAME": "n", "NFS": "10.0.0.2:/share"},
@@ -235,6 +235,16 @@ def test_the_guide_does_not_take_a_failure_for_an_address(cloud):
     (stub.folder / "refuse").write_text("describe\n")
     asked.append(subprocess.run(said, env=stub.environment, capture_output=True, text=True))
     assert [(each.returncode, each.stdout) for each in asked] == [(0, "10.0.0.2:/share\n"), (1, "")]
+
+
+@pytest.mark.parametrize("block", [each for each in re.findall(r"(?:^    .*\n)+", GUIDE, re.MULTILINE) if "resume.sh" in each])
+def test_the_guide_goes_on_from_no_run_that_has_not_ended(tmp_path, block):
+    gives_up = tmp_path / "tpu_scripts/resume.sh"
+    gives_up.parent.mkdir()
+    gives_up.write_text("#!/bin/sh\necho called\nexit 1\n")
+    gives_up.chmod(0o755)
+    done = subprocess.run(["sh", "-c", block], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "called\n", "")
 
 
 def test_the_guide_shows_every_script():
