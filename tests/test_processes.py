@@ -12,7 +12,9 @@ import time
 
 import pytest
 
-from tiny_runs import ROOT, assert_same_rows, command, environment, parameters, rows, run, tiny
+from exprl_jax.config import resolve
+from exprl_jax.evaluation.evaluate import evaluate
+from tiny_runs import ROOT, assert_same_rows, command, config_dict, environment, parameters, rows, run, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -134,9 +136,13 @@ def open_process(line, devices, **options):
 
 def start(folder, changes, *more, processes=2, program=("-m", "exprl_jax.main")):
     """All processes of a run, of eight devices together."""
-    together = (f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}", *more)
-    lines = [command(folder, changes, *together, f"--process={process}") for process in range(processes)]
-    return [open_process([line[0], *program, *line[3:]], 8 // processes) for line in lines]
+    line = command(folder, changes, *more)
+    return start_line([line[0], *program, *line[3:]], processes)
+
+
+def start_line(line, processes):
+    together = (f"--coordinator=127.0.0.1:{free_port()}", f"--processes={processes}")
+    return [open_process([*line, *together, f"--process={process}"], 8 // processes) for process in range(processes)]
 
 
 def start_script(script, processes, *more):
@@ -188,8 +194,8 @@ def complaints(err):
 
 
 def spoken(out):
-    """Lines on stdout; XLA's collectives announce themselves there."""
-    return [line for line in out.splitlines() if not line.startswith("[Gloo]")]
+    """Lines on stdout; XLA's collectives announce themselves there, from threads that may break each other's lines."""
+    return [line for line in out.splitlines() if line and not line.startswith("[Gloo]")]
 
 
 def assert_compiled_in_the_first_step(folder):
@@ -233,6 +239,39 @@ def test_two_processes_do_what_one_does(mesh, readout, tmp_path):
 
 def open_lines(path):
     return path.read_text().splitlines()
+
+
+@pytest.mark.parametrize("kl", ["full", "sampled"])
+def test_two_processes_distil_as_one_does(kl, tmp_path):
+    changes = MESHES["8x1"] | {"distillation.kl": kl, "checkpoint.every": 2}
+    one = run(tiny("distill", changes), tmp_path / "one")
+    line = [each.replace("tiny.py", "tiny.py:distill") for each in command(tmp_path / "two", changes)]
+    said = finish(start_line(line, 2))
+    assert [status for status, _, _ in said] == [0, 0], said
+    assert_same_rows(rows(tmp_path / "two"), rows(one))
+    assert_compiled_in_the_first_step(tmp_path / "two")
+    for name, tensor in parameters(tmp_path / "two").items():
+        assert abs(tensor - parameters(one)[name]).max() < 1e-5, name
+
+
+def test_two_processes_evaluate_as_one_does(tmp_path):
+    """All kinds of problems, the judge that open-ended ones need, and a wave that 24 problems do not fill."""
+    changes = {
+        "data.source": str(ROOT / "configs/data/mixed.jsonl"), "sampling.samples": 4, "sampling.group": 2,
+        "sampling.wave": 16, "grader.seconds": 20.0,
+    }  # fmt: skip
+    evaluate(resolve(config_dict("evaluate", "tiny", changes)), str(tmp_path / "one"))
+    line = [
+        sys.executable, "-m", "exprl_jax.main", f"--config={ROOT / 'configs/evaluate.py:tiny'}",
+        f"--workdir={tmp_path / 'two'}", *(f"--config.{path}={value}" for path, value in changes.items()),
+    ]  # fmt: skip
+    said = finish(start_line(line, 2))
+    assert [status for status, _, _ in said] == [0, 0], said
+    assert "mixed: 48/48 groups of 2" in said[0][2] and spoken(said[1][1]) == []
+    for name in ("samples/mixed.jsonl", "results.json", "table.txt", "summary.csv", "pass_at_k.csv"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text(), name
+    sampled = [json.loads(line) for line in open_lines(tmp_path / "two/samples/mixed.jsonl")]
+    assert len(sampled) == 24 * 4
 
 
 # ---------------------------------------------------------------------------------------------- one of several
