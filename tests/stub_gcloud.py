@@ -2,9 +2,9 @@
 
 Each of these commands is this file under another name.  All record their words in calls.jsonl.  What gcloud answers
 of the slice $STUB_NAME comes from scripts in the folder $STUB: a line of `queued` and of `nodes` each time it is asked
-(the last line stays; `-`: there is none; no script: the node is READY).  `tpu-vm ssh` runs its command in a real shell,
-with a folder of workers/ as home.  A line of `programs-<worker>` says what the program does when it is started there: a
-number to exit with, `run` until it is killed, `lost`: killed together with the shell that waits for it, `leaves` a
+(the last line stays; `-`: there is none; `fails`: no answer; no script: the node is READY).  `tpu-vm ssh` runs its
+command in a real shell, with a folder of workers/ as home; what it writes on /mnt/exprl beside the runs is in shared/.
+A line of `programs-<worker>` says what the program does when it is started there: a number to exit with, `run` until it is killed, `lost`: killed together with the shell that waits for it, `leaves` a
 child behind, `reboots`: is lost with the machine's mounts, or `stops` and a number to exit with: it runs until TERM has
 reached one worker, and saves until there is a file `saved`.  A call that holds a line of `refuse` among its words fails.
 """
@@ -70,6 +70,8 @@ def _gcloud(folder: pathlib.Path, words: list[str]) -> int:
     match words:
         case ["compute", "tpus", "queued-resources", "list", *_]:
             state = _next(folder, "queued")
+            if state == "fails":
+                return 1
             print("another\tACTIVE" + f"\n{os.environ['STUB_NAME']}\t{state}" * (state not in ("", "-")))
         case ["compute", "tpus", "tpu-vm", "list", *_]:
             state = _next(folder, "nodes") or "READY"

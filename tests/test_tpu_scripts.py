@@ -191,11 +191,12 @@ def test_a_dry_run_prints_the_very_words(cloud, script, name):
 
 @pytest.mark.parametrize("script", ALL)
 def test_a_failing_gcloud_is_a_failing_script(cloud, script):
-    """resume.sh tries ten times."""
+    """Those that wait try ten times."""
+    waits = script in ("setup.sh", "resume.sh")
     stub = cloud(refuse=["compute"])
-    done = stub.run(script, *CALLS[script], *(["--poll=0"] if script == "resume.sh" else []))
+    done = stub.run(script, *CALLS[script], *(["--poll=0"] if waits else []))
     assert done.returncode == 1 and "refused" in done.stderr
-    assert len(stub.calls()) == (10 if script == "resume.sh" else 1)
+    assert len(stub.calls()) == (10 if waits else 1)
 
 
 def test_project_zone_and_name_may_be_in_the_environment(cloud):
@@ -307,6 +308,14 @@ def test_setup_waits_and_readies_every_worker(cloud, tmp_path):
         ((_, option, code),) = stub.calls(f"{worker}:python")
         assert option == "-c" and "jax.distributed.initialize()" in code
         compile(code, "the check", "exec")
+
+
+def test_setup_bears_a_look_that_fails(cloud):
+    """Nine times, and again nine times."""
+    stub = cloud(queued=[*["fails"] * 9, "PROVISIONING", *["fails"] * 9, "ACTIVE"])
+    done = stub.run("setup.sh", *SLICE, "--poll=0")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("n is UNKNOWN\n") == 18 and done.stderr.count("n is PROVISIONING\n") == 1
 
 
 def test_setup_mounts_only_a_bucket_that_renames_folders(cloud):

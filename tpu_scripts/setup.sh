@@ -58,14 +58,21 @@ if [ -n "$DRY_RUN" ]; then
     queued_resources
     nodes
 else
-    while state=$(slice_state) && [ "$state" != ACTIVE ]; do
+    failures=0
+    while :; do
+        if state=$(slice_state); then
+            failures=0
+        else
+            failures=$((failures + 1)) state=UNKNOWN
+            [ "$failures" -lt 10 ] || fail "gcloud cannot say in what state $NAME is; it failed ten times in a row"
+        fi
         case $state in
+        ACTIVE) break ;;
         ABSENT | FAILED | SUSPENDING | SUSPENDED | LOST) fail "$NAME is $state; delete.sh and create.sh ask again" ;;
         esac
         echo "$NAME is $state" >&2
         sleep "$POLL"
     done
-    [ "$state" = ACTIVE ] || fail "gcloud cannot say in what state $NAME is"
 fi
 
 # Before anything changes on any worker: what is installed anew would be taken away from under a run.
