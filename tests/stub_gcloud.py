@@ -3,10 +3,11 @@
 Each of these commands is this file under another name.  All record their words in calls.jsonl.  What gcloud answers
 of the slice $STUB_NAME comes from scripts in the folder $STUB: a line of `queued` and of `nodes` each time it is asked
 (the last line stays; `-`: there is none; `fails`: no answer; no script: the node is READY).  `tpu-vm ssh` runs its
-command in a real shell, with a folder of workers/ as home; what it writes on /mnt/exprl beside the runs is in shared/.
-A line of `programs-<worker>` says what the program does when it is started there: a number to exit with, `run` until it is killed, `lost`: killed together with the shell that waits for it, `leaves` a
-child behind, `reboots`: is lost with the machine's mounts, or `stops` and a number to exit with: it runs until TERM has
-reached one worker, and saves until there is a file `saved`.  A call that holds a line of `refuse` among its words fails.
+command in a real shell, with a folder of workers/ as home; what it keeps on /mnt/exprl beside the runs is in shared/.
+A line of `programs-<worker>` says what the program does when it is started there: a number to exit with, `run` until it
+is killed, `lost`: killed together with the shell that waits for it, `leaves` a child behind, `reboots`: is lost with the
+machine's mounts, or `stops` and a number to exit with: it runs until TERM has reached one worker, and saves until there
+is a file `saved`.  A call that holds a line of `refuse` among its words fails.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ def install(folder: pathlib.Path, name: str, scripts: dict[str, list[str]], work
         _executable(folder / "bin" / command)
     for script, lines in scripts.items():
         (folder / script).write_text("".join(f"{line}\n" for line in lines))
+    (folder / "shared").mkdir()
     for worker in range(workers):
         (folder / "workers" / str(worker)).mkdir(parents=True)
     return {"STUB": str(folder), "STUB_NAME": name, "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}"}
@@ -87,7 +89,8 @@ def _gcloud(folder: pathlib.Path, words: list[str]) -> int:
         case ["compute", "tpus", "tpu-vm", "ssh", *rest]:
             worker = _option(rest, "worker")
             homes = sorted((folder / "workers").glob("*" if worker == "all" else worker))
-            command = ["bash", "-c", _option(rest, "command")]
+            text = _option(rest, "command").replace("/mnt/exprl/exprl_jax", f"{folder}/shared/exprl_jax")
+            command = ["bash", "-c", text]
             started = _started(folder)
             launches = command[2].endswith("&")
             shells = [
@@ -113,6 +116,8 @@ def _python(folder: pathlib.Path, words: list[str]) -> int:
     match words:
         case ["-m", "uv", "venv", *_, path]:
             _executable(pathlib.Path(path) / "bin" / "python")
+        case ["-m", "uv", "pip", "freeze", *_]:
+            print("jax==0.10.2")
         case ["-m", "exprl_jax.main", *_]:
             home = pathlib.Path(os.environ["HOME"])
             does = _next(folder, f"programs-{home.name}")

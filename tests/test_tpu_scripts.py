@@ -288,6 +288,7 @@ def test_setup_waits_and_readies_every_worker(cloud, tmp_path):
         ["gcloud", "compute", "tpus", "tpu-vm", "scp", archive, "n:", *OF_SLICE, "--worker=all"],
         [*SSH, "--worker=all", "--command="],
         [*SSH, "--worker=all", "--command="],
+        [*SSH, "--worker=0", "--command="],
     ]  # fmt: skip
     for worker in range(2):
         assert (stub.home(worker) / "exprl_jax/exprl_jax/main.py").exists()
@@ -304,10 +305,29 @@ def test_setup_waits_and_readies_every_worker(cloud, tmp_path):
             ["-m", "pip", "install", "--quiet", "--user", "uv"],
             ["-m", "uv", "venv", "--quiet", "--allow-existing", "--python=3.11", "exprl_jax_env"],
             ["-m", "uv", "pip", "install", "--quiet", python, "-r", "exprl_jax/requirements.txt", "jax[tpu]"],
+            *([["-m", "uv", "pip", "freeze", python]] if worker == 0 else []),
         ]
         ((_, option, code),) = stub.calls(f"{worker}:python")
         assert option == "-c" and "jax.distributed.initialize()" in code
         compile(code, "the check", "exec")
+
+
+@pytest.mark.parametrize("words, kept", [([NFS], True), ([], False)])
+def test_a_later_setup_installs_the_packages_of_the_first_that_worked(cloud, words, kept):
+    """The first fails after its installation, the second does not."""
+    stub = cloud(queued=["ACTIVE"], refuse=["freeze"])
+    freezing = stub.run("setup.sh", *SLICE, *words)
+    assert freezing.returncode == (1 if kept else 0) and not (stub.folder / "shared/exprl_jax_requirements.txt").exists()
+    (stub.folder / "refuse").unlink()
+    for _ in range(2):
+        done = stub.run("setup.sh", *SLICE, *words)
+        assert done.returncode == 0, done.stderr
+    file = stub.folder / "shared/exprl_jax_requirements.txt"
+    for worker in range(2):
+        ends = [call[-1] for call in stub.calls(f"{worker}:python3") if call[1:5] == ["-m", "uv", "pip", "install"]]
+        assert ends == ["jax[tpu]", "jax[tpu]", f"--constraints={file}" if kept else "jax[tpu]"]
+    assert [each.name for each in (stub.folder / "shared").iterdir()] == ([file.name] if kept else [])
+    assert not kept or file.read_text() == "jax==0.10.2\n"
 
 
 def test_setup_bears_a_look_that_fails(cloud):

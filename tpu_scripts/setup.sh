@@ -83,6 +83,8 @@ $mount"
 make_scratch
 run git -C "$here/.." archive --format=tar.gz --output="$SCRATCH/exprl_jax.tar.gz" HEAD
 run gcloud compute tpus tpu-vm scp "$SCRATCH/exprl_jax.tar.gz" "$NAME:" --project="$PROJECT" --zone="$ZONE" --worker=all
+# Later set-ups on one file system take the packages of the first that counted its chips, however fresh newer ones are.
+versions=/mnt/exprl/exprl_jax_requirements.txt
 # The image's own Python is older than the package's, so uv brings one: the version that compile_check was run with.
 on_workers all "set -e
 rm -rf exprl_jax
@@ -90,7 +92,12 @@ mkdir exprl_jax
 tar -xzf exprl_jax.tar.gz -C exprl_jax
 python3 -m pip install --quiet --user uv
 python3 -m uv venv --quiet --allow-existing --python=3.11 exprl_jax_env
-python3 -m uv pip install --quiet --python=exprl_jax_env/bin/python -r exprl_jax/requirements.txt 'jax[tpu]'"
+python3 -m uv pip install --quiet --python=exprl_jax_env/bin/python -r exprl_jax/requirements.txt 'jax[tpu]' \
+    \$([ ! -f $versions ] || echo --constraints=$versions)"
 on_workers all "exprl_jax_env/bin/python -c 'import jax
 jax.distributed.initialize()
 print(f\"worker {jax.process_index()} of {jax.process_count()}: {jax.device_count()} chips\")'"
+if [ -n "$mount" ]; then
+    on_workers 0 "[ -f $versions ] ||
+{ python3 -m uv pip freeze --python=exprl_jax_env/bin/python >$versions.part && mv $versions.part $versions; }"
+fi
