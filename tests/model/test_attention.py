@@ -31,6 +31,7 @@ ONE_KEY_HEAD = (2, 1, 6, 5, 1, 7, 3, 6), [2, 3], [[5], [0]]
 def close(got, expected, tolerance, what):
     """Says the error where it is too large."""
     error = np.abs(np.asarray(got, np.float64) - expected).max(initial=0)
+    print(f"{what}: {error:.1e}")  # python -m pytest -rP shows all
     assert error <= tolerance, f"{what}: {error:.2e}"
 
 
