@@ -1,13 +1,14 @@
-"""Google Cloud in a folder, for the tests of tpu_scripts/: `gcloud`, and on its workers sudo, pkill, python3, the program.
+"""Google Cloud in a folder, for the tests of tpu_scripts/: `gcloud`, and what the scripts call on its workers.
 
 Each of these commands is this file under another name.  All record their words in calls.jsonl.  What gcloud answers
 of the slice $STUB_NAME comes from scripts in the folder $STUB: a line of `queued` and of `nodes` each time it is asked
 (the last line stays; `-`: there is none; `fails`: no answer; no script: the node is READY).  `tpu-vm ssh` runs its
 command in a real shell, with a folder of workers/ as home; what it keeps on /mnt/exprl beside the runs is in shared/.
 A line of `programs-<worker>` says what the program does when it is started there: a number to exit with, `run` until it
-is killed, `lost`: killed together with the shell that waits for it, `leaves` a child behind, `reboots`: is lost with the
-machine's mounts, or `stops` and a number to exit with: it runs until TERM has reached one worker, and saves until there
-is a file `saved`.  A call that holds a line of `refuse` among its words fails.
+is killed, `lost`: killed together with the shell that waits for it, `leaves` a child behind, `reboots`: is lost with
+the machine's mounts, or `stops` and a number to exit with: it runs until TERM has reached one worker, and saves until
+there is a file `saved`.  A line of `breaks` says after how many bytes of its answer `tpu-vm ssh` loses its connection
+and begins again.  A call that holds a line of `refuse` among its words fails.
 """
 
 import contextlib
@@ -91,6 +92,10 @@ def _gcloud(folder: pathlib.Path, words: list[str]) -> int:
             homes = sorted((folder / "workers").glob("*" if worker == "all" else worker))
             text = _option(rest, "command").replace("/mnt/exprl/exprl_jax", f"{folder}/shared/exprl_jax")
             command = ["bash", "-c", text]
+            if breaks := int(_next(folder, "breaks") or 0):  # the connection, and gcloud asks again
+                held = os.environ | {"HOME": str(homes[0])}
+                lost = subprocess.run(command, cwd=homes[0], env=held, capture_output=True)
+                os.write(1, lost.stdout[:breaks])
             started = _started(folder)
             launches = command[2].endswith("&")
             shells = [

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import random
 import re
 import shlex
 import shutil
@@ -238,7 +239,10 @@ def test_the_guide_does_not_take_a_failure_for_an_address(cloud):
     assert [(each.returncode, each.stdout) for each in asked] == [(0, "10.0.0.2:/share\n"), (1, "")]
 
 
-@pytest.mark.parametrize("block", [each for each in re.findall(r"(?:^    .*\n)+", GUIDE, re.MULTILINE) if "resume.sh" in each])
+BLOCKS = re.findall(r"(?:^    .*\n)+", GUIDE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("block", [each for each in BLOCKS if "resume.sh" in each])
 def test_the_guide_goes_on_from_no_run_that_has_not_ended(tmp_path, block):
     gives_up = tmp_path / "tpu_scripts/resume.sh"
     gives_up.parent.mkdir()
@@ -422,7 +426,7 @@ def test_only_a_program_that_has_just_stopped_well_counts_as_stopped(cloud):
     assert [statuses(launched(stub)) for _ in range(4)] == [[143, 0], [0, 0], [3, 0], [1, 0]]
 
 
-@pytest.mark.parametrize("workdir", ["/mnt/exprl", "/mnt/exprl/runs/outcome", "/mnt/exprlike", "/home/me/runs/outcome"])
+@pytest.mark.parametrize("workdir", ["/mnt/exprl", "/mnt/exprl/runs/outcome", "/mnt/exprlike", "/home/me/runs/x"])
 def test_launch_writes_to_the_shared_folder_only_where_it_is_mounted(cloud, workdir):
     """On one of two workers it is not, as after a reboot; a slice of one host may do without."""
     stub = cloud(**{f"programs-{worker}": ["0"] for worker in range(2)})
@@ -485,22 +489,42 @@ def test_collect(cloud, tmp_path, weights):
         (workdir / name).parent.mkdir(parents=True, exist_ok=True)
         (workdir / name).write_text(name)
     options = [f"--workdir={workdir}", "--output=a copy", *(["--weights"] if weights else [])]
-    done = stub.run("collect.sh", *SLICE, *options, TMPDIR=str(tmp_path))
+    done = stub.run("collect.sh", *SLICE, *options, TMPDIR=str(tmp_path / "no such folder"))
     assert done.returncode == 0, done.stderr
     copy = stub.folder / "a copy"
     copied = sorted(str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file())
     heavy = ["checkpoints/4/state", "export/model.safetensors"] if weights else []
     assert copied == sorted(["config.json", "rollouts/step_1.jsonl", *heavy])
     left = "" if weights else "--exclude=./checkpoints --exclude=./export "
-    command = f"--command=tar -C '{workdir}' {left}-c . || [ $? -eq 1 ]"
+    command = f"--command=tar -C '{workdir}' {left}-cz . || [ $? -eq 1 ]"
     assert stub.calls() == [[*SSH, "--worker=0", command]]
-    assert not list(tmp_path.glob("exprl_jax.*"))
+    assert not list(tmp_path.rglob("exprl_jax.*"))
 
 
 def test_collect_of_nothing_fails(cloud, tmp_path):
     stub = cloud()
     done = stub.run("collect.sh", *SLICE, f"--workdir={tmp_path}/absent", "--output=copy", TMPDIR=str(tmp_path))
-    assert done.returncode != 0 and not (stub.folder / "copy").exists() and not list(tmp_path.glob("exprl_jax.*"))
+    assert done.returncode != 0 and not (stub.folder / "copy").exists() and not list(tmp_path.rglob("exprl_jax.*"))
+
+
+@pytest.mark.parametrize("lost_at", [0, 10, 512, 10_240, 30_720])
+def test_collect_of_a_broken_stream_leaves_what_is_there(cloud, tmp_path, lost_at):
+    """gcloud asks again after a lost connection: half an answer, then a whole one."""
+    stub = cloud(breaks=[str(lost_at), "0"])
+    (tmp_path / "workdir").mkdir()
+    (tmp_path / "workdir/metrics.jsonl").write_bytes(random.Random(1).randbytes(100_000))
+    (stub.folder / "copy").mkdir()
+    (stub.folder / "copy/metrics.jsonl").write_text("before")
+    words = ["collect.sh", *SLICE, f"--workdir={tmp_path}/workdir", "--output=copy"]
+    done = stub.run(*words)
+    if lost_at:
+        said = done.stderr.splitlines()[-1]
+        assert said.startswith(f"collect.sh: what came of {tmp_path}/workdir is damaged; copy is as it was")
+        assert done.returncode == 1 and (stub.folder / "copy/metrics.jsonl").read_text() == "before"
+        assert not list(tmp_path.rglob("exprl_jax.*"))
+        done = stub.run(*words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (stub.folder / "copy/metrics.jsonl").read_bytes() == (tmp_path / "workdir/metrics.jsonl").read_bytes()
 
 
 def test_delete(cloud):

@@ -5,7 +5,7 @@
 #
 # --project, --zone, --name   as in create.sh (or PROJECT, ZONE, NAME)
 # --workdir                   as in launch.sh
-# --output                    a folder here
+# --output                    a folder here; what comes is kept beside it until it is whole
 # --weights                   checkpoints and the exported policy too: tens of gigabytes for a 4B model
 # --dry-run                   print the commands, run nothing
 
@@ -28,12 +28,16 @@ need_absolute --workdir "$WORKDIR"
 need --output "$OUTPUT" '--output=runs/outcome'
 
 # tar says 1 when a file grew meanwhile, as those of a run do.
-pack="tar -C $(quote "$WORKDIR") ${LEFT:+$LEFT }-c . || [ \$? -eq 1 ]"
-make_scratch
+pack="tar -C $(quote "$WORKDIR") ${LEFT:+$LEFT }-cz . || [ \$? -eq 1 ]"
+beside=$(dirname -- "$OUTPUT")
+run mkdir -p -- "$beside"
+make_scratch "$beside" # on the disk that is to hold it all
 if [ -n "$DRY_RUN" ]; then
-    printf '%s >%s\n' "$(on_workers 0 "$pack")" "$(quote "$SCRATCH/workdir.tar")"
+    printf '%s >%s\n' "$(on_workers 0 "$pack")" "$(quote "$SCRATCH/workdir.tar.gz")"
 else
-    on_workers 0 "$pack" >"$SCRATCH/workdir.tar" # not through a pipe, which would forget that it failed
+    on_workers 0 "$pack" >"$SCRATCH/workdir.tar.gz" # not through a pipe, which would forget that it failed
 fi
-run mkdir -p "$OUTPUT"
-run tar -C "$OUTPUT" -xf "$SCRATCH/workdir.tar"
+# After a lost connection gcloud asks again, and what comes then follows what came before: the checksums tell.
+run gzip -t "$SCRATCH/workdir.tar.gz" || fail "what came of $WORKDIR is damaged; $OUTPUT is as it was; collect it again"
+run mkdir -p -- "$OUTPUT"
+run tar -C "$OUTPUT" -xzf "$SCRATCH/workdir.tar.gz"

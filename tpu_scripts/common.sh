@@ -77,7 +77,7 @@ need_absolute() {
     esac
 }
 
-# --nfs and --bucket.  An empty one comes of a variable that is not set; it does not mean that there is nothing to mount.
+# --nfs and --bucket.  An empty one comes of a variable that is not set, and does not mean that nothing is to be mounted.
 mount_option() {
     case $1 in
     --nfs=?*:/?*) NFS=${1#*=} ;;
@@ -135,9 +135,9 @@ records_of() {
 # shellcheck disable=SC2016,SC2034 # for the worker's shell; in the other scripts
 LOCK='"$HOME"/exprl_jax_lock'
 
-# A folder of this process for as long as the script runs.
+# A folder of this process for as long as the script runs.  Args: where.
 make_scratch() {
-    SCRATCH=${TMPDIR:-/tmp}/exprl_jax.$$
+    SCRATCH=$1/exprl_jax.$$
     run mkdir -m 700 "$SCRATCH"
     [ -n "$DRY_RUN" ] || trap 'rm -rf "$SCRATCH"' EXIT
 }

@@ -33,10 +33,10 @@ need_absolute --workdir "$WORKDIR"
 
 program=$(program "$WORKDIR" "$CONFIG")
 # The lock belongs to the shell that waits for the program, not to the program's own children, and goes with it however
-# it ends.  That shell writes how the program ended, unless the machine goes down: then nothing is written.  The TERM that
-# asks the program to stop may reach it too, and does not end it: it waits until the program has saved.  A program that
-# was asked to stop, and saved, has not ended its run: it ends with 0, says so after what the log held before, and counts
-# as killed (143).
+# it ends.  That shell writes how the program ended, unless the machine goes down: then nothing is written.  The TERM
+# that asks the program to stop may reach it too, and does not end it: it waits until the program has saved.  A program
+# that was asked to stop, and saved, has not ended its run: it ends with 0, says so after what the log held before, and
+# counts as killed (143).
 # shellcheck disable=SC2016 # for the worker's shell
 wait='trap : TERM
 before=$(wc -c <"$0"/log)

@@ -10,8 +10,9 @@
 # --dry-run                   print the commands, run nothing
 #
 # Workdirs lie on /mnt/exprl: what all hosts see and what outlives the slice.  A slice of one host can do without, with
-# a workdir elsewhere, which goes with it.  Changes that are not committed stay behind.  Last, all workers count the chips together.  A slice
-# that has a run is left as it is; one that was set up before may be set up again.
+# a workdir elsewhere, which goes with it.  Changes that are not committed stay behind.  Packages are those of the first
+# slice that this file system saw.  Last, all workers count the chips together.  A slice that has a run is left as it
+# is; one that was set up before may be set up again.
 
 set -eu
 here=$(dirname "$0")
@@ -80,7 +81,7 @@ fi
 on_workers all "set -e
 flock -s -n $LOCK true || { echo \"a run is under way: \$(cat $LOCK)\" >&2; exit 1; }
 $mount"
-make_scratch
+make_scratch "${TMPDIR:-/tmp}"
 run git -C "$here/.." archive --format=tar.gz --output="$SCRATCH/exprl_jax.tar.gz" HEAD
 run gcloud compute tpus tpu-vm scp "$SCRATCH/exprl_jax.tar.gz" "$NAME:" --project="$PROJECT" --zone="$ZONE" --worker=all
 # Later set-ups on one file system take the packages of the first that counted its chips, however fresh newer ones are.
