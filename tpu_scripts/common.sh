@@ -77,7 +77,7 @@ need_absolute() {
     esac
 }
 
-# --nfs and --bucket.  An empty one comes of a variable that is not set, and does not mean that nothing is to be mounted.
+# --nfs and --bucket.  An empty one comes of a variable that is not set, and is not the wish to mount nothing.
 mount_option() {
     case $1 in
     --nfs=?*:/?*) NFS=${1#*=} ;;
