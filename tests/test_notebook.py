@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import subprocess
 import sys
 
 import nbformat
@@ -76,6 +77,57 @@ def test_a_process_that_fails_ends_it(tmp_path):
     with pytest.raises(CellExecutionError) as caught:
         execute(tmp_path, "tiny", JAX_PLATFORMS="abacus")
     assert caught.value.ename == "CalledProcessError"
+
+
+def source_of(word):
+    """The code cell that holds a word."""
+    (cell,) = (each.source for each in nbformat.read(PATH, as_version=4).cells if word in each.source)
+    return cell
+
+
+def test_a_restarted_session_finds_its_clone_and_installs(tmp_path):
+    """It begins beside the clone, whose folder has the package's name and can be imported; pip is a stand-in."""
+    for name in ("exprl_jax/exprl_jax/main.py", "exprl_jax/requirements.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    pip = tmp_path / "pip"
+    pip.write_text("#!/bin/sh\necho called $*\n")
+    pip.chmod(0o755)
+    cell = f"import os, sys\nREPOSITORY, sys.executable = '', {str(pip)!r}\n{source_of('pip')}\nprint(os.getcwd())"
+    held = os.environ | {"PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "-c", cell], cwd=tmp_path, env=held, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = done.stdout.splitlines()
+    assert said[0].startswith("called -m pip install -q -r requirements.txt") and said[1:] == [f"{tmp_path}/exprl_jax"]
+
+
+_SAVES = """
+import signal, time
+asked = []
+signal.signal(signal.SIGINT, lambda *_: asked.append(1))
+print("ready", flush=True)
+while not asked:
+    time.sleep(0.01)
+time.sleep(1)
+for line in range(3):
+    print("saving", line, flush=True)
+print("saved", flush=True)
+"""
+
+
+def test_an_interrupt_lets_a_run_save_and_ends_the_cell(tmp_path):
+    """It reaches all processes of the kernel's group."""
+    function = source_of("def python(").partition("\n\n\n")[0]
+    cell = f"import subprocess, sys\n{function}\npython('-c', {_SAVES!r})\nprint('the next cell')"
+    with subprocess.Popen(
+        [sys.executable, "-c", cell], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as kernel:  # fmt: skip
+        assert kernel.stdout.readline() == "ready\n"
+        os.killpg(kernel.pid, signal.SIGINT)
+        said, failed = kernel.communicate(timeout=60)
+    assert said.splitlines() == ["saving 0", "saving 1", "saving 2", "saved"]
+    assert failed.splitlines()[-1] == "KeyboardInterrupt"
 
 
 @pytest.mark.slow
