@@ -252,6 +252,25 @@ def test_the_guide_goes_on_from_no_run_that_has_not_ended(tmp_path, block):
     assert (done.returncode, done.stdout, done.stderr) == (1, "called\n", "")
 
 
+def test_the_guide_has_the_key_ready_before_anything_bills():
+    first = next(i for i, command in enumerate(commands_of(GUIDE)) if command.startswith("tpu_scripts/"))
+    assert "ssh-add ~/.ssh/google_compute_engine" in commands_of(GUIDE)[:first]
+
+
+def test_the_dollars_of_the_guide_follow_from_its_formula_and_the_table_of_bounds():
+    lines = re.findall(r"\((.*)\) / 3600 += +([\d.]+) h +16 · ([\d.]+) · [\d.]+ += +([\d,]+) dollars", GUIDE)
+    assert len(lines) == 6
+    for seconds, hours, price, dollars in lines:
+        exact = eval(seconds.replace("·", "*")) / 3600
+        assert f"{exact:.1f}" == hours and f"{16 * float(price) * exact:,.0f}" == dollars
+    pods = (ROOT / "docs/pods.md").read_text(encoding="utf-8")
+    step, sampling = (
+        float(re.search(rf"^\| {row} \|.*?([\d,.]+) \|$", pods, re.MULTILINE)[1].replace(",", ""))
+        for row in ("= a step", "= sample")
+    )
+    assert {f"{step:.0f}", f"{sampling:.0f}"} < {word for seconds, *_ in lines for word in seconds.split()}
+
+
 def test_the_guide_shows_every_script():
     assert set(ALL) == set(re.findall(r"^    tpu_scripts/(\w+\.sh)", GUIDE, re.MULTILINE))
 
@@ -320,13 +339,13 @@ def test_setup_waits_and_readies_every_worker(cloud, tmp_path):
 def test_a_later_setup_installs_the_packages_of_the_first_that_worked(cloud, words, kept):
     """The first fails after its installation, the second does not."""
     stub = cloud(queued=["ACTIVE"], refuse=["freeze"])
+    file = stub.folder / "shared/exprl_jax_requirements.txt"
     freezing = stub.run("setup.sh", *SLICE, *words)
-    assert freezing.returncode == (1 if kept else 0) and not (stub.folder / "shared/exprl_jax_requirements.txt").exists()
+    assert freezing.returncode == (1 if kept else 0) and not file.exists()
     (stub.folder / "refuse").unlink()
     for _ in range(2):
         done = stub.run("setup.sh", *SLICE, *words)
         assert done.returncode == 0, done.stderr
-    file = stub.folder / "shared/exprl_jax_requirements.txt"
     for worker in range(2):
         ends = [call[-1] for call in stub.calls(f"{worker}:python3") if call[1:5] == ["-m", "uv", "pip", "install"]]
         assert ends == ["jax[tpu]", "jax[tpu]", f"--constraints={file}" if kept else "jax[tpu]"]
