@@ -1,5 +1,6 @@
 """tpu_scripts/, run for real against commands that stand for Google Cloud (stub_gcloud.py)."""
 
+import fcntl
 import os
 import pathlib
 import random
@@ -675,6 +676,15 @@ def test_resume_of_another_command_is_another_run(cloud):
     assert deeds(stub) == ["setup", "launch"]
     assert resume(stub, "--", "--config.steps=300").returncode == 0
     assert deeds(stub) == ["setup", "launch"] * 2
+
+
+def test_two_looks_at_once_are_not_taken_for_runs(cloud):
+    stub = cloud(queued=["ACTIVE"], **{f"programs-{worker}": ["0"] for worker in range(2)})
+    assert resume(stub).returncode == 0
+    with open(stub.home(0) / "exprl_jax_lock") as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        assert resume(stub).returncode == 0
+        assert stub.run("setup.sh", *SLICE).returncode == 0
 
 
 def test_resume_does_not_ask_for_ever_for_what_fails(cloud):
