@@ -6,7 +6,7 @@
 
 Every other arm of the paper is a file in configs/paper/.  Data: POPE and InT in the released parquet schema; say where
 with --config.data.source.  Hardware: 16 v5e chips (2 x 8), by the TPU's ahead-of-time compiler (docs/pods.md: at most
-12.6 of 15.75 GiB a chip, while judging); not yet run at this size.  To expect, by the paper's Table 2
+12.7 of 15.75 GiB a chip, while judging); not yet run at this size.  To expect, by the paper's Table 2
 (Stage I alone, pass@1 in percent on AIME25, AIME26, HMMT-Nov25, IMO-AnswerBench): base 46.46 51.45 40.60 31.37; Outcome
 50.52 57.45 44.19 33.56; Process 51.77 57.51 45.24 32.02.
 """

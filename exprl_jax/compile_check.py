@@ -5,8 +5,8 @@
         --topology=v5e:4x4,v5e:8x8+mesh.data=8+mesh.model=8+rollout.wave=8
 
 Of training runs and evaluations.  A topology may be followed by config keys that it changes.  Needs `jax[tpu]` and no TPU;
-each of several topologies is compiled in a process of its own.  Exit status 1 says that something does not fit or compile, on stderr in one line if the
-config is at fault; 2 is for a wrong command line.
+each of several topologies is compiled in a process of its own.  Exit status 1 says that something does not fit or compile,
+on stderr in one line if the config is at fault; 2 is for a wrong command line.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ def main(argv: Sequence[str]) -> int:
     from exprl_jax.pods.tables import rewritten
     from exprl_jax.workdir import write_atomically
 
-    proofs, unchecked = [], []
+    proofs, status = [], 0
+    for spec in specs:
+        try:
+            proofs.append(_prove(settings[spec].to_dict(), spec) if len(specs) == 1 else _prove_apart(argv, spec))
+        except (ValueError, OSError) as error:
+            status = _complain(error, 1)
+    if not proofs:
+        return status
     try:
-        for spec in specs:
-            try:
-                proofs.append(_prove(settings[spec].to_dict(), spec) if len(specs) == 1 else _prove_apart(argv, spec))
-            except ValueError as error:
-                unchecked.append(_complain(error, 1))
-        if not proofs:
-            return 1
         if given.output:
             written = {"config": given.config.to_dict(), "proofs": [dataclasses.asdict(proof) for proof in proofs]}
             write_atomically(pathlib.Path(given.output), json.dumps(written, indent=1) + "\n")
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> int:
             write_atomically(page, rewritten(before, command, proofs))
     except (ValueError, OSError) as error:
         return _complain(error, 1)
-    return 0 if not unchecked and all(proof.fits for proof in proofs) else 1
+    return status if all(proof.fits for proof in proofs) else 1
 
 
 def _parse(argv: Sequence[str]) -> Any:

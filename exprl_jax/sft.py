@@ -83,8 +83,25 @@ def pack(config: Sft, examples: Sequence[Example]) -> Filled:
     """A batch in rows of `row_tokens`; there is room for a row an example."""
     own, group_N = [len(example.prompt) - 1 + len(example.response) for example in examples], np.arange(len(examples))
     row_N = assign_rows(np.zeros(len(examples)), own, group_N, config.row_tokens)
-    shape = -(-config.batch // config.microbatch), config.microbatch, config.row_tokens
-    return fill_rows(examples, group_N, row_N, shape, share=False)
+    return fill_rows(examples, group_N, row_N, packed_shape(config), share=False)
+
+
+def packed_shape(config: Sft) -> tuple[int, int, int]:
+    """[M, B, T] of an update's arrays: a row for every example would be enough."""
+    return -(-config.batch // config.microbatch), config.microbatch, config.row_tokens
+
+
+def check_layout(config: Sft, shards: int) -> None:
+    """Checks that every device gets a whole part of every microbatch.
+
+    Raises:
+      ValueError: names the key to change.
+    """
+    if config.microbatch % shards:
+        raise ValueError(
+            f"config.microbatch: got {config.microbatch} rows, expected a multiple of mesh.data = {shards}, so that every "
+            "device has a row in every microbatch"
+        )
 
 
 def prepare(config: Sft) -> Run:
@@ -94,11 +111,7 @@ def prepare(config: Sft) -> Run:
       ValueError: anything about config, data or model that cannot work.
     """
     mesh = make_mesh(config.mesh)
-    if config.microbatch % mesh.shape[DATA]:
-        raise ValueError(
-            f"config.microbatch: got {config.microbatch} rows, expected a multiple of mesh.data = {mesh.shape[DATA]}, "
-            "so that every device has a row in every microbatch"
-        )
+    check_layout(config, mesh.shape[DATA])
     policy = open_model(config.policy)
     say(f"policy {config.policy.weights}")
     problems = read_training_problems(config.data, references=True)

@@ -56,11 +56,7 @@ def evaluate(config: Evaluate, workdir_path: str) -> None:
     prompts = checked_prompts(config, policy, problems)
     opening = Opening(config.judge, scored=[], verified=[p for p in problems if p.kind == "science"], unit=_no_unit)
     with contextlib.ExitStack() as held:
-        if how.wave % mesh.shape[DATA]:
-            raise ValueError(
-                f"config.sampling.wave: got {how.wave}, expected a multiple of mesh.data = {mesh.shape[DATA]}, so that every "
-                "device has a problem"
-            )
+        check_layout(config, mesh.shape[DATA])
         opened = open_workdir(
             workdir_path, to_dict(config), folders=("samples",), process=jax.process_index(), barrier=barrier
         )
@@ -164,6 +160,19 @@ def set_name(source: str) -> str:
     else:
         name = pathlib.Path(source).stem if source.endswith((".jsonl", ".parquet")) and not rest else kind
     return re.sub(r"[^\w.-]+", "_", name).strip("_")
+
+
+def check_layout(config: Evaluate, shards: int) -> None:
+    """Checks that every device gets a whole part of every wave.
+
+    Raises:
+      ValueError: names the key to change.
+    """
+    if config.sampling.wave % shards:
+        raise ValueError(
+            f"config.sampling.wave: got {config.sampling.wave}, expected a multiple of mesh.data = {shards}, so that every "
+            "device has a problem"
+        )
 
 
 def checked_prompts(config: Evaluate, policy: LanguageModel, problems: Sequence[Problem]):

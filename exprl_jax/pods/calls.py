@@ -14,8 +14,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from exprl_jax import sft
 from exprl_jax.config import Config, Evaluate, Model, Rollout, Sampling, Sft
 from exprl_jax.data.tokenizer import load_tokenizer
+from exprl_jax.evaluation import evaluate
 from exprl_jax.mesh import (
     DATA, MODEL, Placement, bytes_per_device, microbatches_sharding, replicated, rows_sharding, shard_parameters,
 )  # fmt: skip
@@ -163,13 +165,10 @@ def _distilled(config: Config, mesh: Mesh, call: Callable[..., Call]) -> list[Ca
 
 
 def _supervised(config: Sft, mesh: Mesh, call: Callable[..., Call]) -> list[Call]:
-    if config.microbatch % mesh.shape[DATA]:
-        raise ValueError(
-            f"config.microbatch: got {config.microbatch} rows, expected a multiple of mesh.data = {mesh.shape[DATA]}"
-        )
+    sft.check_layout(config, mesh.shape[DATA])
     policy, state = known_model(config.policy), _state(config, mesh)
     programs = build_sft(config, mesh, policy, _SFT_UPDATES)
-    shape = -(-config.batch // config.microbatch), config.microbatch, config.row_tokens
+    shape = sft.packed_shape(config)
     packed, mask, _ = _slots(mesh, shape)
     lesson, weights = Lesson(packed, mask, used=_array(mesh, np.int32)), _parameters(policy, mesh)
     base = (frozen_models(config)[config.policy], weights) if config.lora.rank else (POLICY, ())
@@ -213,10 +212,7 @@ def _begun(
 
 def _evaluated(config: Evaluate, mesh: Mesh, call: Callable[..., Call]) -> list[Call]:
     """A step is a wave.  Whether a judge is needed too, for open-ended answers, only the data says."""
-    if config.sampling.wave % mesh.shape[DATA]:
-        raise ValueError(
-            f"config.sampling.wave: got {config.sampling.wave}, expected a multiple of mesh.data = {mesh.shape[DATA]}"
-        )
+    evaluate.check_layout(config, mesh.shape[DATA])
     acting = POLICY, _parameters(known_model(config.policy), mesh)
     settings = ("sampling.wave", "sampling.group", "mesh.model", "policy.execution.kv_dtype")
     return _sampling(config, config.sampling, mesh, call, acting, 1, settings)

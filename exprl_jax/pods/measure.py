@@ -201,7 +201,7 @@ def _measure(
         if needed is None:
             return program(compiled=False, failure=" ".join(str(error).split())[:500]), ()
         buffers = _buffers_elsewhere(call.name, config, where)
-        return program(compiled=False, exhausted=Exhausted(needed, where.chip.hbm, buffers, call.settings)), buffers
+        return program(compiled=False, exhausted=Exhausted(needed, where.chip.hbm, buffers, call.settings)), ()
     seconds = time.perf_counter() - begun
 
     module, memory = read_module(compiled.as_text()), compiled.memory_analysis()
