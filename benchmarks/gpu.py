@@ -54,8 +54,10 @@ def main() -> None:
     lines = [
         f"{device.device_kind}, jax {jax.__version__}: best product {flops / 1e12:.1f} TFLOP/s, best copy "
         f"{bandwidth / 1e9:.0f} GB/s",
-        "", "| decode | rows | tokens/s | bound | of bound |", "|---|---|---|---|---|",
-    ]  # fmt: skip
+        "",
+        "| decode | rows | tokens/s | bound | of bound |",
+        "|---|---|---|---|---|",
+    ]
     lines += [decoding(name, arch, count, new, bandwidth) for name, arch in shapes.items() for count in problems]
     lines += ["", "| update | row tokens | tokens/s | MFU |", "|---|---|---|---|"]
     lines += [updating(name, arch, width, flops) for name, arch in shapes.items() for width in widths]
@@ -81,9 +83,12 @@ def decoding(name: str, arch: Architecture, problems: int, new: int, bandwidth: 
     )
     rows = Rows(np.zeros((problems, GROUP, 1), np.int32), np.zeros((problems, GROUP), np.int32))
     draw = Draw(
-        np.uint32(0), np.int32(0), np.arange(problems, dtype=np.uint32), np.full((problems, GROUP), 0.8, np.float32),
+        np.uint32(0),
+        np.int32(0),
+        np.arange(problems, dtype=np.uint32),
+        np.full((problems, GROUP), 0.8, np.float32),
         np.ones((problems, GROUP), bool),
-    )  # fmt: skip
+    )
     context, rows, draw = put_rows(mesh, (context, rows, draw), problems)
     prefix = sampler.prefill(params, context)
     seconds = typical(lambda: sampler.sample(params, prefix, rows, draw))

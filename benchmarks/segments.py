@@ -17,9 +17,12 @@ from exprl_jax.model.sources import resolve_model
 from exprl_jax.reward.segments import SegmentRule, Splitter
 
 RULES = (
-    SegmentRule("heading"), SegmentRule("paragraph"), SegmentRule("line"), SegmentRule("stride", stride=512),
+    SegmentRule("heading"),
+    SegmentRule("paragraph"),
+    SegmentRule("line"),
+    SegmentRule("stride", stride=512),
     SegmentRule("regex", pattern=r"^Step \d+"),
-)  # fmt: skip
+)
 
 
 def main() -> None:

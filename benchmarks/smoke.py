@@ -16,7 +16,7 @@ import dataclasses
 import statistics
 import tempfile
 import time
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +83,10 @@ def report(rows: int, tokens: int, ours: list[float], theirs: list[float], roof:
     """One line of a table from seconds."""
     ratio = statistics.median(b / a for a, b in zip(ours, theirs, strict=True))
     mine, other = tokens / statistics.median(ours), tokens / statistics.median(theirs)
-    print(f"{rows:>5} {mine:>8.1f} {other:>9.1f} {ratio:>6.2f}x {roof:>7.0f} {kernel:>7.0f} {mine / kernel:>10.0%}", flush=True)
+    print(
+        f"{rows:>5} {mine:>8.1f} {other:>9.1f} {ratio:>6.2f}x {roof:>7.0f} {kernel:>7.0f} {mine / kernel:>10.0%}",
+        flush=True,
+    )
 
 
 def pairs(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[list[float], list[float]]:
@@ -105,7 +108,10 @@ def sampling(model: LanguageModel, mesh, params, peer, problems: int):
     context = Context(tokens_PT[:, :-1].astype(np.int32), np.full(problems, PROMPT - 1, np.int32))
     last = np.repeat(tokens_PT[:, None, -1:], GROUP, axis=1).astype(np.int32)
     draw = Draw(
-        np.uint32(0), np.int32(0), np.arange(problems, dtype=np.uint32), np.full((problems, GROUP), 0.8, np.float32),
+        np.uint32(0),
+        np.int32(0),
+        np.arange(problems, dtype=np.uint32),
+        np.full((problems, GROUP), 0.8, np.float32),
         np.ones((problems, GROUP), bool),
     )
     rows = Rows(last, np.zeros((problems, GROUP), np.int32))
@@ -119,9 +125,16 @@ def sampling(model: LanguageModel, mesh, params, peer, problems: int):
     def theirs():
         with torch.no_grad():
             out = peer.generate(
-                inputs, attention_mask=torch.ones_like(inputs), do_sample=True, temperature=0.8, top_k=0, top_p=1.0,
-                min_new_tokens=RESPONSE, max_new_tokens=RESPONSE, pad_token_id=0,
-            )  # fmt: skip
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                do_sample=True,
+                temperature=0.8,
+                top_k=0,
+                top_p=1.0,
+                min_new_tokens=RESPONSE,
+                max_new_tokens=RESPONSE,
+                pad_token_id=0,
+            )
         assert out.shape == (problems * GROUP, PROMPT + RESPONSE)
 
     return pairs(ours, theirs)
@@ -159,7 +172,9 @@ def updating(config: Config, model: LanguageModel, mesh, params, peer):
         losses.append(float(metrics["loss/total"]))
         jax.block_until_ready(holder[0])
 
-    tokens = torch.from_numpy(np.concatenate([np.repeat(prompt, GROUP, axis=0), response.reshape(-1, RESPONSE)], 1)).long()
+    tokens = torch.from_numpy(
+        np.concatenate([np.repeat(prompt, GROUP, axis=0), response.reshape(-1, RESPONSE)], 1)
+    ).long()
     A, ref = torch.from_numpy(advantage.reshape(-1, RESPONSE)), torch.from_numpy(reference.reshape(-1, RESPONSE))
     how, loss = config.optimizer, config.loss
     adam = torch.optim.AdamW(

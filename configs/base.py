@@ -70,7 +70,9 @@ def base() -> ConfigDict:
                 overlong_penalty=-1.0,
                 missing="drop_segment",
             ),
-            loss=dict(clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.001, entropy_coef=0.0, aggregate="token_mean"),
+            loss=dict(
+                clip_low=0.2, clip_high=0.28, dual_clip=3.0, kl_coef=0.001, entropy_coef=0.0, aggregate="token_mean"
+            ),
             distillation=dict(kl="sampled"),
             updates=dict(per_batch=2, row_tokens=20_480, microbatch=4, logp_chunk=4096),
             optimizer=dict(
@@ -151,10 +153,17 @@ def supervised(config: ConfigDict) -> ConfigDict:
     optimizer = config.optimizer.to_dict() | dict(b2=0.95, schedule="cosine", warmup=0.1)
     return ConfigDict(
         dict(
-            task="sft", seed=config.seed, epochs=2, batch=32, microbatch=2, row_tokens=20_480,
-            logp_chunk=config.updates.logp_chunk, optimizer=optimizer, **shared,
+            task="sft",
+            seed=config.seed,
+            epochs=2,
+            batch=32,
+            microbatch=2,
+            row_tokens=20_480,
+            logp_chunk=config.updates.logp_chunk,
+            optimizer=optimizer,
+            **shared,
         )
-    )  # fmt: skip
+    )
 
 
 def evaluation(config: ConfigDict) -> ConfigDict:

@@ -51,10 +51,17 @@ def _calibration(config: ConfigDict, rollouts: str, segments: dict, sampling: di
     shared = {name: config[name].to_dict() for name in ("data", "mesh", "policy", "grader", "code")}
     made = ConfigDict(
         dict(
-            task="calibrate", seed=config.seed, rollouts=rollouts, judges={}, wave=1, group=1, repeats={},
-            prefixes=dict(rollouts=0, segments=segments, sampling=sampling), **shared,
+            task="calibrate",
+            seed=config.seed,
+            rollouts=rollouts,
+            judges={},
+            wave=1,
+            group=1,
+            repeats={},
+            prefixes=dict(rollouts=0, segments=segments, sampling=sampling),
+            **shared,
         )
-    )  # fmt: skip
+    )
     del made.data.held_out, made.data.allow_held_out
     made.policy.param_dtype = config.judge.model.param_dtype
     return made

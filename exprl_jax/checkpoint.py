@@ -26,7 +26,8 @@ import sys
 import threading
 import types
 import zlib
-from typing import Any, Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -186,9 +187,7 @@ class Checkpoints:
         self.wait()
         while (chosen := self._choose()) is not None:
             step, recorded = chosen
-            args = ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore()
-            )
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state), position=ocp.args.JsonRestore())
             try:
                 items = self._manager.restore(step, args=args)
                 return Restored(items["state"], items["position"], step)

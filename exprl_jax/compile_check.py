@@ -65,7 +65,11 @@ def main(argv: Sequence[str]) -> int:
 def _parse(argv: Sequence[str]) -> Any:
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
-        "config", None, "The experiment: a file in configs/, optionally with :arm.", flag_values=values, sys_argv=list(argv)
+        "config",
+        None,
+        "The experiment: a file in configs/, optionally with :arm.",
+        flag_values=values,
+        sys_argv=list(argv),
     )
     flags.DEFINE_string("topology", None, "<generation>:<shape>[+key=value…], several with commas.", flag_values=values)
     flags.DEFINE_string("output", "", "A JSON file for all that was found.", flag_values=values)
@@ -74,7 +78,9 @@ def _parse(argv: Sequence[str]) -> Any:
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}; every option is --name=value")
     if values.config is None or not values.topology:
-        raise ValueError("--config and --topology are needed; for instance --config=configs/stage1.py --topology=v5e:4x4")
+        raise ValueError(
+            "--config and --topology are needed; for instance --config=configs/stage1.py --topology=v5e:4x4"
+        )
     return values
 
 

@@ -12,7 +12,8 @@ import dataclasses
 import difflib
 import types
 import typing
-from typing import Any, Literal, Mapping
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from exprl_jax.model.config import Execution
 
@@ -137,9 +138,9 @@ class Segments:
 class Routes:
     """Where the reward of a problem comes from, by its kind: `choice` has answer choices, the others their domain.
 
-      process   the judge scores every prefix or step of a rollout; advantages by `advantage.estimator`.
-      outcome   the judge scores the whole rollout; advantages are group-normalised.
-      verifier  1 for a correct answer and 0 for any other; group-normalised (sparse GRPO).
+    `process`: the judge scores every prefix or step of a rollout; advantages by `advantage.estimator`.
+    `outcome`: the judge scores the whole rollout; advantages are group-normalised.
+    `verifier`: 1 for a correct answer and 0 for any other; group-normalised (sparse GRPO).
     """
 
     math: Route
@@ -295,7 +296,9 @@ class Optimizer:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Attributes:
+    """What is saved, and when.
+
+    Attributes:
       every: RL steps between checkpoints; the last step is always saved.
       keep: newest checkpoints kept.
     """
@@ -306,7 +309,9 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Log:
-    """Attributes:
+    """What people read of a step.
+
+    Attributes:
       rollouts: rows a step written to `rollouts/step_N.jsonl`.
     """
 
@@ -537,8 +542,13 @@ class Annotate:
 
 
 TASKS = {
-    "rl": Config, "distill": Config, "sft": Sft, "evaluate": Evaluate, "calibrate": Calibrate, "annotate": Annotate,
-}  # fmt: skip
+    "rl": Config,
+    "distill": Config,
+    "sft": Sft,
+    "evaluate": Evaluate,
+    "calibrate": Calibrate,
+    "annotate": Annotate,
+}
 AnyConfig = Config | Sft | Evaluate | Calibrate | Annotate
 
 
@@ -561,9 +571,11 @@ def resolve(config: Mapping[str, Any]) -> AnyConfig:
     elif isinstance(resolved, Evaluate):
         sampling = resolved.sampling
         _require(
-            sampling.samples % sampling.group == 0, "config.sampling.group", sampling.group,
+            sampling.samples % sampling.group == 0,
+            "config.sampling.group",
+            sampling.group,
             f"a divisor of sampling.samples = {sampling.samples}",
-        )  # fmt: skip
+        )
     elif isinstance(resolved, Calibrate):
         _check_calibrate(resolved)
     elif isinstance(resolved, Annotate):
@@ -633,14 +645,49 @@ def _type_name(hint: Any) -> str:
 
 
 _POSITIVE = {
-    "alpha", "steps", "epochs", "batch", "row_tokens", "max_prompt_tokens", "model", "prompts", "group", "wave", "max_tokens",
-    "max_segments", "max_context_tokens", "max_trace_tokens", "per_batch", "microbatch", "logp_chunk", "every", "keep",
-    "workers", "seconds", "clip_norm", "eps", "memory_mb", "samples", "concurrency", "count",
-}  # fmt: skip
+    "alpha",
+    "steps",
+    "epochs",
+    "batch",
+    "row_tokens",
+    "max_prompt_tokens",
+    "model",
+    "prompts",
+    "group",
+    "wave",
+    "max_tokens",
+    "max_segments",
+    "max_context_tokens",
+    "max_trace_tokens",
+    "per_batch",
+    "microbatch",
+    "logp_chunk",
+    "every",
+    "keep",
+    "workers",
+    "seconds",
+    "clip_norm",
+    "eps",
+    "memory_mb",
+    "samples",
+    "concurrency",
+    "count",
+}
 _NOT_NEGATIVE = {
-    "seed", "rank", "min_spread", "kl_coef", "entropy_coef", "clip_low", "clip_high", "rollouts", "learning_rate",
-    "weight_decay", "temperature", "max_resample", "retries",
-}  # fmt: skip
+    "seed",
+    "rank",
+    "min_spread",
+    "kl_coef",
+    "entropy_coef",
+    "clip_low",
+    "clip_high",
+    "rollouts",
+    "learning_rate",
+    "weight_decay",
+    "temperature",
+    "max_resample",
+    "retries",
+}
 _FRACTIONS = {"b1": "[0, 1)", "b2": "[0, 1)", "warmup": "[0, 1)", "max_missing": "[0, 1)"}
 
 
@@ -675,23 +722,36 @@ def _check_parts(section: Any, path: str) -> None:
     if isinstance(section, Lora):
         known = {"q", "k", "v", "o", "gate", "up", "down"}
         some = len(section.names) == len(set(section.names)) and set(section.names) <= known
-        _require(some, f"{path}.targets", section.targets, "some of q,k,v,o,gate,up,down, each once, with commas between")
+        _require(
+            some, f"{path}.targets", section.targets, "some of q,k,v,o,gate,up,down, each once, with commas between"
+        )
     if isinstance(section, Judge) and section.backend == "openai":
         _require(section.readout == "text", f"{path}.readout", section.readout, "'text' with judge.backend = 'openai'")
         url = section.endpoint.base_url
-        _require(url.startswith(("http://", "https://")), f"{path}.endpoint.base_url", url, "an http:// or https:// URL")
-        _require(bool(section.endpoint.model), f"{path}.endpoint.model", section.endpoint.model, "the model's name there")
+        _require(
+            url.startswith(("http://", "https://")), f"{path}.endpoint.base_url", url, "an http:// or https:// URL"
+        )
+        _require(
+            bool(section.endpoint.model), f"{path}.endpoint.model", section.endpoint.model, "the model's name there"
+        )
 
 
 def _check_calibrate(c: Calibrate) -> None:
     sampling, repeats = c.prefixes.sampling, c.repeats
     _require(
-        sampling.samples % sampling.group == 0, "config.prefixes.sampling.group", sampling.group,
+        sampling.samples % sampling.group == 0,
+        "config.prefixes.sampling.group",
+        sampling.group,
         f"a divisor of prefixes.sampling.samples = {sampling.samples}",
-    )  # fmt: skip
+    )
     if c.prefixes.rollouts:
         for name, judge in c.judges.items():
-            _require(judge.unit == "prefix", f"config.judges.{name}.unit", judge.unit, "'prefix', which the prefix check asks of")
+            _require(
+                judge.unit == "prefix",
+                f"config.judges.{name}.unit",
+                judge.unit,
+                "'prefix', which the prefix check asks of",
+            )
     if not repeats.rollouts:
         return
     _require(repeats.count > 1, "config.repeats.count", repeats.count, "at least 2, or repeats.rollouts = 0")
@@ -707,29 +767,42 @@ def _check_rl(c: Config) -> None:
     require(c.steps < 1 << 20, "steps", c.steps, f"less than {1 << 20}")
     require(c.rollout.max_resample < 1 << 10, "rollout.max_resample", c.rollout.max_resample, f"less than {1 << 10}")
     require(c.loss.clip_low <= 1, "loss.clip_low", c.loss.clip_low, "at most 1")
-    require(c.loss.dual_clip == 0 or c.loss.dual_clip > 1, "loss.dual_clip", c.loss.dual_clip, "more than 1, or 0 for none")
+    require(
+        c.loss.dual_clip == 0 or c.loss.dual_clip > 1, "loss.dual_clip", c.loss.dual_clip, "more than 1, or 0 for none"
+    )
 
     waves = c.rollout.prompts / c.rollout.wave
     require(waves.is_integer(), "rollout.wave", c.rollout.wave, f"a divisor of rollout.prompts = {c.rollout.prompts}")
     share = c.rollout.prompts / c.updates.per_batch
     require(
-        share.is_integer(), "updates.per_batch", c.updates.per_batch, f"a divisor of rollout.prompts = {c.rollout.prompts}"
+        share.is_integer(),
+        "updates.per_batch",
+        c.updates.per_batch,
+        f"a divisor of rollout.prompts = {c.rollout.prompts}",
     )
     longest = c.data.max_prompt_tokens + c.rollout.max_tokens
     require(
-        c.updates.row_tokens >= longest, "updates.row_tokens", c.updates.row_tokens,
+        c.updates.row_tokens >= longest,
+        "updates.row_tokens",
+        c.updates.row_tokens,
         f"at least {longest}, data.max_prompt_tokens + rollout.max_tokens: a rollout is packed whole",
-    )  # fmt: skip
+    )
     if c.task == "rl" and set(dataclasses.astuple(c.routes)) != {"process"}:
         require(
-            c.rollout.group > 1, "rollout.group", c.rollout.group,
+            c.rollout.group > 1,
+            "rollout.group",
+            c.rollout.group,
             "at least 2: the routes outcome and verifier compare within a group",
-        )  # fmt: skip
+        )
     if c.task == "distill":
-        require(c.updates.per_batch == 1, "updates.per_batch", c.updates.per_batch, "1 with task = 'distill': on-policy")
+        require(
+            c.updates.per_batch == 1, "updates.per_batch", c.updates.per_batch, "1 with task = 'distill': on-policy"
+        )
         require(c.rollout.max_resample == 0, "rollout.max_resample", c.rollout.max_resample, "0 with task = 'distill'")
         for name in ("kl_coef", "entropy_coef"):
             value = getattr(c.loss, name)
             require(value == 0, f"loss.{name}", value, "0 with task = 'distill', whose loss is the KL to its teacher")
     if c.advantage.overlong == "penalty":
-        require(c.advantage.overlong_penalty < 0, "advantage.overlong_penalty", c.advantage.overlong_penalty, "negative")
+        require(
+            c.advantage.overlong_penalty < 0, "advantage.overlong_penalty", c.advantage.overlong_penalty, "negative"
+        )

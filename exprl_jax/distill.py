@@ -31,9 +31,23 @@ from exprl_jax.reward.statistics import VERDICTS, rollout_statistics
 from exprl_jax.reward.verifiers.grading import Graders
 from exprl_jax.rollout.waves import Prompts, make_prompts
 from exprl_jax.train import (
-    Batch, Ready, Run, Wave, join_batch, learned, local_places, open_graders, over_updates, packed_shape, padding_of,
-    prepare, ready_update, sample_row, sample_wave, task_of,
-)  # fmt: skip
+    Batch,
+    Ready,
+    Run,
+    Wave,
+    join_batch,
+    learned,
+    local_places,
+    open_graders,
+    over_updates,
+    packed_shape,
+    padding_of,
+    prepare,
+    ready_update,
+    sample_row,
+    sample_wave,
+    task_of,
+)
 from exprl_jax.workdir import check_workdir
 
 
@@ -95,7 +109,9 @@ def take_step(
         problems = [run.problems[i] for i in indices[place]]
         with clock.phase("sample"):
             waves.append(sample_wave(run, run.model(state), problems, step, 0, np.ones(len(problems), bool)))
-        gradings.append(graders.submit([(p, text) for p, group in zip(problems, waves[-1].responses) for text in group]))
+        gradings.append(
+            graders.submit([(p, text) for p, group in zip(problems, waves[-1].responses) for text in group])
+        )
 
     with clock.phase("pack"):
         parts = [(w.rollouts, w.rollouts.mask_PGR, np.zeros_like(w.rollouts.logp_PGR)) for w in waves]

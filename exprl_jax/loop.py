@@ -87,7 +87,9 @@ def follow(task: Task, workdir_path: str) -> None:
     needed = (task.checkpoint.keep + 1) * state_bytes + export_bytes
     config = to_dict(task.config)
     with (
-        open_workdir(workdir_path, config, needed_bytes=needed, process=jax.process_index(), barrier=barrier) as workdir,
+        open_workdir(
+            workdir_path, config, needed_bytes=needed, process=jax.process_index(), barrier=barrier
+        ) as workdir,
         Checkpoints(workdir.checkpoints, task.checkpoint.keep, config) as checkpoints,
         CompileLedger() as ledger,
         StopRequest() as stop,
@@ -140,9 +142,14 @@ def export(lora: Lora, policy: LanguageModel, base: Any, params: Any, workdir: W
         if jax.process_index() == 0:
             save_adapters(workdir.adapter, adapters, policy.arch, how, lora, policy.how.weights)
     export_folder(
-        adapt(lora, base, params), policy.arch, how, workdir.export, policy.tokenizer, dtype,
+        adapt(lora, base, params),
+        policy.arch,
+        how,
+        workdir.export,
+        policy.tokenizer,
+        dtype,
         fetch=fetch_merged if lora.rank else fetch_tensor,
-    )  # fmt: skip
+    )
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:

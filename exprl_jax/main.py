@@ -42,7 +42,9 @@ def main(argv: list[str]) -> int:
         if len({_COORDINATOR.value is None, _PROCESSES.value is None, _PROCESS.value is None}) > 1:
             raise ValueError("--coordinator, --processes and --process go together; give all three or none")
         if _DISTRIBUTED.value == "auto" and _COORDINATOR.value is not None:
-            raise ValueError("--distributed=auto finds out what --coordinator, --processes and --process say; give it alone")
+            raise ValueError(
+                "--distributed=auto finds out what --coordinator, --processes and --process say; give it alone"
+            )
         settings = _CONFIG.value.to_dict()
         others = {} if _DIFF.value is None else _DIFF.value.to_dict()
     except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError, ImportError, SyntaxError) as error:
@@ -82,7 +84,9 @@ def main(argv: list[str]) -> int:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        return _complain(f"out of device memory: {str(error).splitlines()[0]}; lower the config's wave or microbatch", 1)
+        return _complain(
+            f"out of device memory: {str(error).splitlines()[0]}; lower the config's wave or microbatch", 1
+        )
     except KeyboardInterrupt:
         return _complain("interrupted; the last checkpoint stands", 130)
     return 0

@@ -237,9 +237,12 @@ class Placement:
         several = isinstance(gives[0], tuple) if gives else False
         specs = tuple(PartitionSpec(*axes) for axes in gives) if several else PartitionSpec(*gives)
         return jax.shard_map(
-            function, mesh=self.mesh, in_specs=tuple(PartitionSpec(*axes) for axes in takes), out_specs=specs,
+            function,
+            mesh=self.mesh,
+            in_specs=tuple(PartitionSpec(*axes) for axes in takes),
+            out_specs=specs,
             check_vma=False,
-        )  # fmt: skip
+        )
 
 
 ONE_DEVICE = Placement(None)
@@ -360,7 +363,5 @@ def largest_over_processes(count: int) -> int:
 
 def bytes_per_device(abstract: Any, shardings: Any) -> int:
     """Bytes that a tree of arrays takes on each device."""
-    sizes = jax.tree.map(
-        lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, abstract, shardings
-    )
+    sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, abstract, shardings)
     return sum(jax.tree.leaves(sizes))

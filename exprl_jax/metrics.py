@@ -25,7 +25,8 @@ import sys
 import threading
 import time
 import types
-from typing import Any, Iterator, Mapping, Sequence, TextIO
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, TextIO
 
 import jax
 from absl import logging
@@ -270,7 +271,9 @@ class Progress:
         self._marks.append((now, step))
         left = (now - then) / max(step - before, 1) * (self._total - step)
         shown = "–" if value is None else f"{value:.3f}"
-        line = f"step {step}/{self._total}  {self._shows} {shown}  {tokens_per_second:.0f} tokens/s  ETA {_duration(left)}"
+        line = (
+            f"step {step}/{self._total}  {self._shows} {shown}  {tokens_per_second:.0f} tokens/s  ETA {_duration(left)}"
+        )
         if self._redraws:
             filled = round(20 * step / self._total)
             line = f"\r\x1b[K[{'█' * filled}{'·' * (20 - filled)}] {line}"
@@ -320,8 +323,8 @@ def _open_event_writer(folder: pathlib.Path) -> Any:
     # TensorFlow greets on stderr unless told not to before its import.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    from clu import metric_writers
     import tensorflow as tf
+    from clu import metric_writers
 
     tf.config.set_visible_devices([], "GPU")  # a TensorFlow with GPU support would take the memory that JAX needs
     return metric_writers.SummaryWriter(str(folder))

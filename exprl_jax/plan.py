@@ -61,7 +61,9 @@ def describe(config: Config) -> str:
     }
     if config.task == "rl" and config.judge.backend == "local" and not has_local_judge(config):
         # Which kinds of problems there are, a plan without data cannot know.
-        derived["judge"] = f"not planned for; if the data hold open-ended science, {config.judge.model.weights} verifies it"
+        derived["judge"] = (
+            f"not planned for; if the data hold open-ended science, {config.judge.model.weights} verifies it"
+        )
     sections.append(("derived", _table([(name, value) for name, value in derived.items()])))
 
     rows = []
@@ -87,7 +89,9 @@ def describe(config: Config) -> str:
     return "\n\n".join(f"== {title}\n{body}" for title, body in sections)
 
 
-def _memory(config: Config, archs: dict[Model, Architecture], mesh: Any, state: Any, shardings: Any) -> dict[str, float]:
+def _memory(
+    config: Config, archs: dict[Model, Architecture], mesh: Any, state: Any, shardings: Any
+) -> dict[str, float]:
     policy = archs[config.policy]
     data, model = mesh.shape[DATA], mesh.shape[MODEL]
     how = config.policy.execution
@@ -145,11 +149,15 @@ def _memory(config: Config, archs: dict[Model, Architecture], mesh: Any, state: 
         # The sum so far and one microbatch's part.
         "training: gradients": 2 * bytes_per_device(_float32(state.params), shardings.params),
         "training: activations": residuals,
-        "training: attention scores": 2 * scores(
-            policy, config.updates.microbatch, config.updates.row_tokens, config.updates.row_tokens
-        ),
-        "training: logits": slices * 4 * min(config.updates.logp_chunk, tokens * data) * policy.vocab_size / data / model,
-    }  # fmt: skip
+        "training: attention scores": 2
+        * scores(policy, config.updates.microbatch, config.updates.row_tokens, config.updates.row_tokens),
+        "training: logits": slices
+        * 4
+        * min(config.updates.logp_chunk, tokens * data)
+        * policy.vocab_size
+        / data
+        / model,
+    }
     if has_local_judge(config):
         judge, context, trace = config.judge.model, config.judge.max_context_tokens, config.judge.max_trace_tokens
         answer = config.judge.max_tokens if config.judge.readout == "text" else 0

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,10 +95,14 @@ def build(config: Config, mesh: Mesh, policy: LanguageModel) -> Programs:
 
     def updating(state, base, experience):
         return train_step(
-            state, experience, logp_fn=lambda params, packed: logp(adapt(config.lora, base, params), packed),
-            optimizer=optimizer, loss=config.loss, on_policy=config.updates.per_batch == 1,
+            state,
+            experience,
+            logp_fn=lambda params, packed: logp(adapt(config.lora, base, params), packed),
+            optimizer=optimizer,
+            loss=config.loss,
+            on_policy=config.updates.per_batch == 1,
             keep_sharded=_keep_sharded(mesh, policy),
-        )  # fmt: skip
+        )
 
     state_shardings = shard_state(config, mesh, policy)
     return Programs(
@@ -117,7 +122,11 @@ def build_judge(how: Judge, mesh: Mesh, judge: LanguageModel) -> JudgePrograms:
     """The programs of a local judge."""
     if how.readout == "logits":
         scoring = functools.partial(
-            score, arch=judge.arch, how=judge.execution, digit_ids=digit_token_ids(judge.tokenizer), place=Placement(mesh)
+            score,
+            arch=judge.arch,
+            how=judge.execution,
+            digit_ids=digit_token_ids(judge.tokenizer),
+            place=Placement(mesh),
         )
 
         def judging(params, prefix, rows):
@@ -140,11 +149,18 @@ def build_teacher(config: Config, mesh: Mesh, policy: LanguageModel) -> TeacherP
 
     def distilling(state, base, teacher, teaching, experience):
         return distill_step(
-            state, teacher, teaching, experience, optimizer=optimizer,
-            states_fn=lambda params, packed: states(adapt(config.lora, base, params), packed), teacher_fn=states,
-            temperature=config.rollout.temperature, chunk=config.updates.logp_chunk, place=Placement(mesh),
+            state,
+            teacher,
+            teaching,
+            experience,
+            optimizer=optimizer,
+            states_fn=lambda params, packed: states(adapt(config.lora, base, params), packed),
+            teacher_fn=states,
+            temperature=config.rollout.temperature,
+            chunk=config.updates.logp_chunk,
+            place=Placement(mesh),
             keep_sharded=_keep_sharded(mesh, policy),
-        )  # fmt: skip
+        )
 
     state_shardings = shard_state(config, mesh, policy)
     return TeacherPrograms(
@@ -156,14 +172,19 @@ def build_teacher(config: Config, mesh: Mesh, policy: LanguageModel) -> TeacherP
 def build_sft(config: Sft, mesh: Mesh, policy: LanguageModel, updates: int) -> SftPrograms:
     """The programs of a supervised run of so many updates."""
     optimizer, rate = make_optimizer(config.optimizer, updates), learning_rate(config.optimizer, updates)
-    logp = functools.partial(packed_logp_and_entropy, mesh=mesh, policy=policy, temperature=1.0, chunk=config.logp_chunk)
+    logp = functools.partial(
+        packed_logp_and_entropy, mesh=mesh, policy=policy, temperature=1.0, chunk=config.logp_chunk
+    )
 
     def updating(state, base, lesson):
         return sft_step(
-            state, lesson, logp_fn=lambda params, packed: logp(adapt(config.lora, base, params), packed),
-            optimizer=optimizer, rate=rate if callable(rate) else optax.constant_schedule(rate),
+            state,
+            lesson,
+            logp_fn=lambda params, packed: logp(adapt(config.lora, base, params), packed),
+            optimizer=optimizer,
+            rate=rate if callable(rate) else optax.constant_schedule(rate),
             keep_sharded=_keep_sharded(mesh, policy),
-        )  # fmt: skip
+        )
 
     initialise = _init_state(config, policy, optimizer)
     abstract = _abstract(config.lora, policy.how, policy.arch, optimizer)
@@ -184,9 +205,14 @@ def _prefill(model: LanguageModel, mesh: Mesh) -> Callable:
 
 def _sample(model: LanguageModel, mesh: Mesh, max_tokens: int) -> Callable:
     sampling = functools.partial(
-        sample, arch=model.arch, how=model.execution, max_tokens=max_tokens, eos_ids=model.tokenizer.eos_ids,
-        pad_id=model.tokenizer.pad_id, place=Placement(mesh),
-    )  # fmt: skip
+        sample,
+        arch=model.arch,
+        how=model.execution,
+        max_tokens=max_tokens,
+        eos_ids=model.tokenizer.eos_ids,
+        pad_id=model.tokenizer.pad_id,
+        place=Placement(mesh),
+    )
     return lambda params, prefix, rows, draw: sampling(attached(params), prefix=prefix, rows=rows, draw=draw)
 
 
@@ -210,9 +236,14 @@ def _init_state(config: Config | Sft, policy: LanguageModel, optimizer: optax.Gr
 
 
 def init_state(
-    params: decoder.Params, *, lora: Lora, how: Model, arch: Architecture, optimizer: optax.GradientTransformation,
+    params: decoder.Params,
+    *,
+    lora: Lora,
+    how: Model,
+    arch: Architecture,
+    optimizer: optax.GradientTransformation,
     seed: int,
-) -> TrainState:  # fmt: skip
+) -> TrainState:
     """The state before the first step.
 
     Args:

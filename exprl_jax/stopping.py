@@ -37,7 +37,11 @@ class StopRequest:
         if number == signal.SIGINT and self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        print("stopping after what is under way, which is kept (Ctrl-C again to stop at once)", file=sys.stderr, flush=True)
+        print(
+            "stopping after what is under way, which is kept (Ctrl-C again to stop at once)",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _any_process(here: bool) -> bool:

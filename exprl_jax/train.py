@@ -23,17 +23,30 @@ from exprl_jax import programs as programs_room
 from exprl_jax.config import Config, Data, Model, Route, Segments, to_dict
 from exprl_jax.data.packing import Example, Filled, assign_rows, fill_rows
 from exprl_jax.data.problems import (
-    Kind, Problem, batch_indices, check_held_out, drop_overlong, read_problems,
-)  # fmt: skip
+    Kind,
+    Problem,
+    batch_indices,
+    check_held_out,
+    drop_overlong,
+    read_problems,
+)
 from exprl_jax.data.prompts import PromptStyle, policy_prompt, worked_examples
 from exprl_jax.distributed import processes_here
 from exprl_jax.learning.advantages import Assigned, assign, to_tokens
 from exprl_jax.learning.losses import normaliser
 from exprl_jax.loop import Taken, Task, export, follow, say
 from exprl_jax.mesh import (
-    DATA, Placement, agree_rows, gather_rows, largest_over_processes, local_problems, make_mesh, owned_problems,
-    put_microbatches, shard_parameters,
-)  # fmt: skip
+    DATA,
+    Placement,
+    agree_rows,
+    gather_rows,
+    largest_over_processes,
+    local_problems,
+    make_mesh,
+    owned_problems,
+    put_microbatches,
+    shard_parameters,
+)
 from exprl_jax.metrics import Clock
 from exprl_jax.model import decoder
 from exprl_jax.model.config import Architecture
@@ -140,18 +153,27 @@ def train(config: Config, workdir_path: str) -> None:
         follow(task_of(run, functools.partial(take_step, run, graders)), workdir_path)
 
 
-def take_step(run: Run, graders: Graders, state: TrainState, step: int, clock: Clock, wait: Callable[[], None]) -> Taken:
+def take_step(
+    run: Run, graders: Graders, state: TrainState, step: int, clock: Clock, wait: Callable[[], None]
+) -> Taken:
     """One RL step: all waves of a batch, then its updates."""
     config = run.config
     indices, epoch = batch_indices(len(run.problems), config.rollout.prompts, config.seed, step)
     # Verifiers work on one wave while the next is sampled.
     begun = [
         begin_wave(
-            run, graders, run.model(state), [run.problems[i] for i in indices[place]], place, step, clock, 0,
+            run,
+            graders,
+            run.model(state),
+            [run.problems[i] for i in indices[place]],
+            place,
+            step,
+            clock,
+            0,
             np.ones(len(place), bool),
         )
         for place in local_places(run, config.rollout.prompts)
-    ]  # fmt: skip
+    ]
     scored = [finish_wave(run, graders, run.model(state), wave, step, clock) for wave in begun]
     table = [_table(run, wave.place, each) for wave, each in zip(begun, scored)]
     rows = gather_rows({k: np.concatenate([t[k] for t in table]) for k in table[0]}, _places(table))
@@ -216,7 +238,9 @@ def prepare(config: Config, held: contextlib.ExitStack) -> Run:
     if needs_reference_model(config):
         reference = open_model(config.reference)
         if reference.arch != policy.arch or reference.execution != policy.execution:
-            raise ValueError("config.reference: expected the policy's architecture and execution; one program serves both")
+            raise ValueError(
+                "config.reference: expected the policy's architecture and execution; one program serves both"
+            )
         frozen[config.reference] = load_frozen(reference, mesh, config.seed)
         say(f"reference {config.reference.weights}")
     if config.lora.rank and config.policy not in frozen:
@@ -346,9 +370,16 @@ class Begun(NamedTuple):
 
 
 def begin_wave(
-    run: Run, graders: Graders, params: decoder.Params, problems: Sequence[Problem], place: np.ndarray, step: int,
-    clock: Clock, attempt: int, live_P: np.ndarray,
-) -> Begun:  # fmt: skip
+    run: Run,
+    graders: Graders,
+    params: decoder.Params,
+    problems: Sequence[Problem],
+    place: np.ndarray,
+    step: int,
+    clock: Clock,
+    attempt: int,
+    live_P: np.ndarray,
+) -> Begun:
     """Samples a wave, gives it to the verifiers, and asks the judge meanwhile."""
     with clock.phase("sample"):
         wave = sample_wave(run, params, problems, step, attempt, live_P)
@@ -363,9 +394,7 @@ def begin_wave(
     return Begun(place, live_P, owned_P, attempt, wave, judged, opinions, grading)
 
 
-def finish_wave(
-    run: Run, graders: Graders, params: decoder.Params, begun: Begun, step: int, clock: Clock
-) -> Scored:  # fmt: skip
+def finish_wave(run: Run, graders: Graders, params: decoder.Params, begun: Begun, step: int, clock: Clock) -> Scored:
     """Advantages of a wave; groups without any are sampled again, up to `max_resample` times."""
     scored = _score(run, begun, clock)
     for attempt in range(1, run.config.rollout.max_resample + 1):
@@ -435,9 +464,16 @@ def sample_wave(
     """G rollouts of each problem from the bare prompt, with their text, cut where the judge is to score."""
     how = run.config.rollout
     rollouts = run.sampler(
-        params, run.prompts, problems, group=how.group, temperature=how.temperature, seed=run.config.seed, step=step,
-        attempt=attempt, live_P=live_P,
-    )  # fmt: skip
+        params,
+        run.prompts,
+        problems,
+        group=how.group,
+        temperature=how.temperature,
+        seed=run.config.seed,
+        step=step,
+        attempt=attempt,
+        live_P=live_P,
+    )
     ids, responses = texts_of(rollouts, run.policy.tokenizer.decode)
     ends = [
         [run.splitter.segment_ends(row) if run.route(problem) == "process" else whole(row) for row in group]
@@ -473,7 +509,9 @@ def verify_wave(run: Run, wave: Wave, asks_P: np.ndarray) -> list[list[Verdict]]
     """Verdicts on open-ended answers, which only a judge can give; none for other problems, where nothing was sampled and
     where this process does not ask."""
     sampled_P = (counts(wave) > 0).any(-1) & asks_P
-    asked = [group if p.kind == "science" and s else [] for p, group, s in zip(wave.problems, wave.responses, sampled_P)]
+    asked = [
+        group if p.kind == "science" and s else [] for p, group, s in zip(wave.problems, wave.responses, sampled_P)
+    ]
     return run.judge.verify(wave.problems, asked)
 
 
@@ -545,9 +583,11 @@ def whole_batch(run: Run, problems: Sequence[Problem], scored: Sequence[Scored],
 
 
 def join_batch(
-    run: Run, problems: Sequence[Problem], parts: Sequence[tuple[Rollouts, np.ndarray, np.ndarray]],
+    run: Run,
+    problems: Sequence[Problem],
+    parts: Sequence[tuple[Rollouts, np.ndarray, np.ndarray]],
     places: Sequence[np.ndarray],
-) -> Batch:  # fmt: skip
+) -> Batch:
     """Args: parts: (rollouts, loss mask, advantages) of this process's part of every wave; places: in the batch."""
     rollouts, mask, advantage = jax.tree.map(lambda *x: np.concatenate(x), *parts)
     own = dict(vars(rollouts)) | {"loss_mask": mask, "advantage": advantage}
@@ -577,7 +617,10 @@ def ready_update(run: Run, batch: Batch, mine: slice, room_P: Sequence[int] = ()
     length_N = length_PG[group_N, index_N]
     room_P = np.array(room_P or [len(prompt) for prompt in prompts]) - 1
     row_N = assign_rows(
-        room_P[group_N], length_N, group_N if place.shares_segments else np.arange(len(group_N)), config.updates.row_tokens
+        room_P[group_N],
+        length_N,
+        group_N if place.shares_segments else np.arange(len(group_N)),
+        config.updates.row_tokens,
     )
     examples = [Example(prompts[p], rollouts.tokens_PGR[p, g, :n]) for p, g, n in zip(group_N, index_N, length_N)]
     filled = fill_rows(examples, group_N, row_N, packed_shape(config), place.shares_segments)

@@ -32,14 +32,21 @@ import pathlib
 import shutil
 import socket
 import time
-from typing import Any, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from exprl_jax.config import differences
 
 # Keys of the resolved config that may differ when a run resumes.
 NEUTRAL_KEYS = (
-    "steps", "checkpoint.every", "checkpoint.keep", "log.rollouts", "grader.workers", "probe.strict", "label",
-)  # fmt: skip
+    "steps",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "log.rollouts",
+    "grader.workers",
+    "probe.strict",
+    "label",
+)
 # What a run writes as it goes, besides checkpoints: once there is any, the run has begun.
 RECORDS = ("metrics.jsonl", "samples/*.jsonl", "scores.jsonl", "annotations.jsonl")
 _SHOWN_DIFFERENCES = 8

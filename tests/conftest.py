@@ -17,7 +17,15 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 # records.py is left out: JAX rebuilds its pytrees through `__init__` with leaves that are not arrays.
 ANNOTATED = (
-    "learning.advantages", "learning.distillation", "learning.logprobs", "learning.losses", "learning.supervised",
-    "learning.update", "model.attention", "model.decoder", "reward.scoring", "rollout.sampling",
-)  # fmt: skip
+    "learning.advantages",
+    "learning.distillation",
+    "learning.logprobs",
+    "learning.losses",
+    "learning.supervised",
+    "learning.update",
+    "model.attention",
+    "model.decoder",
+    "reward.scoring",
+    "rollout.sampling",
+)
 jaxtyping.install_import_hook([f"exprl_jax.{name}" for name in ANNOTATED], "beartype.beartype")

@@ -145,10 +145,11 @@ DAMAGE = {
     "a garbled manifest": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json"),
     "an emptied manifest": (lambda f: (f / "manifest.json").write_text("{}"), "was not part of it"),
     "nothing recorded and a truncated array": (
-        lambda f: (truncate(array_file(f)), (f / "manifest.json").unlink()), "reading",
+        lambda f: (truncate(array_file(f)), (f / "manifest.json").unlink()),
+        "reading",
     ),
     "nothing recorded and an empty folder": (lambda f: [shutil.rmtree(f), f.mkdir()], "Error"),
-}  # fmt: skip
+}
 
 
 # Orbax leaves the coroutines of the other arrays unfinished when one cannot be read; the test collects them itself.
@@ -318,10 +319,12 @@ def test_two_processes_save_together_and_agree_on_what_is_damaged(tmp_path):
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(tmp_path), port, str(process)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for process in range(2)
-    ]  # fmt: skip
+    ]
     outputs = [run.communicate(timeout=180)[0] for run in runs]
     assert all("agreed" in output for output in outputs), outputs
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.corrupt"]

@@ -9,16 +9,26 @@ import typing
 
 import pytest
 from ml_collections import ConfigDict
+from tiny_runs import LIVELY, ROOT, config_dict
 
 from exprl_jax import config as schema
 from exprl_jax.config import TASKS, Config, Evaluate, Sft, differences, resolve, to_dict
 from exprl_jax.train import check_layout, segment_rule
-from tiny_runs import LIVELY, ROOT, config_dict
 
 PAPER = (
-    "distill_4b", "grpo_4b", "grpo_8b", "mixed_8b", "outcome_4b", "outcome_8b", "process_delta_4b", "process_delta_8b",
-    "process_end_4b", "process_group_4b", "sft_4b", "stage2_8b",
-)  # fmt: skip
+    "distill_4b",
+    "grpo_4b",
+    "grpo_8b",
+    "mixed_8b",
+    "outcome_4b",
+    "outcome_8b",
+    "process_delta_4b",
+    "process_delta_8b",
+    "process_end_4b",
+    "process_group_4b",
+    "sft_4b",
+    "stage2_8b",
+)
 # The arms of each file, the default first.
 ARMS = {
     "annotate": ("4b", "smoke", "tiny"),
@@ -152,9 +162,17 @@ def test_a_section_must_be_one():
         ("advantage.overlong", "drop", "got 'drop', expected one of 'zero_score', 'mask', 'penalty', 'keep'"),
         ("judge.unit", "outcome", "config.judge.unit: got 'outcome', expected one of 'prefix', 'step'"),
         ("judge.backend", "vllm", "config.judge.backend: got 'vllm', expected one of 'local', 'openai'"),
-        ("routes.choice", "grader", "config.routes.choice: got 'grader', expected one of 'process', 'outcome', 'verifier'"),
+        (
+            "routes.choice",
+            "grader",
+            "config.routes.choice: got 'grader', expected one of 'process', 'outcome', 'verifier'",
+        ),
         ("distillation.kl", "forward", "config.distillation.kl: got 'forward', expected one of 'sampled', 'full'"),
-        ("task", "train", "config.task: got 'train', expected one of 'rl', 'distill', 'sft', 'evaluate', 'calibrate', 'annotate'"),
+        (
+            "task",
+            "train",
+            "config.task: got 'train', expected one of 'rl', 'distill', 'sft', 'evaluate', 'calibrate', 'annotate'",
+        ),
         ("task", "sft", "unknown config key config."),
         ("rollout.max_resample", 1.0, "config.rollout.max_resample: got 1.0 of type float, expected int"),
         ("policy.execution.compute_dtype", "fp8", "config.policy.execution.compute_dtype: got 'fp8', expected one of"),
@@ -171,17 +189,45 @@ def test_a_value_of_another_type_is_refused(path, value, said):
 
 
 POSITIVE = [
-    "steps", "data.max_prompt_tokens", "mesh.model", "rollout.prompts", "rollout.group", "rollout.wave",
-    "rollout.max_tokens", "segments.max_segments", "judge.max_tokens", "judge.max_context_tokens",
-    "judge.max_trace_tokens", "updates.per_batch", "updates.row_tokens", "updates.microbatch", "updates.logp_chunk",
-    "checkpoint.every", "checkpoint.keep", "grader.workers", "grader.seconds", "optimizer.clip_norm", "optimizer.eps",
-    "judge.endpoint.concurrency", "judge.endpoint.seconds", "code.seconds", "code.memory_mb",
-]  # fmt: skip
+    "steps",
+    "data.max_prompt_tokens",
+    "mesh.model",
+    "rollout.prompts",
+    "rollout.group",
+    "rollout.wave",
+    "rollout.max_tokens",
+    "segments.max_segments",
+    "judge.max_tokens",
+    "judge.max_context_tokens",
+    "judge.max_trace_tokens",
+    "updates.per_batch",
+    "updates.row_tokens",
+    "updates.microbatch",
+    "updates.logp_chunk",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "grader.workers",
+    "grader.seconds",
+    "optimizer.clip_norm",
+    "optimizer.eps",
+    "judge.endpoint.concurrency",
+    "judge.endpoint.seconds",
+    "code.seconds",
+    "code.memory_mb",
+]
 NOT_NEGATIVE = [
-    "seed", "advantage.min_spread", "loss.kl_coef", "loss.clip_low", "loss.clip_high", "log.rollouts",
-    "optimizer.learning_rate", "optimizer.weight_decay", "loss.entropy_coef", "rollout.max_resample",
+    "seed",
+    "advantage.min_spread",
+    "loss.kl_coef",
+    "loss.clip_low",
+    "loss.clip_high",
+    "log.rollouts",
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "loss.entropy_coef",
+    "rollout.max_resample",
     "judge.endpoint.retries",
-]  # fmt: skip
+]
 
 
 def typed(path, number):
@@ -195,7 +241,9 @@ def typed(path, number):
 @pytest.mark.parametrize("path", POSITIVE)
 def test_what_must_be_positive_is(path):
     for number in (0, -1):
-        with pytest.raises(ValueError, match=rf"^config\.{path}: got {typed(path, number)}, expected a positive number"):
+        with pytest.raises(
+            ValueError, match=rf"^config\.{path}: got {typed(path, number)}, expected a positive number"
+        ):
             changed({path: typed(path, number)})
 
 
@@ -253,13 +301,25 @@ DISTILL = {"task": "distill", "loss.kl_coef": 0.0}
             {"rollout.group": 1, "routes": PROCESS | {"code": "verifier"}},
             "rollout.group: got 1, expected at least 2",
         ),
-        (OPENAI | {"judge.readout": "logits"}, "judge.readout: got 'logits', expected 'text' with judge.backend = 'openai'"),
-        (OPENAI | {"judge.endpoint.base_url": ""}, "judge.endpoint.base_url: got '', expected an http:// or https:// URL"),
-        (OPENAI | {"judge.endpoint.base_url": "ftp://x/v1"}, "judge.endpoint.base_url: got 'ftp://x/v1', expected an http"),
+        (
+            OPENAI | {"judge.readout": "logits"},
+            "judge.readout: got 'logits', expected 'text' with judge.backend = 'openai'",
+        ),
+        (
+            OPENAI | {"judge.endpoint.base_url": ""},
+            "judge.endpoint.base_url: got '', expected an http:// or https:// URL",
+        ),
+        (
+            OPENAI | {"judge.endpoint.base_url": "ftp://x/v1"},
+            "judge.endpoint.base_url: got 'ftp://x/v1', expected an http",
+        ),
         (OPENAI | {"judge.endpoint.model": ""}, "judge.endpoint.model: got '', expected the model's name there"),
         (DISTILL | {"updates.per_batch": 2}, "updates.per_batch: got 2, expected 1 with task = 'distill': on-policy"),
         (DISTILL | {"rollout.max_resample": 1}, "rollout.max_resample: got 1, expected 0 with task = 'distill'"),
-        (DISTILL | {"loss.kl_coef": 0.1}, "loss.kl_coef: got 0.1, expected 0 with task = 'distill', whose loss is the KL"),
+        (
+            DISTILL | {"loss.kl_coef": 0.1},
+            "loss.kl_coef: got 0.1, expected 0 with task = 'distill', whose loss is the KL",
+        ),
         (DISTILL | {"loss.entropy_coef": 0.1}, "loss.entropy_coef: got 0.1, expected 0 with task = 'distill'"),
         (
             {"advantage.overlong": "penalty", "advantage.overlong_penalty": 0.0},
@@ -335,8 +395,14 @@ def test_the_task_names_the_record():
 @pytest.mark.parametrize(
     "values, said",
     [
-        (lambda: {"task": "sftt"}, "config.task: got 'sftt', expected one of 'rl', 'distill', 'sft', 'evaluate', 'calibrate', 'annotate'"),
-        (lambda: {"task": None}, "config.task: got None, expected one of 'rl', 'distill', 'sft', 'evaluate', 'calibrate', 'annotate'"),
+        (
+            lambda: {"task": "sftt"},
+            "config.task: got 'sftt', expected one of 'rl', 'distill', 'sft', 'evaluate', 'calibrate', 'annotate'",
+        ),
+        (
+            lambda: {"task": None},
+            "config.task: got None, expected one of 'rl', 'distill', 'sft', 'evaluate', 'calibrate', 'annotate'",
+        ),
         (lambda: {"seed": 1}, "config key config.task is missing; add it to the config file"),
         (lambda: sft(rollout={}), "unknown config key config.rollout; its keys are task, seed, epochs, data"),
         (lambda: evaluate(label=3), "config.label: got 3 of type int, expected str"),
@@ -344,10 +410,16 @@ def test_the_task_names_the_record():
         (lambda: sft(batch=-1), "config.batch: got -1, expected a positive number"),
         (lambda: sft(row_tokens=0), "config.row_tokens: got 0, expected a positive number"),
         (lambda: evaluate(sampling=dict(samples=0)), "config.sampling.samples: got 0, expected a positive number"),
-        (lambda: evaluate(sampling=dict(temperature=-0.1)), "config.sampling.temperature: got -0.1, expected zero or more"),
-        (lambda: evaluate(sampling=dict(group=3)), "config.sampling.group: got 3, expected a divisor of sampling.samples = 8"),
+        (
+            lambda: evaluate(sampling=dict(temperature=-0.1)),
+            "config.sampling.temperature: got -0.1, expected zero or more",
+        ),
+        (
+            lambda: evaluate(sampling=dict(group=3)),
+            "config.sampling.group: got 3, expected a divisor of sampling.samples = 8",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_other_tasks_cannot_have_is_refused(values, said):
     assert refused(values()).startswith(said)
 

@@ -10,18 +10,23 @@ import types
 
 import numpy as np
 import pytest
+from tiny_runs import tiny
 
 from exprl_jax import distill, train
 from exprl_jax.metrics import Clock
 from exprl_jax.reward.judge import Judgements
 from exprl_jax.reward.verifiers.verdict import Verdict
-from tiny_runs import tiny
 
 FAST = {
-    "rollout.max_tokens": 8, "rollout.group": 16, "optimizer.learning_rate": 3e-3,
-    "loss.kl_coef": 0.0, "segments.rule": "stride:4", "segments.max_segments": 2, "advantage.overlong": "keep",
+    "rollout.max_tokens": 8,
+    "rollout.group": 16,
+    "optimizer.learning_rate": 3e-3,
+    "loss.kl_coef": 0.0,
+    "segments.rule": "stride:4",
+    "segments.max_segments": 2,
+    "advantage.overlong": "keep",
     "mesh.data": 8,
-}  # fmt: skip
+}
 STEPS = 8
 
 

@@ -6,6 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_runs import (
+    ROOT,
+    assert_same_parameters,
+    assert_same_rows,
+    parameters,
+    random_batch,
+    read_jsonl,
+    rows,
+    run,
+    seen_by,
+    tiny,
+    write_problems,
+)
 
 import exprl_jax.distill as loop
 from exprl_jax import loop as every_loop
@@ -16,10 +29,6 @@ from exprl_jax.metrics import Clock
 from exprl_jax.model import decoder
 from exprl_jax.reward import statistics
 from exprl_jax.train import _first_state, open_graders, ready_update
-from tiny_runs import (
-    ROOT, assert_same_parameters, assert_same_rows, parameters, random_batch, read_jsonl, rows, run, seen_by, tiny,
-    write_problems,
-)  # fmt: skip
 
 STEPS = 3
 KL = ("sampled", "full")
@@ -56,8 +65,9 @@ def test_a_row_holds_every_documented_metric_and_no_other(kl, whole):
     assert [row["step"] for row in rows(whole(kl))] == list(range(1, STEPS + 1))
     clock = rows(whole(kl), clock=True)[0]
     assert {name for name in clock if name.endswith("_tokens_per_second")} == {
-        "time/sample_tokens_per_second", "time/train_tokens_per_second",
-    }  # fmt: skip
+        "time/sample_tokens_per_second",
+        "time/train_tokens_per_second",
+    }
 
 
 def test_the_exact_divergence_is_never_negative(whole):
@@ -154,9 +164,7 @@ def test_the_exact_divergence_is_that_of_whole_sequences(taught):
 
     expected, norm = whole(*jax.device_put((params, teacher), jax.devices()[0]))
     state = run.programs.init_state(params)
-    _, row = tuition.programs.distill_step(
-        state, (), teacher, put_microbatches(run.mesh, teaching), ready.experience
-    )
+    _, row = tuition.programs.distill_step(state, (), teacher, put_microbatches(run.mesh, teaching), ready.experience)
     assert float(row["distill/kl"]) == pytest.approx(float(expected), rel=1e-4) and expected > 1e-4
     assert float(row["loss/total"]) == pytest.approx(float(expected), rel=1e-4)
     assert float(row["grad/norm"]) == pytest.approx(float(norm), rel=1e-3)
@@ -230,7 +238,8 @@ def test_waves_and_the_mesh_change_nothing(kl, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, room", [({"rollout.max_tokens": 3500, "updates.row_tokens": 5000}, 596), ({"updates.row_tokens": 700}, 676)]
+    "changes, room",
+    [({"rollout.max_tokens": 3500, "updates.row_tokens": 5000}, 596), ({"updates.row_tokens": 700}, 676)],
 )
 def test_a_teachers_prompt_beyond_context_or_row_is_named(changes, room, tmp_path):
     made = read_jsonl(ROOT / "configs/data/arithmetic.jsonl")

@@ -6,19 +6,23 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from tiny_runs import ROOT, environment
 
 from exprl_jax.model import decoder
 from exprl_jax.records import Context, Draw, Rows
 from exprl_jax.rollout.sampler import sample
 from tests.oracles.tiny_decoder import QWEN3, execution
-from tiny_runs import ROOT, environment
 
 
 def test_the_benchmark_runs_and_writes_its_tables(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--tiny", f"--output={tmp_path / 'gpu.md'}"],
-        cwd=ROOT, env=environment(1), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment(1),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "gpu.md").read_text().splitlines()
     rows = [line for line in lines if line.startswith("| tiny")]
@@ -41,7 +45,11 @@ def test_sampling_lowers_for_cuda(kv_dtype):
 
     context, rows = Context(shape(P, C), shape(P)), Rows(shape(P, G, 1), shape(P, G))
     draw = Draw(
-        shape(dtype=jnp.uint32), shape(), shape(P, dtype=jnp.uint32), shape(P, G, dtype=jnp.float32), shape(P, G, dtype=bool)
+        shape(dtype=jnp.uint32),
+        shape(),
+        shape(P, dtype=jnp.uint32),
+        shape(P, G, dtype=jnp.float32),
+        shape(P, G, dtype=bool),
     )
     text = jax.jit(sampled).trace(params, context, rows, draw).lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.while" in text and "tpu_custom_call" not in text

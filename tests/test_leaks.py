@@ -9,12 +9,12 @@ import types
 import jax
 import numpy as np
 import pytest
+from tiny_runs import ROOT, prepared, read_jsonl, run, tiny, write_problems
 
 from exprl_jax import programs
 from exprl_jax.data.prompts import teacher_prompt
 from exprl_jax.distill import prepare_tuition
 from exprl_jax.reward import judges
-from tiny_runs import ROOT, prepared, read_jsonl, run, tiny, write_problems
 
 REFERENCE, ANSWER = "canary-of-the-reference", "canary-of-the-answer"
 VERIFIER = {f"routes.{kind}": "verifier" for kind in ("math", "choice", "science", "code")}

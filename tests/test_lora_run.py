@@ -12,6 +12,8 @@ import pytest
 import torch
 import transformers
 from safetensors.numpy import load_file
+from test_diagnostics import FAST, LetterGraders, LetterJudge, letters
+from tiny_runs import assert_same_parameters, assert_same_rows, config_dict, parameters, prepared, rows, run, tiny
 
 from exprl_jax import distill, sft, train
 from exprl_jax import loop as every_loop
@@ -21,8 +23,6 @@ from exprl_jax.model.decoder import forward_logits
 from exprl_jax.model.language_model import open_model
 from exprl_jax.model.weights import export_folder
 from exprl_jax.plan import describe
-from test_diagnostics import FAST, LetterGraders, LetterJudge, letters
-from tiny_runs import assert_same_parameters, assert_same_rows, config_dict, parameters, prepared, rows, run, tiny
 
 STEPS = 3
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -146,7 +146,9 @@ def test_peft_makes_the_exported_model_of_base_and_adapter(whole, base):
     expected = transformers_logits(read_transformers(whole / "export"))
     np.testing.assert_allclose(transformers_logits(theirs), expected, atol=1e-4)
     assert np.abs(transformers_logits(read_transformers(base)) - expected).max() > 1e-2
-    assert json.loads((whole / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "random:qwen3"
+    assert (
+        json.loads((whole / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == "random:qwen3"
+    )
 
 
 def test_a_run_stopped_at_a_step_goes_on_as_if_it_had_not(whole, tmp_path, monkeypatch, capfd):
@@ -216,7 +218,9 @@ def test_another_rank_is_another_run(whole):
 def share(made, state):
     """Of lower-case letters in fresh rollouts."""
     wave = train.sample_wave(made, made.model(state), made.problems[:8], 10_000, 0, np.ones(8, bool))
-    texts = [made.policy.tokenizer.decode(np.asarray(row).tolist()) for group in wave.rollouts.tokens_PGR for row in group]
+    texts = [
+        made.policy.tokenizer.decode(np.asarray(row).tolist()) for group in wave.rollouts.tokens_PGR for row in group
+    ]
     return np.mean([letters(text) for text in texts])
 
 
@@ -238,7 +242,13 @@ def test_rewards_move_the_policy_their_way():
 
 
 def test_an_imitators_loss_falls(tmp_path):
-    changes = {"data.source": live().data.source, "batch": 16, "epochs": 2, "lora.rank": 4, "optimizer.learning_rate": 3e-3}
+    changes = {
+        "data.source": live().data.source,
+        "batch": 16,
+        "epochs": 2,
+        "lora.rank": 4,
+        "optimizer.learning_rate": 3e-3,
+    }
     sft.sft(resolve(config_dict("tiny", "sft", changes)), str(tmp_path / "run"))
     losses = [row["loss/total"] for row in rows(tmp_path / "run")]
     assert losses[-1] < losses[0] - 0.2, losses
@@ -249,7 +259,12 @@ def test_an_imitators_loss_falls(tmp_path):
 @pytest.mark.parametrize("kl, steps", [("sampled", 16), ("full", 8)])
 def test_a_teacher_draws_adapters_to_itself(kl, steps):
     """The teacher is surer than the base, a copy of which in another dtype it is made of.  The KL to it falls."""
-    changes = {"distillation.kl": kl, "lora.rank": 4, "optimizer.learning_rate": 1e-2, "reference.param_dtype": "bfloat16"}
+    changes = {
+        "distillation.kl": kl,
+        "lora.rank": 4,
+        "optimizer.learning_rate": 1e-2,
+        "reference.param_dtype": "bfloat16",
+    }
     config, gaps = tiny("distill", FAST | changes), []
     with contextlib.ExitStack() as held:
         tuition = distill.prepare_tuition(config, held)

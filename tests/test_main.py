@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from absl import flags
 from safetensors.numpy import load_file, save_file
+from tiny_runs import ROOT, config_dict, prepared, resolve, tiny
 
 from exprl_jax import main as door
 from exprl_jax.config import to_dict
 from exprl_jax.model.decoder import init_params
 from exprl_jax.model.weights import export_folder
 from exprl_jax.workdir import open_workdir
-from tiny_runs import ROOT, config_dict, prepared, resolve, tiny
 
 # How ml_collections reads a config file.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")
@@ -89,9 +89,12 @@ def refuse(tmp_path, capfd):
         ([TINY, "--workdir=x", "--dry_rum"], "Unknown command line flag 'dry_rum'. Did you mean: dry_run ?"),
         ([TINY, "--workdir=x", "--config.rollout.temprature=1"], 'Did you mean "temperature" instead of "temprature"?'),
         ([TINY, "--workdir=x", "--config.lr=1"], "unknown config key 'lr'"),
-        ([TINY, "--workdir=x", "--config.sed=1"], "unknown config key 'sed' Did you mean \"seed\" instead of \"sed\"?"),
-        ([TINY, "--workdir=x", "--config.rolout.group=4"], 'unknown config key \'rolout\' Did you mean "rollout"'),
-        ([TINY, "--workdir=x", "--config.rollout.group=four"], "--config.rollout.group=four: invalid literal for int()"),
+        ([TINY, "--workdir=x", "--config.sed=1"], 'unknown config key \'sed\' Did you mean "seed" instead of "sed"?'),
+        ([TINY, "--workdir=x", "--config.rolout.group=4"], "unknown config key 'rolout' Did you mean \"rollout\""),
+        (
+            [TINY, "--workdir=x", "--config.rollout.group=four"],
+            "--config.rollout.group=four: invalid literal for int()",
+        ),
         ([TINY, "--workdir=x", "again"], "unexpected argument 'again'; every option is --name=value"),
         ([TINY], "--workdir is missing; for instance --workdir=runs/smoke"),
         (["--workdir=x"], "--config is missing; for instance --config=configs/smoke.py"),
@@ -103,7 +106,10 @@ def refuse(tmp_path, capfd):
             "--distributed=auto finds out what --coordinator, --processes and --process say; give it alone",
         ),
         ([TINY, "--workdir=x", "--heartbeat_seconds=0"], "--heartbeat_seconds=0: 0 is not a positive integer"),
-        (["--config=configs/tini.py", "--workdir=x"], "--config: [Errno 2] No such file or directory: 'configs/tini.py'"),
+        (
+            ["--config=configs/tini.py", "--workdir=x"],
+            "--config: [Errno 2] No such file or directory: 'configs/tini.py'",
+        ),
         (["--config=configs/tini.py", "--config.seed=2"], "No such file or directory: 'configs/tini.py'"),
         (["--config=configs", "--workdir=x"], "Is a directory: 'configs'"),
         (["--config=configs/base.py", "--workdir=x"], "has no attribute 'get_config'"),
@@ -138,9 +144,16 @@ def test_a_config_file_that_does_not_load_is_one_line(text, said, tmp_path):
 def test_help_names_every_option():
     done = command("--help")
     for name in (
-        "--config", "--diff", "--workdir", "--[no]dry_run", "--distributed", "--coordinator", "--processes", "--process",
+        "--config",
+        "--diff",
+        "--workdir",
+        "--[no]dry_run",
+        "--distributed",
+        "--coordinator",
+        "--processes",
+        "--process",
         "--heartbeat_seconds",
-    ):  # fmt: skip
+    ):
         assert name in done.stdout
 
 
@@ -161,9 +174,13 @@ def test_what_is_compiled_is_kept_for_the_next_start(named, tmp_path):
     if named:
         alone["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "named")
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE, TINY, f"--diff={ROOT / 'configs/tiny.py'}"], cwd=ROOT, env=alone,
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        [sys.executable, "-c", COMPILE, TINY, f"--diff={ROOT / 'configs/tiny.py'}"],
+        cwd=ROOT,
+        env=alone,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stderr
     kept, other = tmp_path / "named", tmp_path / "cache/exprl_jax/xla"
     if not named:
@@ -189,10 +206,19 @@ def test_what_is_compiled_is_kept_for_the_next_start(named, tmp_path):
         ("mesh.data=3", "config.mesh: got data 3 x model 1, expected a product of 8, the number of devices"),
         ("mesh.model=3", "config.mesh: got data -1 x model 3, expected a product of 8"),
         ("segments.rule=stride:many", "config.segments.rule: got 'stride:many', expected stride:<tokens>"),
-        ("data.max_prompt_tokens=20", "config.data.max_prompt_tokens: no problem is left: all 64 prompts are longer than 20"),
-        ("judge.max_context_tokens=20", "config.judge.max_context_tokens: no problem is left: all 64 prompts are longer"),
+        (
+            "data.max_prompt_tokens=20",
+            "config.data.max_prompt_tokens: no problem is left: all 64 prompts are longer than 20",
+        ),
+        (
+            "judge.max_context_tokens=20",
+            "config.judge.max_context_tokens: no problem is left: all 64 prompts are longer",
+        ),
         ("rollout.max_tokens=4000", "config.updates.row_tokens: got 640, expected at least 4512"),
-        ("judge.max_trace_tokens=4000", "config.judge.max_context_tokens + max_trace_tokens + max_tokens: got 6048 tokens"),
+        (
+            "judge.max_trace_tokens=4000",
+            "config.judge.max_context_tokens + max_trace_tokens + max_tokens: got 6048 tokens",
+        ),
         ("rollout.prompts=128", "config.rollout.prompts: got 128, expected at most 64, the problems that are left"),
     ],
 )
@@ -208,14 +234,22 @@ ROW = {"problem": "1 + 1?", "reference": "2", "answer": "2"}
 @pytest.mark.parametrize(
     "name, content, said",
     [
-        ("absent.jsonl", None, "no such file; expected .jsonl or .parquet files, hf:<id>, tfds:<name> or a benchmark's name"),
+        (
+            "absent.jsonl",
+            None,
+            "no such file; expected .jsonl or .parquet files, hf:<id>, tfds:<name> or a benchmark's name",
+        ),
         ("empty.jsonl", "", "empty.jsonl is empty: expected at least one problem"),
         ("blank.jsonl", "\n\n", "blank.jsonl holds no problems"),
         ("notes.txt", "hello", "notes.txt: expected a .jsonl or .parquet file, got .txt"),
         ("torn.jsonl", json.dumps(ROW) + '\n{"problem": ', "torn.jsonl line 2 is not JSON"),
         ("list.jsonl", "[1, 2]\n", "list.jsonl line 1 must be a JSON object, got '[1, 2]"),
         ("not.parquet", "PAR0", "not.parquet is not a parquet file"),
-        ("no.jsonl", json.dumps(ROW) + '\n{"problem": "2?", "answer": "2"}\n', "line 2: no reference; the row has problem, answer"),
+        (
+            "no.jsonl",
+            json.dumps(ROW) + '\n{"problem": "2?", "answer": "2"}\n',
+            "line 2: no reference; the row has problem, answer",
+        ),
         ("no.jsonl", '{"reference": "2", "answer": "2"}\n', "line 1: no problem; the row has reference, answer"),
         ("null.jsonl", json.dumps(ROW | {"answer": None}) + "\n", "line 1: no answer"),
         ("twice.jsonl", 2 * (json.dumps(ROW) + "\n"), "line 2: problem id"),
@@ -289,13 +323,18 @@ DAMAGES = {
     "vocabulary": (
         lambda f: (
             with_config(f, vocab_size=100),
-            with_tensors(f, lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:100].copy()})),
+            with_tensors(
+                f, lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:100].copy()})
+            ),
         ),
         "tokens, the model's embedding only 100; name the tokenizer that belongs to the model",
     ),
     "no config": (lambda f: (f / "config.json").unlink(), "holds no config.json; expected a Hugging Face model folder"),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), "holds neither model.safetensors nor"),
-    "no tokenizer": (lambda f: [each.unlink() for each in f.glob("*token*")], "it has no vocabulary): expected tokenizer.json"),
+    "no tokenizer": (
+        lambda f: [each.unlink() for each in f.glob("*token*")],
+        "it has no vocabulary): expected tokenizer.json",
+    ),
 }
 
 
@@ -414,10 +453,19 @@ def test_a_diff_with_what_does_not_resolve_is_one_line(refuse):
 @pytest.mark.parametrize(
     "name",
     [
-        "tiny.py", "tiny.py:process", "tiny.py:text", "tiny.py:sparse", "tiny.py:distill", "tiny.py:mixed", "stage1.py",
-        "stage1.py:process", "paper/grpo_4b.py", "paper/mixed_8b.py", "paper/distill_4b.py",
+        "tiny.py",
+        "tiny.py:process",
+        "tiny.py:text",
+        "tiny.py:sparse",
+        "tiny.py:distill",
+        "tiny.py:mixed",
+        "stage1.py",
+        "stage1.py:process",
+        "paper/grpo_4b.py",
+        "paper/mixed_8b.py",
+        "paper/distill_4b.py",
     ],
-)  # fmt: skip
+)
 def test_a_dry_run_prints_and_writes_nothing(name, capfd):
     assert enter(f"--config={ROOT / 'configs'}/{name}", "--dry_run") == 0
     captured = capfd.readouterr()
@@ -433,10 +481,12 @@ def test_a_dry_run_of_other_tasks_is_refused(name, task, refuse):
 @pytest.mark.parametrize(
     "name, place",
     [
-        ("tiny.py", "train.train"), ("tiny.py:distill", "distill.distill"), ("tiny.py:sft", "sft.sft"),
+        ("tiny.py", "train.train"),
+        ("tiny.py:distill", "distill.distill"),
+        ("tiny.py:sft", "sft.sft"),
         ("evaluate.py:tiny", "evaluation.evaluate.evaluate"),
     ],
-)  # fmt: skip
+)
 def test_the_config_names_the_task(name, place, monkeypatch, tmp_path):
     called = []
     monkeypatch.setattr(f"exprl_jax.{place}", lambda *arguments: called.append(arguments))

@@ -30,9 +30,18 @@ def specs(arch, how, over):
 def test_the_table_on_two_by_four():
     norm, heads = Spec(None), Spec("data", "model", None)
     layer = dict(
-        attn_norm=norm, q=heads, k=heads, v=heads, o=Spec("model", None, "data"), q_norm=norm, k_norm=norm,
-        ffn_norm=norm, gate=Spec("data", "model"), up=Spec("data", "model"), down=Spec("model", "data"),
-    )  # fmt: skip
+        attn_norm=norm,
+        q=heads,
+        k=heads,
+        v=heads,
+        o=Spec("model", None, "data"),
+        q_norm=norm,
+        k_norm=norm,
+        ffn_norm=norm,
+        gate=Spec("data", "model"),
+        up=Spec("data", "model"),
+        down=Spec("model", "data"),
+    )
     rest = dict(embed=Spec("model", "data"), unembed=Spec("data", "model"), final_norm=norm)
     assert specs(WIDE, execution(), make(2, 4)) == rest | {"layer_0": layer, "layer_1": layer}
     stacked = {name: Spec(None, *spec) for name, spec in layer.items()}

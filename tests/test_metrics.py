@@ -167,8 +167,11 @@ def test_the_clock_adds_up_phases_and_starts_over():
         pass
     row = clock.report({"sample": 100})
     assert set(row) == {
-        "time/sample_seconds", "time/judge_seconds", "time/sample_tokens_per_second", "time/step_seconds",
-    }  # fmt: skip
+        "time/sample_seconds",
+        "time/judge_seconds",
+        "time/sample_tokens_per_second",
+        "time/step_seconds",
+    }
     assert 0.04 <= row["time/sample_seconds"] <= row["time/step_seconds"]
     assert row["time/sample_tokens_per_second"] == pytest.approx(100 / row["time/sample_seconds"])
     assert set(clock.report({})) == {"time/step_seconds"}

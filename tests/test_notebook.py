@@ -64,7 +64,9 @@ def test_it_is_committed_without_outputs_and_is_whole():
 
 
 def test_it_runs_the_tiny_config(tmp_path):
-    check_run(execute(tmp_path, "tiny"), tmp_path, "tiny", 4, board=False)  # TensorBoard takes a minute to start beside other work
+    check_run(
+        execute(tmp_path, "tiny"), tmp_path, "tiny", 4, board=False
+    )  # TensorBoard takes a minute to start beside other work
 
 
 def test_it_asks_for_the_repository_where_there_is_no_package(tmp_path):
@@ -120,9 +122,13 @@ def test_an_interrupt_lets_a_run_save_and_ends_the_cell(tmp_path):
     function = source_of("def python(").partition("\n\n\n")[0]
     cell = f"import subprocess, sys\n{function}\npython('-c', {_SAVES!r})\nprint('the next cell')"
     with subprocess.Popen(
-        [sys.executable, "-c", cell], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", cell],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    ) as kernel:  # fmt: skip
+    ) as kernel:
         assert kernel.stdout.readline() == "ready\n"
         os.killpg(kernel.pid, signal.SIGINT)
         said, failed = kernel.communicate(timeout=60)

@@ -3,9 +3,9 @@
 import dataclasses
 
 import pytest
+from tiny_runs import ROOT, config_dict
 
 from exprl_jax.config import Config, Sft, resolve
-from tiny_runs import ROOT, config_dict
 
 # prompts, rollouts a prompt, updates a batch, upper clip, learning rate
 UPDATE = {
@@ -99,8 +99,18 @@ def test_stage_2(config):
     assert set(dataclasses.astuple(c.routes)) == {"verifier"} and c.advantage.overlong == "keep"
     assert not c.advantage.std_normalise
     # The ratio is capped at 5 for positive advantages and nothing else is clipped; sums over tokens by 512 rollouts.
-    assert (c.loss.clip_low, 1 + c.loss.clip_high, c.loss.dual_clip, c.loss.aggregate) == (1.0, 5.0, 0.0, "sequence_sum")
-    assert (c.loss.kl_coef, c.loss.entropy_coef, c.optimizer.clip_norm, c.optimizer.learning_rate) == (0.0, 1e-4, 0.3, 1e-6)
+    assert (c.loss.clip_low, 1 + c.loss.clip_high, c.loss.dual_clip, c.loss.aggregate) == (
+        1.0,
+        5.0,
+        0.0,
+        "sequence_sum",
+    )
+    assert (c.loss.kl_coef, c.loss.entropy_coef, c.optimizer.clip_norm, c.optimizer.learning_rate) == (
+        0.0,
+        1e-4,
+        0.3,
+        1e-6,
+    )
     assert c.policy.weights.startswith("runs/")
 
 
@@ -113,7 +123,9 @@ def test_evaluation_is_the_papers():
     c = resolve(config_dict("evaluate", "4b"))
     assert (c.sampling.samples, c.sampling.temperature, c.sampling.max_tokens) == (128, 0.8, 16_384)
     assert c.data.source == "aime25,aime26,hmmt_nov25,imo_answerbench"
-    assert resolve(config_dict("evaluate", "8b")).data.source.endswith("gpqa_diamond,olympiadbench_physics,livecodebench_v5")
+    assert resolve(config_dict("evaluate", "8b")).data.source.endswith(
+        "gpqa_diamond,olympiadbench_physics,livecodebench_v5"
+    )
 
 
 def test_no_arm_trains_on_what_it_is_evaluated_on():

@@ -5,12 +5,12 @@ import re
 
 import jax
 import pytest
+from tiny_runs import config_dict, prepared, tiny
 
 from exprl_jax import train as loop
 from exprl_jax.config import resolve, to_dict
 from exprl_jax.mesh import Placement
 from exprl_jax.plan import describe
-from tiny_runs import config_dict, prepared, tiny
 
 SECTIONS = ("resolved config", "derived", "parameters", "memory a device")
 
@@ -86,7 +86,9 @@ def test_memory_follows_the_settings():
     """What is sharded over twice the devices halves; a longer budget costs cache; two frozen models cost two."""
 
     def memory(changes):
-        return {k: float(v.split()[0]) for k, v in table(sections(stage1("outcome", changes))["memory a device"]).items()}
+        return {
+            k: float(v.split()[0]) for k, v in table(sections(stage1("outcome", changes))["memory a device"]).items()
+        }
 
     base, narrow = memory({}), memory({"mesh.data": 1})
     for name in ("resident: policy", "resident: Adam", "sampling: KV cache", "judging: KV cache"):
@@ -98,8 +100,10 @@ def test_memory_follows_the_settings():
     for name in base:
         grows = name in ("training: activations", "= while training")
         assert (wider[name] > 1.05 * base[name]) == (more[name] > 1.05 * base[name]) == grows, name
-    assert wider["training: activations"] == more["training: activations"] == pytest.approx(
-        2 * base["training: activations"], abs=0.002
+    assert (
+        wider["training: activations"]
+        == more["training: activations"]
+        == pytest.approx(2 * base["training: activations"], abs=0.002)
     )
     two = memory({"judge.model.weights": "Qwen/Qwen3-8B"})
     assert two["resident: frozen"] > 2.5 * base["resident: frozen"]

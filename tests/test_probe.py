@@ -8,14 +8,16 @@ from configs import tiny
 from exprl_jax import config, probe
 from exprl_jax.reward.statistics import METRICS
 
-HEALTHY = {name: 0.5 for name in METRICS} | {"response/overlong": 0.1, "advantage/live_groups": 0.9, "judge/parsed": 1.0}
+HEALTHY = {name: 0.5 for name in METRICS} | {
+    "response/overlong": 0.1,
+    "advantage/live_groups": 0.9,
+    "judge/parsed": 1.0,
+}
 
 
 def settings(strict=False, arm="outcome", **judge):
     resolved = config.resolve(tiny.get_config(arm))
-    return dataclasses.replace(
-        resolved, probe=config.Probe(strict), judge=dataclasses.replace(resolved.judge, **judge)
-    )
+    return dataclasses.replace(resolved, probe=config.Probe(strict), judge=dataclasses.replace(resolved.judge, **judge))
 
 
 def test_a_healthy_batch_is_left_in_peace(capsys):

@@ -11,10 +11,10 @@ import sys
 import time
 
 import pytest
+from tiny_runs import ROOT, assert_same_rows, command, config_dict, environment, parameters, rows, run, tiny
 
 from exprl_jax.config import resolve
 from exprl_jax.evaluation.evaluate import evaluate
-from tiny_runs import ROOT, assert_same_rows, command, config_dict, environment, parameters, rows, run, tiny
 
 pytestmark = pytest.mark.slow
 
@@ -257,14 +257,21 @@ def test_two_processes_distil_as_one_does(kl, tmp_path):
 def test_two_processes_evaluate_as_one_does(tmp_path):
     """All kinds of problems, the judge that open-ended ones need, and a wave that 24 problems do not fill."""
     changes = {
-        "data.source": str(ROOT / "configs/data/mixed.jsonl"), "sampling.samples": 4, "sampling.group": 2,
-        "sampling.wave": 16, "grader.seconds": 20.0,
-    }  # fmt: skip
+        "data.source": str(ROOT / "configs/data/mixed.jsonl"),
+        "sampling.samples": 4,
+        "sampling.group": 2,
+        "sampling.wave": 16,
+        "grader.seconds": 20.0,
+    }
     evaluate(resolve(config_dict("evaluate", "tiny", changes)), str(tmp_path / "one"))
     line = [
-        sys.executable, "-m", "exprl_jax.main", f"--config={ROOT / 'configs/evaluate.py:tiny'}",
-        f"--workdir={tmp_path / 'two'}", *(f"--config.{path}={value}" for path, value in changes.items()),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "exprl_jax.main",
+        f"--config={ROOT / 'configs/evaluate.py:tiny'}",
+        f"--workdir={tmp_path / 'two'}",
+        *(f"--config.{path}={value}" for path, value in changes.items()),
+    ]
     said = finish(start_line(line, 2))
     assert [status for status, _, _ in said] == [0, 0], said
     assert "mixed: 48/48 groups of 2" in said[0][2] and spoken(said[1][1]) == []
@@ -407,12 +414,13 @@ def test_what_processes_do_not_have_in_common_is_refused(tmp_path):
         changes = [{"data.source": "problems.jsonl", "seed": 1 + (name == "seed") * process} for process in range(2)]
         processes = [
             open_process(
-                command(tmp_path / name, changes[process], *together, f"--process={process}"), 4,
+                command(tmp_path / name, changes[process], *together, f"--process={process}"),
+                4,
                 cwd=tmp_path / (str(process) if name == "data" else "0"),
                 env=environment(4) | {"PYTHONPATH": str(ROOT)},
             )
             for process in range(2)
-        ]  # fmt: skip
+        ]
         said = finish(processes, 300)
         assert [status for status, _, _ in said] == [1, 1], said
         assert said_by_one in complaints(said[1][2])[0] and said_by_one in complaints(said[0][2])[0]

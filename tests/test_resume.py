@@ -10,9 +10,9 @@ import subprocess
 import time
 
 import pytest
+from tiny_runs import ROOT, assert_same_parameters, command, environment, parameters, prepared, rows, run, tiny
 
 from exprl_jax import loop
-from tiny_runs import ROOT, assert_same_parameters, command, environment, parameters, prepared, rows, run, tiny
 
 STEPS = 4
 
@@ -135,7 +135,9 @@ def test_going_on_in_other_data_is_refused():
     position = {"next_batch": 2, "problems": loop.fingerprint(problems)}
     loop.check_position(position, list(problems))
     for others in (problems[:-1], problems[::-1], [dataclasses.replace(problems[0], answer="0"), *problems[1:]]):
-        with pytest.raises(ValueError, match="config.data.source: its problems are not those of the run's first 2 steps"):
+        with pytest.raises(
+            ValueError, match="config.data.source: its problems are not those of the run's first 2 steps"
+        ):
             loop.check_position(position, others)
 
 
@@ -160,7 +162,12 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(tmp_path):
     folder = tmp_path / "run"
     changes = {"steps": MANY, "checkpoint.every": MANY}
     process = subprocess.Popen(
-        command(folder, changes), cwd=ROOT, env=environment(8), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(folder, changes),
+        cwd=ROOT,
+        env=environment(8),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     wait_for(lambda: steps_done(folder), process)
     process.send_signal(signal.SIGTERM)
@@ -174,7 +181,9 @@ def test_sigterm_saves_and_exits_cleanly_and_the_run_goes_on(tmp_path):
     assert not (folder / "export").exists()
 
     changes["steps"] = stopped + 1
-    done = subprocess.run(command(folder, changes), cwd=ROOT, env=environment(8), capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command(folder, changes), cwd=ROOT, env=environment(8), capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     assert f"resuming after step {stopped} of {stopped + 1}" in done.stderr
     assert [row["step"] for row in rows(folder)] == list(range(1, stopped + 2))

@@ -11,6 +11,16 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
+from tiny_runs import (
+    ROOT,
+    assert_same_parameters,
+    assert_same_rows,
+    config_dict,
+    environment,
+    parameters,
+    rows,
+    seen_by,
+)
 
 import exprl_jax.sft as loop
 from exprl_jax import loop as every_loop
@@ -20,7 +30,6 @@ from exprl_jax.data.prompts import PromptStyle, policy_prompt
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.learning import supervised
 from exprl_jax.metrics import Clock
-from tiny_runs import ROOT, assert_same_parameters, assert_same_rows, config_dict, environment, parameters, rows, seen_by
 
 ARITHMETIC = str(ROOT / "configs/data/arithmetic.jsonl")
 # Four updates; a rate at which each of them shows.
@@ -108,7 +117,9 @@ def packed(step, **changes):
 def test_one_program_serves_every_batch(monkeypatch):
     """The first two batches need different numbers of microbatches."""
     assert [int(packed(step, microbatch=1)[1].used) for step in range(2)] == [8, 7]
-    monkeypatch.setattr(loop, "make_mesh", lambda how: Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model")))
+    monkeypatch.setattr(
+        loop, "make_mesh", lambda how: Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+    )
     run = loop.prepare(tiny({"microbatch": 1}))
     steps_of(run, 2)
     assert run.programs.sft_step._cache_size() == 1
@@ -224,10 +235,15 @@ def test_two_processes_do_what_one_does(whole, tmp_path):
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [
-        sys.executable, "-m", "exprl_jax.main", f"--config={ROOT / 'configs/tiny.py'}:sft",
-        f"--workdir={tmp_path / 'run'}", f"--coordinator=127.0.0.1:{port}", "--processes=2",
+        sys.executable,
+        "-m",
+        "exprl_jax.main",
+        f"--config={ROOT / 'configs/tiny.py'}:sft",
+        f"--workdir={tmp_path / 'run'}",
+        f"--coordinator=127.0.0.1:{port}",
+        "--processes=2",
         *(f"--config.{path}={value}" for path, value in SHORT.items()),
-    ]  # fmt: skip
+    ]
     options = dict(cwd=ROOT, env=environment(4), stderr=subprocess.PIPE, text=True)
     processes = [subprocess.Popen([*command, f"--process={number}"], **options) for number in range(2)]
     try:

@@ -50,9 +50,13 @@ class Cloud:
 
     def run(self, script, *words, **variables):
         return subprocess.run(
-            [FOLDER / script, *words], cwd=self.folder, env=self.environment | variables, capture_output=True,
-            text=True, timeout=60,
-        )  # fmt: skip
+            [FOLDER / script, *words],
+            cwd=self.folder,
+            env=self.environment | variables,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
 
     def home(self, worker):
         return self.folder / "workers" / str(worker)
@@ -179,7 +183,7 @@ def test_a_dry_run_runs_nothing(cloud, script, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["create.sh", "delete.sh", "launch.sh", "logs.sh"])
-@pytest.mark.parametrize("name", ["n", "it's \"n\" $(touch pwned) `touch pwned` \\ *"])
+@pytest.mark.parametrize("name", ["n", 'it\'s "n" $(touch pwned) `touch pwned` \\ *'])
 def test_a_dry_run_prints_the_very_words(cloud, script, name):
     """Read by a shell they are what the script calls, whatever is in them."""
     stub = cloud(name, refuse=[name])
@@ -222,9 +226,12 @@ def test_every_command_of_the_guide_is_taken(cloud, command):
     stub = cloud()
     first, dashes, rest = command.removesuffix(" &&").partition(" -- ")
     done = subprocess.run(
-        ["sh", "-c", f"{first} --dry-run{dashes}{rest}"], cwd=ROOT, capture_output=True, text=True,
+        ["sh", "-c", f"{first} --dry-run{dashes}{rest}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
         env=stub.environment | {"PROJECT": "p", "ZONE": "z", "NAME": "n", "NFS": "10.0.0.2:/share"},
-    )  # fmt: skip
+    )
     assert (done.returncode, done.stderr) == (0, "")
     for name in re.findall(r"configs/[\w/]+\.py", command):
         assert (ROOT / name).exists()
@@ -307,13 +314,18 @@ def test_setup_waits_and_readies_every_worker(cloud, tmp_path):
     archive = next(word for call in called for word in call if word.endswith("exprl_jax.tar.gz"))
     assert pathlib.Path(archive).parent.parent == tmp_path and not pathlib.Path(archive).parent.exists()
     assert called == [
-        LIST, LIST, LIST, NODES, LIST, NODES,
+        LIST,
+        LIST,
+        LIST,
+        NODES,
+        LIST,
+        NODES,
         [*SSH, "--worker=all", "--command="],
         ["gcloud", "compute", "tpus", "tpu-vm", "scp", archive, "n:", *OF_SLICE, "--worker=all"],
         [*SSH, "--worker=all", "--command="],
         [*SSH, "--worker=all", "--command="],
         [*SSH, "--worker=0", "--command="],
-    ]  # fmt: skip
+    ]
     for worker in range(2):
         assert (stub.home(worker) / "exprl_jax/exprl_jax/main.py").exists()
         options = "vers=3,hard,nolock,actimeo=0,lookupcache=none"
@@ -485,9 +497,12 @@ def test_logs_follow_the_run(cloud, words, worker):
         log.parent.mkdir(parents=True)
         log.write_text(f"step 1 of worker {each}\n")
     with subprocess.Popen(
-        [FOLDER / "logs.sh", *CALLS["logs.sh"], *words], env=stub.environment, stdout=subprocess.PIPE, text=True,
+        [FOLDER / "logs.sh", *CALLS["logs.sh"], *words],
+        env=stub.environment,
+        stdout=subprocess.PIPE,
+        text=True,
         start_new_session=True,
-    ) as followed:  # fmt: skip
+    ) as followed:
         try:
             seen = sorted(followed.stdout.readline() for _ in range(2 if worker == "all" else 1))
             with open(stub.home(1) / "runs/mnt/exprl/runs/outcome/log", "a") as log:
@@ -497,7 +512,7 @@ def test_logs_follow_the_run(cloud, words, worker):
         finally:
             os.killpg(followed.pid, signal.SIGKILL)
     assert seen == [f"step 1 of worker {each}\n" for each in range(2) if worker in ("all", str(each))]
-    command = "--command=tail -n 100 -F \"$HOME\"/runs/mnt/exprl/runs/outcome/log"
+    command = '--command=tail -n 100 -F "$HOME"/runs/mnt/exprl/runs/outcome/log'
     assert stub.calls() == [[*SSH, f"--worker={worker}", command]]
 
 
@@ -698,9 +713,11 @@ def test_resume_bears_a_slice_that_goes_while_it_is_set_up(cloud):
     programs = {f"programs-{worker}": ["0"] for worker in range(2)}
     stub = cloud(queued=["ACTIVE", "ACTIVE", "SUSPENDED", "-", "ACTIVE"], refuse=["scp"], **programs)
     with subprocess.Popen(
-        [FOLDER / "resume.sh", *CALLS["resume.sh"], NFS, "--poll=0.05"], env=stub.environment, stderr=subprocess.PIPE,
+        [FOLDER / "resume.sh", *CALLS["resume.sh"], NFS, "--poll=0.05"],
+        env=stub.environment,
+        stderr=subprocess.PIPE,
         text=True,
-    ) as resumed:  # fmt: skip
+    ) as resumed:
         wait_for(lambda: "delete" in deeds(stub))
         (stub.folder / "refuse").unlink()
         said = resumed.communicate(timeout=60)[1]

@@ -12,6 +12,21 @@ import pytest
 import tokenizers
 import transformers
 from jax.sharding import Mesh
+from stub_endpoint import Answer, StubEndpoint
+from tiny_runs import (
+    ROOT,
+    assert_same_parameters,
+    assert_same_rows,
+    parameters,
+    prepared,
+    random_batch,
+    read_jsonl,
+    rows,
+    run,
+    seen_by,
+    tiny,
+    write_problems,
+)
 
 import exprl_jax.train as loop
 from exprl_jax import loop as every_loop
@@ -26,11 +41,6 @@ from exprl_jax.model.weights import export_folder
 from exprl_jax.reward import judges, statistics
 from exprl_jax.reward.judge import NoJudge
 from exprl_jax.reward.verifiers.verdict import Verdict
-from stub_endpoint import Answer, StubEndpoint
-from tiny_runs import (
-    ROOT, assert_same_parameters, assert_same_rows, parameters, prepared, random_batch, read_jsonl, rows, run,
-    seen_by, tiny, write_problems,
-)  # fmt: skip
 
 # Settings that no committed config has together: several waves, several updates a batch, other estimators.
 OTHER = {
@@ -109,9 +119,11 @@ def other_family(folder):
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, levels])
     backend.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|end|>", "<|turn|>"], show_progress=False,
+        vocab_size=400,
+        special_tokens=["<|end|>", "<|turn|>"],
+        show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-    )  # fmt: skip
+    )
     backend.train_from_iterator([problem["problem"] for problem in PROBLEMS] * 4, trainer)
     library = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>", pad_token="<|end|>")
     library.chat_template = (
@@ -176,7 +188,16 @@ def arm(request, done):
 
 def test_a_run_leaves_every_promised_file(arm):
     names = {path.name for path in arm.folder.iterdir()}
-    assert names == {"config.json", "checkpoints", "metrics.jsonl", "rollouts", "tensorboard", "model", "export", "lock"}
+    assert names == {
+        "config.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "rollouts",
+        "tensorboard",
+        "model",
+        "export",
+        "lock",
+    }
     assert sorted(path.name for path in (arm.folder / "checkpoints").iterdir()) == ["1", "2"]
     assert [path.name for path in sorted((arm.folder / "rollouts").iterdir())] == [
         "step_000001.jsonl",
@@ -197,7 +218,10 @@ def test_a_row_holds_every_documented_metric_and_no_other(arm):
     for row in arm.rows:
         assert {name for name in row if not name.startswith("time/")} == documented
         assert {name for name in row if name.startswith("time/")} == {
-            *(f"time/{phase}_seconds" for phase in ("sample", "judge", "grade", "pack", "logp", "train", "step", "compile")),
+            *(
+                f"time/{phase}_seconds"
+                for phase in ("sample", "judge", "grade", "pack", "logp", "train", "step", "compile")
+            ),
             *(f"time/{phase}_tokens_per_second" for phase in ("sample", "judge", "train")),
             "time/compilations",
             "time/compilations_cached",
@@ -232,17 +256,32 @@ def test_rollouts_are_written_as_people_read_them(arm):
     for sample in samples:
         problem = problems[sample["id"]]
         assert set(sample) == {
-            "id", "rollout", "domain", "kind", "problem", "reference", "answer", "prompt", "response", "length", "ended",
-            "verdict", "segments",
-        }  # fmt: skip
+            "id",
+            "rollout",
+            "domain",
+            "kind",
+            "problem",
+            "reference",
+            "answer",
+            "prompt",
+            "response",
+            "length",
+            "ended",
+            "verdict",
+            "segments",
+        }
         assert problem["problem"] in sample["prompt"]
         assert sample["problem"] == problem["problem"]
-        assert sample["answer"] == (None if sample["kind"] == "code" else problem["answer"])  # its tests may be megabytes
+        assert sample["answer"] == (
+            None if sample["kind"] == "code" else problem["answer"]
+        )  # its tests may be megabytes
         assert sample["domain"] == problem.get("domain", "math")
         assert sample["kind"] == ("choice" if problem.get("choices") else sample["domain"])
         route = getattr(arm.config.routes, sample["kind"])
         assert sample["reference"] == (None if arm.config.routes.math == "verifier" else problem["reference"])
-        assert "".join(segment["text"] for segment in sample["segments"]) == sample["response"] or "\ufffd" in str(sample)
+        assert "".join(segment["text"] for segment in sample["segments"]) == sample["response"] or "\ufffd" in str(
+            sample
+        )
         assert 0 < sample["length"] <= arm.config.rollout.max_tokens
         assert sample["ended"] or sample["length"] == arm.config.rollout.max_tokens
         assert sample["verdict"] in {str(verdict) for verdict in statistics.VERDICTS}
@@ -323,9 +362,7 @@ def test_a_second_step_compiles_nothing(arm):
 
 
 def buffers(tree):
-    return {
-        shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards
-    }
+    return {shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards}
 
 
 def test_judge_and_reference_of_equal_weights_are_one_set_of_buffers():
@@ -432,7 +469,9 @@ def test_a_strict_probe_stops_before_the_first_update(tmp_path):
 
 @pytest.fixture(scope="module")
 def opened():
-    return prepared(tiny("outcome", {"updates.per_batch": 2, "updates.row_tokens": 900, "loss.aggregate": "sequence_mean"}))
+    return prepared(
+        tiny("outcome", {"updates.per_batch": 2, "updates.row_tokens": 900, "loss.aggregate": "sequence_mean"})
+    )
 
 
 @pytest.mark.parametrize("share", [True, False])
@@ -523,7 +562,12 @@ def test_the_mesh_changes_nothing(data, model, devices, done, tmp_path, monkeypa
 
 
 def test_a_skipped_update_is_null_in_the_row_and_counted():
-    bad = {"loss/total": np.float32("nan"), "grad/norm": np.float32("inf"), "policy/ratio_max": 2.0, "update/skipped": 1.0}
+    bad = {
+        "loss/total": np.float32("nan"),
+        "grad/norm": np.float32("inf"),
+        "policy/ratio_max": 2.0,
+        "update/skipped": 1.0,
+    }
     good = {"loss/total": np.float32(0.5), "grad/norm": np.float32(1.0), "policy/ratio_max": 1.0, "update/skipped": 0.0}
     row = loop.over_updates([bad])
     assert row == {"loss/total": None, "grad/norm": None, "policy/ratio_max": 2.0, "update/skipped": 1.0}

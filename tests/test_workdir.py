@@ -82,8 +82,9 @@ def test_what_a_killed_export_left_is_removed(tmp_path):
 def test_many_differences_are_cut_short(tmp_path):
     with open_workdir(tmp_path, {"steps": 9} | {f"k{i:02d}": 0 for i in range(20)}):
         take_a_step(tmp_path)
-    with pytest.raises(ValueError, match="k07: 1 != 0 and 12 more;"), open_workdir(
-        tmp_path, {"steps": 9} | {f"k{i:02d}": 1 for i in range(20)}
+    with (
+        pytest.raises(ValueError, match="k07: 1 != 0 and 12 more;"),
+        open_workdir(tmp_path, {"steps": 9} | {f"k{i:02d}": 1 for i in range(20)}),
     ):
         pass
 
@@ -112,8 +113,9 @@ def test_a_garbled_config_is_refused(tmp_path, content):
 
 
 def test_no_room_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(ValueError, match=r"needs 1000000000.00 GB, the disk has"), open_workdir(
-        tmp_path / "run", CONFIG, needed_bytes=10**18
+    with (
+        pytest.raises(ValueError, match=r"needs 1000000000.00 GB, the disk has"),
+        open_workdir(tmp_path / "run", CONFIG, needed_bytes=10**18),
     ):
         pass
     assert not (tmp_path / "run").exists()

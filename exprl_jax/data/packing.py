@@ -77,7 +77,9 @@ def assign_rows(shared_N: Sequence[int], own_N: Sequence[int], group_N: Sequence
         return np.zeros(0, np.int64)
     longest = (shared_N + own_N).max()
     if longest > row_tokens:
-        raise ValueError(f"cannot pack an example of {longest} tokens into rows of {row_tokens}: drop it or widen the rows")
+        raise ValueError(
+            f"cannot pack an example of {longest} tokens into rows of {row_tokens}: drop it or widen the rows"
+        )
     total = np.bincount(group_N, own_N) + np.bincount(group_N, shared_N) / np.maximum(np.bincount(group_N), 1)
     length_N, place = -(shared_N + own_N), np.arange(own_N.size)
     orders = np.lexsort((place, length_N, group_N, -total[group_N])), np.lexsort((place, length_N))
@@ -138,7 +140,9 @@ def fill_rows(
                 contexts[group, row] = put(row, example.prompt[:-1], 0)[1]
             first_N[i] = put(row, start, context, contexts[group, row])[0].start
         else:
-            first_N[i] = put(row, np.concatenate([np.asarray(example.prompt[:-1], np.int32), start]), 0)[0].start + context
+            first_N[i] = (
+                put(row, np.concatenate([np.asarray(example.prompt[:-1], np.int32), start]), 0)[0].start + context
+            )
         target[row, first_N[i] : first_N[i] + len(written)] = written
     arrays = (x.reshape(M, B, T) for x in (tokens, target, segment, common, position))
     return Filled(Packed(*arrays), np.asarray(row_N), first_N)

@@ -28,8 +28,15 @@ from exprl_jax.data.problems import Problem
 from exprl_jax.data.prompts import question_text
 from exprl_jax.data.tokenizer import Message
 from exprl_jax.evaluation.behaviour import (
-    ARCHETYPES, COUNTS, FIELDS, Change, annotation_messages, compare, parse_annotation, problem_means,
-)  # fmt: skip
+    ARCHETYPES,
+    COUNTS,
+    FIELDS,
+    Change,
+    annotation_messages,
+    compare,
+    parse_annotation,
+    problem_means,
+)
 from exprl_jax.evaluation.evaluate import read_samples
 from exprl_jax.evaluation.fixed_rollouts import Ledger, Rollout, read_rollouts, renamed
 from exprl_jax.loop import say
@@ -185,9 +192,16 @@ def local_annotator(config: Annotate, mesh: Mesh, rollouts: Sequence[Rollout]) -
             return [Answer("", 0)] * len(wave)
         filled = [*known, *[known[0]] * (config.wave - len(known))]
         written = sampler(
-            params, prompts, filled, group=1, temperature=0.0, seed=config.seed, step=0, attempt=0,
+            params,
+            prompts,
+            filled,
+            group=1,
+            temperature=0.0,
+            seed=config.seed,
+            step=0,
+            attempt=0,
             live_P=np.arange(config.wave) < len(known),
-        )  # fmt: skip
+        )
         _, texts = texts_of(written, model.tokenizer.decode)
         answers = {
             problem.id: Answer(text, len(ids[problem.id]) + int(mask.sum()))
@@ -269,12 +283,17 @@ def render_annotations(results: Mapping[str, Any], changes: Sequence[Change]) ->
         header = ["field", "base", "run", "change", "95 % interval", "gained", "lost", "same"]
         body = [
             [
-                change.field, f"{change.base:.2f}", f"{change.run:.2f}", f"{change.difference:+.2f}",
+                change.field,
+                f"{change.base:.2f}",
+                f"{change.run:.2f}",
+                f"{change.difference:+.2f}",
                 "–" if change.low is None or change.high is None else f"[{change.low:+.2f}, {change.high:+.2f}]",
-                str(change.gained), str(change.lost), str(change.unchanged),
+                str(change.gained),
+                str(change.lost),
+                str(change.unchanged),
             ]
             for change in changes
-        ]  # fmt: skip
+        ]
     else:
         header, body = ["field", "run"], [[name, f"{mean:.2f}"] for name, mean in results["means"].items()]
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]

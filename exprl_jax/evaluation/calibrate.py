@@ -40,15 +40,21 @@ from exprl_jax.model.language_model import open_model
 from exprl_jax.reward.endpoint import ChatClient, ChatPrompt, EndpointJudge, split_chat
 from exprl_jax.reward.judge import Judge, JudgePrompts, Query, needed_reference
 from exprl_jax.reward.judge_prompts import (
-    CONTINUATION, Unit, blind_messages, judge_messages, normalise, parse_score, reference_last_messages,
-)  # fmt: skip
+    CONTINUATION,
+    Unit,
+    blind_messages,
+    judge_messages,
+    normalise,
+    parse_score,
+    reference_last_messages,
+)
 from exprl_jax.reward.judges import check_judge_lengths
 from exprl_jax.reward.segments import Splitter
 from exprl_jax.reward.verifiers.grading import Graders, check_answers
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rollout.waves import make_prompts, padded_width, texts_of
 from exprl_jax.stopping import StopRequest
-from exprl_jax.train import kinds_of, load_frozen, open_graders, policy_prompts, cutting_rule
+from exprl_jax.train import cutting_rule, kinds_of, load_frozen, open_graders, policy_prompts
 from exprl_jax.workdir import check_workdir, open_workdir
 
 SCORE_KEY = ("judge", "condition", "order", "repeat", "id", "rollout", "segment")
@@ -220,9 +226,11 @@ class Asking:
             client = held.enter_context(ChatClient(self._how.endpoint))
             for each, of_pass in zip(passes, messages, strict=True):
                 judge = EndpointJudge(
-                    client, {name: split_chat(chat, _MARKER) for name, chat in of_pass.items()}, self._config.group,
+                    client,
+                    {name: split_chat(chat, _MARKER) for name, chat in of_pass.items()},
+                    self._config.group,
                     self._how.max_tokens,
-                )  # fmt: skip
+                )
                 if not self._run(each, self._waiting(each, each.traces, scores), judge, {}, scores, stop):
                     return False
             chats = {name: split_chat(chat, _MARKER) for name, chat in messages[0].items()}
@@ -259,12 +267,17 @@ class Asking:
             ]
             fitting = [prompt for name, prompt in alike if name not in long]
             judge = Judge(
-                how=how, tokenizer=tokenizer, params=params, programs=programs, mesh=self._mesh,
+                how=how,
+                tokenizer=tokenizer,
+                params=params,
+                programs=programs,
+                mesh=self._mesh,
                 prompts=JudgePrompts(of_pass, {}),
                 context_width=padded_width(max(len(prompt.head) for prompt in fitting)),
                 row_width=padded_width(how.max_trace_tokens + max(len(prompt.suffix) for prompt in fitting)),
-                problems=config.wave, group=config.group,
-            )  # fmt: skip
+                problems=config.wave,
+                group=config.group,
+            )
             if not self._run(each, traces, judge, {name: len(p.head) for name, p in of_pass.items()}, scores, stop):
                 return False
         return self._repeat(repeated, params, scores, stop) if repeated else True
@@ -382,9 +395,16 @@ class Asking:
             filling = [wave[0]] * (config.wave - len(wave))
             live_P = np.arange(config.wave) < len(wave)
             answers = sampler(
-                params, prompts, [problem for problem, _ in [*wave, *filling]], group=count,
-                temperature=config.repeats.temperature, seed=config.seed, step=0, attempt=0, live_P=live_P,
-            )  # fmt: skip
+                params,
+                prompts,
+                [problem for problem, _ in [*wave, *filling]],
+                group=count,
+                temperature=config.repeats.temperature,
+                seed=config.seed,
+                step=0,
+                attempt=0,
+                live_P=live_P,
+            )
             _, texts = texts_of(answers, self._model.tokenizer.decode)
             seconds = (time.monotonic() - begun) / (len(wave) * count)
             rows = []
@@ -470,9 +490,16 @@ def continue_prefixes(
                 return False
             filled = [*wave, *[wave[0]] * (how.wave - len(wave))]
             rollouts = sampler(
-                params, prompts, [named[trace] for trace in filled], group=how.group, temperature=how.temperature,
-                seed=config.seed, step=part, attempt=0, live_P=np.arange(how.wave) < len(wave),
-            )  # fmt: skip
+                params,
+                prompts,
+                [named[trace] for trace in filled],
+                group=how.group,
+                temperature=how.temperature,
+                seed=config.seed,
+                step=part,
+                attempt=0,
+                live_P=np.arange(how.wave) < len(wave),
+            )
             _, texts = texts_of(rollouts, policy.tokenizer.decode)
             ledger.add(_graded(graders, part, wave, texts))
             done += len(wave)

@@ -68,9 +68,13 @@ class Line:
 
 
 def write_calibration(
-    config: Calibrate, folder: pathlib.Path, rollouts: Sequence[Rollout], counts: Mapping[str, int],
-    scores: Sequence[Row], continuations: Sequence[Row],
-) -> None:  # fmt: skip
+    config: Calibrate,
+    folder: pathlib.Path,
+    rollouts: Sequence[Rollout],
+    counts: Mapping[str, int],
+    scores: Sequence[Row],
+    continuations: Sequence[Row],
+) -> None:
     """Writes the files of a calibration and prints its table.
 
     Args:
@@ -286,9 +290,15 @@ def histogram_figure(histograms: Sequence[Mapping[str, Any]]) -> Figure:
         for shift, name, colour, hatch in ((-0.2, "correct", _RIGHT, ""), (0.2, "wrong", _WRONG, "///")):
             total = sum(each[name])
             panel.bar(
-                digits + shift, [100 * count / total if total else 0 for count in each[name]], 0.4, color=colour,
-                hatch=hatch, edgecolor="white", linewidth=0.3, label=f"{name} rollouts",
-            )  # fmt: skip
+                digits + shift,
+                [100 * count / total if total else 0 for count in each[name]],
+                0.4,
+                color=colour,
+                hatch=hatch,
+                edgecolor="white",
+                linewidth=0.3,
+                label=f"{name} rollouts",
+            )
         panel.axvline(3.5, color="0.5", linewidth=0.8, linestyle=":")
         panel.set_xticks(digits)
         panel.set_ylim(0, 104)
@@ -308,10 +318,15 @@ def histogram_figure(histograms: Sequence[Mapping[str, Any]]) -> Figure:
         panels[row][0].set_ylabel(f"{_plain(judge)}\nrollouts (%)", fontsize=8)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False,
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=2,
+        fontsize=8,
+        frameon=False,
         title="dotted: the judge says correct from 4 on (expected digits shown at the nearest); n = correct / wrong",
         title_fontsize=7,
-    )  # fmt: skip
+    )
     return figure
 
 

@@ -66,9 +66,13 @@ def evaluate(config: Evaluate, workdir_path: str) -> None:
         params = load_frozen(policy, mesh, config.seed)
         # Judge and policy may be one model; then they are one set of buffers.
         judge = opening.open(
-            mesh, held, lambda model: params if model.how == config.policy else load_frozen(model, mesh, config.seed),
-            problems, wave=how.wave, group=how.group,
-        )  # fmt: skip
+            mesh,
+            held,
+            lambda model: params if model.how == config.policy else load_frozen(model, mesh, config.seed),
+            problems,
+            wave=how.wave,
+            group=how.group,
+        )
         sampler = programs_room.build_sampler(policy, mesh, max_tokens=how.max_tokens, wave=how.wave)
         stop, waiting_s = held.enter_context(StopRequest()), 0.0
         if jax.process_index() == 0:
@@ -86,9 +90,16 @@ def evaluate(config: Evaluate, workdir_path: str) -> None:
                     mine = local_problems(mesh, how.wave)
                     problems, live_P = [wave[i][0] for i in mine], np.array([wave[i][1] for i in mine])
                     rollouts = sampler(
-                        params, prompts, problems, group=how.group, temperature=how.temperature, seed=config.seed,
-                        step=part, attempt=0, live_P=live_P,
-                    )  # fmt: skip
+                        params,
+                        prompts,
+                        problems,
+                        group=how.group,
+                        temperature=how.temperature,
+                        seed=config.seed,
+                        step=part,
+                        attempt=0,
+                        live_P=live_P,
+                    )
                     begun.append((wave, part, begin_grading(policy, graders, judge, problems, live_P, rollouts, mine)))
                 if not begun or wave and len(begun) == 1:
                     continue
@@ -230,7 +241,9 @@ def read_samples(path: pathlib.Path) -> Iterator[dict[str, Any]]:
         try:
             yield json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not a sample ({error}); delete the line to draw it again") from error
+            raise ValueError(
+                f"{path}, line {number}: not a sample ({error}); delete the line to draw it again"
+            ) from error
 
 
 def _waves(waiting: Mapping[int, Sequence[Problem]], size: int) -> Iterator[tuple[list[tuple[Problem, bool]], int]]:
@@ -256,9 +269,14 @@ class Grading(NamedTuple):
 
 
 def begin_grading(
-    policy: LanguageModel, graders: Graders, judge: AnyJudge, problems: Sequence[Problem], live_P: np.ndarray,
-    rollouts: Rollouts, place: np.ndarray,
-) -> Grading:  # fmt: skip
+    policy: LanguageModel,
+    graders: Graders,
+    judge: AnyJudge,
+    problems: Sequence[Problem],
+    live_P: np.ndarray,
+    rollouts: Rollouts,
+    place: np.ndarray,
+) -> Grading:
     """Gives a wave to the verifiers, and asks the judge about open-ended answers."""
     _, responses = texts_of(rollouts, policy.tokenizer.decode)
     verdicts = graders.submit([(p, text) for p, group in zip(problems, responses) for text in group])

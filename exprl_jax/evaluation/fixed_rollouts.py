@@ -72,7 +72,13 @@ def read_rollouts(source: str, data: config.Source, *, references: bool) -> list
 
 def _check_texts(row: Mapping[str, Any]) -> None:
     """The answer may be null (of code, whose tests rows leave out), and so may the reference."""
-    for name, types in (("id", str), ("problem", str), ("response", str), ("reference", str | None), ("answer", str | None)):
+    for name, types in (
+        ("id", str),
+        ("problem", str),
+        ("response", str),
+        ("reference", str | None),
+        ("answer", str | None),
+    ):
         if not isinstance(row[name], types):
             raise ValueError(f"its {name} is {row[name]!r:.40}, expected text")
 

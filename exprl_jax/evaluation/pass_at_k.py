@@ -64,9 +64,7 @@ class Summary:
     length_max: int
 
 
-def pass_at_k(
-    graded_P: Int[np.ndarray, "P"], correct_P: Int[np.ndarray, "P"], most: int
-) -> Float64[np.ndarray, "P K"]:
+def pass_at_k(graded_P: Int[np.ndarray, "P"], correct_P: Int[np.ndarray, "P"], most: int) -> Float64[np.ndarray, "P K"]:
     """Unbiased estimates 1 − C(n−c, k) / C(n, k) for k = 1..most (K), of each problem   (Chen et al. 2021; paper §6).
 
     Computed as the chance that the first success comes at draw 1, 2, .., k without replacement: a sum of k positive

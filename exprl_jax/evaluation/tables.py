@@ -230,9 +230,15 @@ def pass_at_k_figure(runs: Sequence[Run], names: Sequence[str]) -> Figure:
                 panel.vlines(measured[0] + 1, low[measured[0]], high[measured[0]], color=colour, linewidth=1.0)
             banded = banded or bool(measured)
             (lines[place],) = panel.plot(
-                k, middle, _DASHES[place // len(_COLOURS) % len(_DASHES)], color=colour, linewidth=1.3,
-                marker=_MARKERS[place % len(_MARKERS)], markersize=3.5, markevery=_powers(summary.n)
-            )  # fmt: skip
+                k,
+                middle,
+                _DASHES[place // len(_COLOURS) % len(_DASHES)],
+                color=colour,
+                linewidth=1.3,
+                marker=_MARKERS[place % len(_MARKERS)],
+                markersize=3.5,
+                markevery=_powers(summary.n),
+            )
         panel.set_xscale("log", base=2)
         panel.set_xlim(1 / 1.12, largest * 1.12) if largest > 1 else panel.set_xlim(0.7, 1.4)
         panel.xaxis.set_major_locator(FixedLocator([1 << i for i in range(largest.bit_length())]))
@@ -255,10 +261,15 @@ def pass_at_k_figure(runs: Sequence[Run], names: Sequence[str]) -> Figure:
             panel.set_ylabel("pass@k (%)", fontsize=8)
     order = sorted(lines)
     figure.legend(
-        [lines[place] for place in order], [_plain(runs[place].label) for place in order], loc="outside lower center",
-        ncols=math.ceil(len(order) / legend_rows), fontsize=8, frameon=False,
-        title="bands: 95 % interval over problems" if banded else None, title_fontsize=7,
-    )  # fmt: skip
+        [lines[place] for place in order],
+        [_plain(runs[place].label) for place in order],
+        loc="outside lower center",
+        ncols=math.ceil(len(order) / legend_rows),
+        fontsize=8,
+        frameon=False,
+        title="bands: 95 % interval over problems" if banded else None,
+        title_fontsize=7,
+    )
     return figure
 
 

@@ -99,7 +99,9 @@ def train_step(
             old = jax.lax.stop_gradient(logp)
         token_loss, diagnostics = policy_loss(logp, old, ref, entropy, advantage, loss)
         gap = jnp.abs(part.sampler_logp_MBT - old)
-        return (part.weight_MBT * token_loss).sum(), _summaries(part.mask_MBT, part.weight_MBT, diagnostics, entropy, gap)
+        return (part.weight_MBT * token_loss).sum(), _summaries(
+            part.mask_MBT, part.weight_MBT, diagnostics, entropy, gap
+        )
 
     slots = experience.replace(used=jnp.zeros(experience.mask_MBT.shape[0]))
     gradient, total, summaries = accumulate(objective, state.params, slots, experience.used, keep_sharded)

@@ -82,11 +82,16 @@ def attend(
     if place.has_cudnn(q_PGTHE.dtype, E) and (C, S) == (0, T):
         k, v = (jnp.swapaxes(x.reshape(P * G, -1, S, E), 1, 2) for x in (own.k, own.v))
         segment_BT = (slot_T >= start_PG[..., None]).reshape(P * G, T).astype(jnp.int32)
-        return attend_packed(q_PGTHE.reshape(P * G, T, H, E), k, v, segment_BT, segment_BT, place).reshape(q_PGTHE.shape)
+        return attend_packed(q_PGTHE.reshape(P * G, T, H, E), k, v, segment_BT, segment_BT, place).reshape(
+            q_PGTHE.shape
+        )
     return _in_chunks(
         lambda q, slot_T: _attend_rows(q, context, length_P, own, start_PG, slot_T[0, 0]),
-        (q_PGTHE, slot_T[None, None]), H, C + S, place,
-    )  # fmt: skip
+        (q_PGTHE, slot_T[None, None]),
+        H,
+        C + S,
+        place,
+    )
 
 
 def attend_packed(
@@ -237,7 +242,9 @@ def _splash(q_BHTE, k_BKSE, v_BKSE, segment_BT, segment_BS, place):
     )
     nothing = {"constant_values": -1}
     segment_q = jnp.pad(segment_BT, ((0, 0), (0, behind)), **nothing)
-    segment_kv = jnp.pad(jnp.pad(segment_BS, ((0, 0), (0, behind)), **nothing), ((0, 0), (front, 0)), constant_values=-2)
+    segment_kv = jnp.pad(
+        jnp.pad(segment_BS, ((0, 0), (0, behind)), **nothing), ((0, 0), (front, 0)), constant_values=-2
+    )
     shards = 1 if heads is None else place.mesh.shape[MODEL]
     offset = k.shape[2] - q.shape[2]
     mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((q.shape[2], k.shape[2]), offset)] * (H // shards))
@@ -245,9 +252,13 @@ def _splash(q_BHTE, k_BKSE, v_BKSE, segment_BT, segment_BS, place):
 
     def each_row(q, k, v, segment_q, segment_kv):
         kernel = splash.make_splash_mha(
-            mask, head_shards=1, q_seq_shards=1, block_sizes=sizes, residual_checkpoint_name=KEPT,
+            mask,
+            head_shards=1,
+            q_seq_shards=1,
+            block_sizes=sizes,
+            residual_checkpoint_name=KEPT,
             interpret=place.platform != "tpu",
-        )  # fmt: skip
+        )
         return jax.vmap(lambda *row: kernel(*row[:3], splash.SegmentIds(*row[3:])))(q, k, v, segment_q, segment_kv)
 
     rows = (place.data, heads)
@@ -256,6 +267,12 @@ def _splash(q_BHTE, k_BKSE, v_BKSE, segment_BT, segment_BS, place):
 
 
 _SIZES = (
-    "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv", "block_kv_dkv_compute", "block_q_dq",
+    "block_q",
+    "block_kv",
+    "block_kv_compute",
+    "block_q_dkv",
+    "block_kv_dkv",
+    "block_kv_dkv_compute",
+    "block_q_dq",
     "block_kv_dq",
-)  # fmt: skip
+)

@@ -119,9 +119,12 @@ class Decoder(nn.Module):
             block = nn.remat(Block, prevent_cse=not how.scan_layers, policy=policy)
         if how.scan_layers:
             scanned = nn.scan(
-                block, variable_axes={"params": 0}, split_rngs={"params": True},
-                in_axes=(0, nn.broadcast, nn.broadcast), length=arch.layers,
-            )  # fmt: skip
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, nn.broadcast, nn.broadcast),
+                length=arch.layers,
+            )
             each = jnp.arange(arch.layers), past
             carried, kept = scanned(arch, how, self.place, self.look, name="layers")(carried, each, positions_PGT, view)
         else:
@@ -257,9 +260,14 @@ def packed_hidden_states(
 
 
 def open_cache(
-    arch: Architecture, how: Execution, prefix: Prefix, start_PG: Int[Array, "P G"], slots: int, tokens: int,
+    arch: Architecture,
+    how: Execution,
+    prefix: Prefix,
+    start_PG: Int[Array, "P G"],
+    slots: int,
+    tokens: int,
     place: Placement = ONE_DEVICE,
-) -> Any:  # fmt: skip
+) -> Any:
     """Room for rows, their contexts at hand: on TPU and for int8 pages for so many `tokens` of each, which need none for
     padding, else slots."""
     if paged.is_paged(how, place):
@@ -268,9 +276,16 @@ def open_cache(
 
 
 def continue_rows(
-    params: Params, arch: Architecture, how: Execution, prefix: Prefix, cache: Any, tokens_PGT: Int[Array, "P G T"],
-    start_PG: Int[Array, "P G"], slot: Int[Array, ""] | int, place: Placement = ONE_DEVICE,
-) -> tuple[Float[Array, "P G T D"], Any]:  # fmt: skip
+    params: Params,
+    arch: Architecture,
+    how: Execution,
+    prefix: Prefix,
+    cache: Any,
+    tokens_PGT: Int[Array, "P G T"],
+    start_PG: Int[Array, "P G"],
+    slot: Int[Array, ""] | int,
+    place: Placement = ONE_DEVICE,
+) -> tuple[Float[Array, "P G T D"], Any]:
     """Feeds T more tokens a row at cache slots slot … slot + T − 1; returns their hidden states and the cache."""
     variables, positions_PGT = {"params": params}, _positions(prefix.length_P, start_PG, slot, tokens_PGT.shape[2])
     if isinstance(cache, paged.PagedCache):

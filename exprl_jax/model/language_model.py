@@ -24,9 +24,18 @@ from exprl_jax.model.sources import ModelSource, resolve_model
 # Architectures of `random:<family>`; the vocabulary is the byte tokenizer's.
 RANDOM = "random:"
 _TINY = dict(
-    width=64, ffn=128, layers=2, heads=4, kv_heads=2, head_size=16, rope_theta=10_000.0, rope_scaling=None,
-    norm_eps=1e-6, tied=True, max_positions=4096,
-)  # fmt: skip
+    width=64,
+    ffn=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=16,
+    rope_theta=10_000.0,
+    rope_scaling=None,
+    norm_eps=1e-6,
+    tied=True,
+    max_positions=4096,
+)
 
 # Published architectures, so that a dry run needs no network.  A real run reads the model's own config.json.
 _QWEN3 = dict(
@@ -157,14 +166,20 @@ def find_checkpoint(weights: str) -> Checkpoint | None:
     if "task" not in recorded or "policy" not in recorded:
         return None
     if recorded.get("lora", {}).get("rank"):
-        raise ValueError(f"model {weights}: its run trained adapters, which stand on another model; name {workdir}/export")
+        raise ValueError(
+            f"model {weights}: its run trained adapters, which stand on another model; name {workdir}/export"
+        )
     if workdir == path:
         step = newest_step(workdir / "checkpoints")
         if step is None:
-            raise ValueError(f"model {weights}: a workdir without a checkpoint; wait for its run's first, or name another")
+            raise ValueError(
+                f"model {weights}: a workdir without a checkpoint; wait for its run's first, or name another"
+            )
         path = workdir / "checkpoints" / str(step)
     elif not path.is_dir():
-        raise ValueError(f"model {weights}: its workdir has no such checkpoint; its newest is {newest_step(path.parent)}")
+        raise ValueError(
+            f"model {weights}: its workdir has no such checkpoint; its newest is {newest_step(path.parent)}"
+        )
     policy = recorded["policy"]
     execution = Execution(**policy["execution"])
     return Checkpoint(path, config.Model(policy["weights"], execution, policy["param_dtype"]))

@@ -24,9 +24,14 @@ from exprl_jax.model.weights import Entry, fetch_tensor, write_tensors
 
 # PEFT's names of the modules.
 _MODULES = {
-    "q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj", "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj", "up": "mlp.up_proj", "down": "mlp.down_proj",
-}  # fmt: skip
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "gate": "mlp.gate_proj",
+    "up": "mlp.up_proj",
+    "down": "mlp.down_proj",
+}
 
 
 @flax.struct.dataclass
@@ -104,7 +109,9 @@ def _shapes(arch: Architecture) -> dict[str, tuple[tuple[int, ...], tuple[int, .
     return {"q": (D, heads), "k": (D, kv), "v": (D, kv), "o": (heads, D), "gate": (D, F), "up": (D, F), "down": (F, D)}
 
 
-def save_adapters(folder: pathlib.Path, adapters: Any, arch: Architecture, how: Execution, lora: Lora, base: str) -> None:
+def save_adapters(
+    folder: pathlib.Path, adapters: Any, arch: Architecture, how: Execution, lora: Lora, base: str
+) -> None:
     """Writes a folder that PEFT's `PeftModel.from_pretrained` loads; call on one process, with arrays of its own.
 
     Args:
@@ -123,8 +130,15 @@ def save_adapters(folder: pathlib.Path, adapters: Any, arch: Architecture, how: 
             tensors[f"{module}.lora_B.weight"] = b.reshape(lora.rank, -1).T
     write_tensors(folder / "adapter_model.safetensors", tensors)
     settings = {
-        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": lora.rank,
-        "lora_alpha": lora.alpha, "lora_dropout": 0.0, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
         "target_modules": [_MODULES[name].partition(".")[2] for name in lora.names],
-    }  # fmt: skip
+    }
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -74,7 +74,9 @@ def open_pages(
 ) -> PagedCache:
     """A pool that holds the contexts, with room for `slots` tokens of each row."""
     k, v = (
-        getattr(prefix.layers, name) if how.scan_layers else jnp.stack([getattr(layer, name) for layer in prefix.layers])
+        getattr(prefix.layers, name)
+        if how.scan_layers
+        else jnp.stack([getattr(layer, name) for layer in prefix.layers])
         for name in ("k", "v")
     )
     heads, wide = place.axis_of(arch.kv_heads), jnp.float32
@@ -146,9 +148,18 @@ def attend_pages(
     rows, pool, scale = (place.data, None, None, heads), (place.data, None, heads), (place.data, heads)
     takes = (rows, rows, rows, pool, (place.data,), (place.data,), (place.data,), scale, scale, (), ())
     out, pool = place.split(local, takes, (rows, pool))(
-        q_PGTHE, k_PGTKE, v_PGTKE, cache.pool, cache.pages.table_PGn, cache.pages.length_P, cache.pages.start_PG,
-        cache.k_scale[layer], cache.v_scale[layer], jnp.int32(layer), jnp.int32(slot),
-    )  # fmt: skip
+        q_PGTHE,
+        k_PGTKE,
+        v_PGTKE,
+        cache.pool,
+        cache.pages.table_PGn,
+        cache.pages.length_P,
+        cache.pages.start_PG,
+        cache.k_scale[layer],
+        cache.v_scale[layer],
+        jnp.int32(layer),
+        jnp.int32(slot),
+    )
     return out, cache.replace(pool=pool)
 
 
@@ -239,11 +250,18 @@ def _kernel(q_BTKmE, pool, table, known_B, asked_B):
     q = jnp.pad(q, ((0, 0), (0, heads - K), (0, 0), (0, pool.shape[3] - E))).reshape(B * T, heads * m, -1)
     page_bytes = pool[0].size * pool.dtype.itemsize
     out = ragged_paged_attention(
-        q, pool, known_B.astype(jnp.int32), table, end, jnp.full(1, B, jnp.int32), sm_scale=E**-0.5,
-        k_scale=1.0 if pool.dtype == jnp.int8 else None, v_scale=1.0 if pool.dtype == jnp.int8 else None,
+        q,
+        pool,
+        known_B.astype(jnp.int32),
+        table,
+        end,
+        jnp.full(1, B, jnp.int32),
+        sm_scale=E**-0.5,
+        k_scale=1.0 if pool.dtype == jnp.int8 else None,
+        v_scale=1.0 if pool.dtype == jnp.int8 else None,
         num_kv_pages_per_block=max(1, min(table.shape[1], _PAGES, _BUFFER // (2 * page_bytes))),
         num_queries_per_block=min(B * T, max(8, min(128, _QUERIES // q.shape[1]))),
-    )  # fmt: skip
+    )
     out = out.reshape(B * T, heads, m, -1)[:, :K, :, :E]
     back = jnp.maximum(end[1:, None] - T + jnp.arange(T), 0)
     return out[back.ravel()].reshape(B, T, K, m, E)

@@ -9,7 +9,8 @@ import os
 import pathlib
 import shutil
 import struct
-from typing import Any, Callable, Iterable, Mapping, Protocol, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import ml_dtypes

@@ -19,30 +19,53 @@ from exprl_jax.config import Config, Evaluate, Model, Rollout, Sampling, Sft
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.evaluation import evaluate
 from exprl_jax.mesh import (
-    DATA, MODEL, Placement, bytes_per_device, microbatches_sharding, replicated, rows_sharding, shard_parameters,
-)  # fmt: skip
+    DATA,
+    MODEL,
+    Placement,
+    bytes_per_device,
+    microbatches_sharding,
+    replicated,
+    rows_sharding,
+    shard_parameters,
+)
 from exprl_jax.model import decoder
-from exprl_jax.model.lora import Adapted, adapt
 from exprl_jax.model.language_model import PUBLISHED, LanguageModel, open_model
+from exprl_jax.model.lora import Adapted, adapt
 from exprl_jax.model.paged import open_pages
 from exprl_jax.pods.kernels import KERNELS, Kernel, paged
 from exprl_jax.programs import (
-    Programs, abstract_state, build, build_judge, build_sampler, build_sft, build_teacher, shard_state,
-)  # fmt: skip
+    Programs,
+    abstract_state,
+    build,
+    build_judge,
+    build_sampler,
+    build_sft,
+    build_teacher,
+    shard_state,
+)
 from exprl_jax.records import Context, Draw, Experience, Lesson, Packed, Rows, Teaching, TrainState
 from exprl_jax.reward.judges import check_judge_lengths
 from exprl_jax.rollout.waves import padded_width
 from exprl_jax.train import (
-    check_layout, check_lengths, has_local_judge, needs_reference_model, packed_shape, segment_rule,
-)  # fmt: skip
+    check_layout,
+    check_lengths,
+    has_local_judge,
+    needs_reference_model,
+    packed_shape,
+    segment_rule,
+)
 
 Run = Config | Sft | Evaluate
 POLICY, ADAM, BATCH, KEYS = "policy", "Adam", "batch", "KV"
 _SAMPLING = ("rollout.wave", "mesh.model", "policy.execution.kv_dtype")
 _JUDGING = ("rollout.wave", "judge.max_context_tokens", "judge.max_trace_tokens", "judge.max_tokens", "mesh.model")
 _TRAINING = (
-    "updates.microbatch", "updates.row_tokens", "updates.logp_chunk", "policy.execution.remat", "mesh.model",
-)  # fmt: skip
+    "updates.microbatch",
+    "updates.row_tokens",
+    "updates.logp_chunk",
+    "policy.execution.remat",
+    "mesh.model",
+)
 # An SFT run counts its updates from its data; here they are a constant of the learning rate's schedule, nothing more.
 _SFT_UPDATES = 100
 
@@ -96,15 +119,21 @@ def programs_of(config: Run, mesh: Mesh) -> list[Call]:
     """
     tasks = {"rl": _reinforced, "distill": _distilled, "sft": _supervised, "evaluate": _evaluated}
     if config.task not in tasks:
-        raise ValueError(f"compile_check: got config.task = {config.task!r}, expected one of {', '.join(map(repr, tasks))}")
+        raise ValueError(
+            f"compile_check: got config.task = {config.task!r}, expected one of {', '.join(map(repr, tasks))}"
+        )
     return tasks[config.task](config, mesh, _caller(residents(config, mesh)))
 
 
 def _caller(held: Mapping[str, int]) -> Callable[..., Call]:
     """Makes calls of a run that holds so many bytes by owner."""
 
-    def call(name, phase, program, arguments, *, each_step, settings, inside=None, beside=None, steps=0, attended=(0, 0)):
-        passed = {each for owner, tree in arguments if not isinstance(tree, Result) for each in owned_bytes(owner, tree)}
+    def call(
+        name, phase, program, arguments, *, each_step, settings, inside=None, beside=None, steps=0, attended=(0, 0)
+    ):
+        passed = {
+            each for owner, tree in arguments if not isinstance(tree, Result) for each in owned_bytes(owner, tree)
+        }
         made = {POLICY, ADAM} if phase == "start" else set()
         others = {owner: size for owner, size in held.items() if owner not in passed | made}
         kernels = KERNELS | {"ragged_paged_attention": paged(*attended)}
@@ -132,15 +161,27 @@ def _reinforced(config: Config, mesh: Mesh, call: Callable[..., Call]) -> list[C
         scored.append(("token_logp (reference)", frozen_models(config)[config.reference], reference))
     calls += [
         call(
-            name, "logp", programs.token_logp, ((owner, params), *asked), each_step=updates, settings=_TRAINING,
-            beside=waiting, steps=shape[0],
+            name,
+            "logp",
+            programs.token_logp,
+            ((owner, params), *asked),
+            each_step=updates,
+            settings=_TRAINING,
+            beside=waiting,
+            steps=shape[0],
         )
         for name, owner, params in scored
-    ]  # fmt: skip
+    ]
     train = call(
-        "train_step", "train", programs.train_step, ((POLICY, state), base, (BATCH, experience)), each_step=updates,
-        settings=_TRAINING, beside=waiting, steps=shape[0],
-    )  # fmt: skip
+        "train_step",
+        "train",
+        programs.train_step,
+        ((POLICY, state), base, (BATCH, experience)),
+        each_step=updates,
+        settings=_TRAINING,
+        beside=waiting,
+        steps=shape[0],
+    )
     return [*calls, train]
 
 
@@ -175,14 +216,23 @@ def _supervised(config: Sft, mesh: Mesh, call: Callable[..., Call]) -> list[Call
     settings = ("microbatch", "row_tokens", "logp_chunk", "policy.execution.remat", "mesh.model")
     return [
         call(
-            "init_state", "start", programs.init_state, (("weights", weights),), each_step=0,
+            "init_state",
+            "start",
+            programs.init_state,
+            (("weights", weights),),
+            each_step=0,
             settings=("mesh.data", "mesh.model"),
         ),
         call(
-            "sft_step", "train", programs.sft_step, ((POLICY, state), base, (BATCH, lesson)), each_step=1,
-            settings=settings, steps=shape[0],
+            "sft_step",
+            "train",
+            programs.sft_step,
+            ((POLICY, state), base, (BATCH, lesson)),
+            each_step=1,
+            settings=settings,
+            steps=shape[0],
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _trained(config: Config, mesh: Mesh) -> tuple[Programs, tuple[str, Any], tuple[str, Any], TrainState]:
@@ -205,7 +255,12 @@ def _begun(
     """The state's beginning, and the rollouts."""
     weights, waves = _parameters(known_model(config.policy), mesh), config.rollout.prompts // config.rollout.wave
     start = call(
-        "init_state", "start", programs.init_state, (("weights", weights),), each_step=0, settings=("mesh.data", "mesh.model")
+        "init_state",
+        "start",
+        programs.init_state,
+        (("weights", weights),),
+        each_step=0,
+        settings=("mesh.data", "mesh.model"),
     )
     return [start, *_sampling(config, config.rollout, mesh, call, acting, waves, _SAMPLING)]
 
@@ -219,9 +274,14 @@ def _evaluated(config: Evaluate, mesh: Mesh, call: Callable[..., Call]) -> list[
 
 
 def _sampling(
-    config: Config | Evaluate, how: Rollout | Sampling, mesh: Mesh, call: Callable[..., Call], acting: tuple[str, Any],
-    waves: int, settings: tuple[str, ...],
-) -> list[Call]:  # fmt: skip
+    config: Config | Evaluate,
+    how: Rollout | Sampling,
+    mesh: Mesh,
+    call: Callable[..., Call],
+    acting: tuple[str, Any],
+    waves: int,
+    settings: tuple[str, ...],
+) -> list[Call]:
     policy, wave, group, answer = known_model(config.policy), how.wave, how.group, how.max_tokens
     prompt = padded_width(config.data.max_prompt_tokens - 1)
     prompts = _context(mesh, wave, prompt)
@@ -230,13 +290,23 @@ def _sampling(
     return [
         call("prefill", "sample", sampler.prefill, (acting, (BATCH, prompts)), each_step=waves, settings=settings),
         call(
-            "sample", "sample", sampler.sample,
-            (acting, (KEYS, Result("prefill")), (BATCH, _rows(mesh, wave, group, 1)), (BATCH, _draw(mesh, wave, group))),
+            "sample",
+            "sample",
+            sampler.sample,
+            (
+                acting,
+                (KEYS, Result("prefill")),
+                (BATCH, _rows(mesh, wave, group, 1)),
+                (BATCH, _draw(mesh, wave, group)),
+            ),
             # Over a response a row attends to half of it on average.
-            each_step=waves, settings=settings, steps=answer, attended=(0, prompt + answer / 2),
+            each_step=waves,
+            settings=settings,
+            steps=answer,
+            attended=(0, prompt + answer / 2),
             inside={KEYS: _pool_bytes(policy, mesh, prefix, group, answer)},
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _judging(config: Config, mesh: Mesh, call: Callable[..., Call]) -> list[Call]:
@@ -250,15 +320,27 @@ def _judging(config: Config, mesh: Mesh, call: Callable[..., Call]) -> list[Call
     slots, seen = trace - 1 + how.max_tokens if writes else trace, context.tokens_PC.shape[1]
     prefix = jax.eval_shape(asking.prefill, params, context)
     return [
-        call("judge_prefill", "judge", asking.prefill, ((role, params), (BATCH, context)), each_step=waves, settings=_JUDGING),
         call(
-            "judge", "judge", asking.judge, ((role, params), (KEYS, Result("judge_prefill")), *queries),
+            "judge_prefill",
+            "judge",
+            asking.prefill,
+            ((role, params), (BATCH, context)),
+            each_step=waves,
+            settings=_JUDGING,
+        ),
+        call(
+            "judge",
+            "judge",
+            asking.judge,
+            ((role, params), (KEYS, Result("judge_prefill")), *queries),
             # A rollout has at most so many prefixes to score, and a call takes one of each rollout.
-            each_step=waves * segment_rule(config).max_segments, settings=_JUDGING,
-            steps=how.max_tokens if writes else 0, attended=(seen + trace / 2, seen + trace + how.max_tokens / 2),
+            each_step=waves * segment_rule(config).max_segments,
+            settings=_JUDGING,
+            steps=how.max_tokens if writes else 0,
+            attended=(seen + trace / 2, seen + trace + how.max_tokens / 2),
             inside={KEYS: _pool_bytes(judge, mesh, prefix, group, slots)} if writes else {},
         ),
-    ]  # fmt: skip
+    ]
 
 
 def known_model(how: Model) -> LanguageModel:
@@ -354,7 +436,8 @@ def _experience(mesh: Mesh, shape: tuple[int, int, int]) -> Experience:
 def _slots(mesh: Mesh, shape: tuple[int, int, int]) -> tuple[Packed, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """Packed rows of an update's batch [M, B, T], a mask and a number of each slot, as `mesh.put_microbatches` places them."""
     token, mask, number = (
-        jax.ShapeDtypeStruct(shape, kind, sharding=microbatches_sharding(mesh)) for kind in (np.int32, np.bool_, np.float32)
+        jax.ShapeDtypeStruct(shape, kind, sharding=microbatches_sharding(mesh))
+        for kind in (np.int32, np.bool_, np.float32)
     )
     return Packed(token, token, token, token, token), mask, number
 

@@ -26,9 +26,11 @@ from exprl_jax.mesh import DATA, MODEL
 GIB = 1024**3
 # libtpu is wanted as a compiler only: several processes may load it, and it need not look for chips or for other hosts.
 _ALONE = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-}  # fmt: skip
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +132,9 @@ def axis_bandwidth(where: Topology, mesh: Mesh) -> dict[str, float]:
     found = {}
     for name, along in ((DATA, (0,)), (MODEL, (1,)), (f"{DATA}+{MODEL}", (0, 1))):
         others = [axis for axis in (0, 1) if axis not in along]
-        groups = places.transpose(*others, *along, 2).reshape(*(mesh.devices.shape[axis] for axis in others), -1, places.shape[-1])
+        groups = places.transpose(*others, *along, 2).reshape(
+            *(mesh.devices.shape[axis] for axis in others), -1, places.shape[-1]
+        )
         extents = groups.reshape(-1, *groups.shape[-2:])
         reached = np.array([[len(set(group[:, axis])) for axis in range(places.shape[-1])] for group in extents]).max(0)
         links = int(((reached > 1) * (1 + (ring & (reached == lengths)))).sum())

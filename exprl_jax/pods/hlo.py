@@ -19,9 +19,14 @@ from jax.sharding import Mesh
 from exprl_jax.pods.kernels import Kernel, Operand, kernel_cost
 
 COLLECTIVES = (
-    "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "ragged-all-to-all", "collective-permute",
+    "all-gather",
+    "reduce-scatter",
+    "all-reduce",
+    "all-to-all",
+    "ragged-all-to-all",
+    "collective-permute",
     "collective-broadcast",
-)  # fmt: skip
+)
 _SIZES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "token": 0, "opaque": 0}
 _ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,<=]*)\](?:\{([^}]*)\})?")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.\-]+) = ")
@@ -29,15 +34,41 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _NAMES = re.compile(r"%([\w.\-]+)")
 # What takes no time of its own: names, and halves of what its other half is counted for.
 _FREE = {
-    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
-    "partition-id", "replica-id", "add-dependency", "opt-barrier", "domain", "async-start", "async-update",
-}  # fmt: skip
+    "parameter",
+    "constant",
+    "tuple",
+    "get-tuple-element",
+    "bitcast",
+    "while",
+    "conditional",
+    "call",
+    "after-all",
+    "partition-id",
+    "replica-id",
+    "add-dependency",
+    "opt-barrier",
+    "domain",
+    "async-start",
+    "async-update",
+}
 _FREE_TARGETS = {"AllocateBuffer", "ConcatBitcast", "AssumeGatherIndicesInBound"}
 # Of a fusion that moves values and computes none.
 _MOVES = {
-    "parameter", "constant", "bitcast", "copy", "transpose", "reshape", "convert", "dynamic-slice", "slice", "tuple",
-    "get-tuple-element", "concatenate", "pad", "broadcast",
-}  # fmt: skip
+    "parameter",
+    "constant",
+    "bitcast",
+    "copy",
+    "transpose",
+    "reshape",
+    "convert",
+    "dynamic-slice",
+    "slice",
+    "tuple",
+    "get-tuple-element",
+    "concatenate",
+    "pad",
+    "broadcast",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,7 +471,9 @@ def _groups(each: Instruction, devices: int) -> Sequence[Sequence[int]]:
         return groups or [range(devices)]
     if (found := re.search(r"replica_groups=\[([\d,]+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", each.rest)) is not None:
         return _iota(found[2]).reshape(_numbers(found[1])).tolist()
-    if (found := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? \{(.*?)\}", each.rest)) is not None:
+    if (
+        found := re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?\)?)\))? \{(.*?)\}", each.rest)
+    ) is not None:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         order = np.arange(devices) if not found[2] else _iota(found[2])
         return _mesh_groups({name: int(size) for name, size in sizes.items()}, order, found[3])

@@ -158,14 +158,17 @@ def largest_buffers(module: Module, steps: int, count: int) -> tuple[str, ...]:
             found.setdefault((shape.dtype, shape.dims), (shape.hbm, each.where))
     ranked = sorted(((size, *key, place) for key, (size, place) in found.items()), key=lambda x: -x[0])
     return tuple(
-        f"{size / GIB:.2f} GiB {dtype}[{','.join(map(str, dims))}] {place}" for size, dtype, dims, place in ranked[:count]
+        f"{size / GIB:.2f} GiB {dtype}[{','.join(map(str, dims))}] {place}"
+        for size, dtype, dims, place in ranked[:count]
     )
 
 
 def needed_bytes(message: str) -> float | None:
     """Bytes of HBM that a program needs, of the compiler's words about one that does not fit; None if those say nothing
     about memory."""
-    found = re.search(r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    found = re.search(
+        r"HLO temporaries \(([\d.]+)([KMGT])\) exceeds|Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message
+    )
     if "RESOURCE_EXHAUSTED" not in message or found is None:
         return None
     number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
@@ -225,7 +228,11 @@ def _measure(
     flops = matrix_flops(traced.jaxpr, call.steps, call.kernels) / mesh.size
     hbm = traffic(module, call.steps, call.kernels)
     found = Program(
-        call.name, call.phase, call.each_step, True, seconds,
+        call.name,
+        call.phase,
+        call.each_step,
+        True,
+        seconds,
         code=int(memory.generated_code_size_in_bytes),
         peak=peak,
         owners=owners,
@@ -237,7 +244,7 @@ def _measure(
         flops=flops,
         hbm=hbm,
         bounds=roofline(flops, hbm, moved, where, mesh),
-    )  # fmt: skip
+    )
     return found, largest_buffers(module, call.steps, 5)
 
 
@@ -262,7 +269,9 @@ def _compile(call: Call, results: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     traced = call.program.trace(*arguments)
     compiled = traced.lower().compile()
     made = jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), traced.out_info, compiled.output_shardings
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        traced.out_info,
+        compiled.output_shardings,
     )
     return traced, compiled, made
 

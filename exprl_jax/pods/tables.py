@@ -17,14 +17,19 @@ def tables_of(proof: Proof) -> list[Table]:
     owners = sorted({name for each in made for name in each.owners if name != TEMPORARIES}, key=_place)
     memory = [
         [
-            each.name, f"{each.seconds:.0f}", _gib(each.peak), _gib(each.total), "yes" if each.exhausted is None else "NO",
-            *(_gib(each.owners[name]) if name in each.owners else "" for name in owners), _gib(each.owners[TEMPORARIES]),
+            each.name,
+            f"{each.seconds:.0f}",
+            _gib(each.peak),
+            _gib(each.total),
+            "yes" if each.exhausted is None else "NO",
+            *(_gib(each.owners[name]) if name in each.owners else "" for name in owners),
+            _gib(each.owners[TEMPORARIES]),
             f"{_gib(each.aliased)} of {_gib(each.donated)}" if each.donated else "",
         ]
         if each.compiled
         else [each.name, f"{each.seconds:.0f}", *[""] * 2, "NO", *[""] * (len(owners) + 2)]
         for each in proof.programs
-    ]  # fmt: skip
+    ]
     header = ["program", "compile s", "peak", "with the rest", "fits", *owners, "temporaries", "donated"]
     collectives = [
         [each.name, *name.split(" "), f"{times:,}", _figure(size / 1e9)]
@@ -33,14 +38,20 @@ def tables_of(proof: Proof) -> list[Table]:
     ]
     time = [
         [
-            each.name, str(each.each_step), _figure(each.flops / 1e12), _figure(each.hbm / 1e9),
-            *(_figure(each.bounds[name]) for name in ("compute", "HBM", "ICI")), _figure(each.bound * each.each_step),
+            each.name,
+            str(each.each_step),
+            _figure(each.flops / 1e12),
+            _figure(each.hbm / 1e9),
+            *(_figure(each.bounds[name]) for name in ("compute", "HBM", "ICI")),
+            _figure(each.bound * each.each_step),
         ]
         for each in made
-    ]  # fmt: skip
+    ]
     phases = dict.fromkeys(each.phase for each in made if each.each_step)
     time += [[f"= {phase}", *[""] * 6, _figure(proof.seconds(phase))] for phase in phases]
-    time.append(["= a step" if proof.fits else "= a step, without what did not compile", *[""] * 6, _figure(proof.seconds())])
+    time.append(
+        ["= a step" if proof.fits else "= a step, without what did not compile", *[""] * 6, _figure(proof.seconds())]
+    )
     limit = _gib(proof.limit)
     return [
         (f"memory a device, GiB of {limit}", header, memory),
@@ -103,10 +114,16 @@ def summary(proofs: Sequence[Proof]) -> str:
         step = _figure(proof.seconds()) if proof.fits else ""
         rows.append(
             [
-                proof.topology, f"{proof.data} x {proof.model}", proof.changes, _gib(proof.limit), _gib(size), fullest.name,
-                "yes" if proof.fits else "no", step,
+                proof.topology,
+                f"{proof.data} x {proof.model}",
+                proof.changes,
+                _gib(proof.limit),
+                _gib(size),
+                fullest.name,
+                "yes" if proof.fits else "no",
+                step,
             ]
-        )  # fmt: skip
+        )
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 

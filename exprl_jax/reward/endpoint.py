@@ -162,7 +162,12 @@ class ChatClient:
         return Replies(futures, self._add_waited)
 
     def ask(
-        self, requests: Sequence[Sequence[Message]], max_tokens: int, wanted: str, *, chance: Mapping[str, float] = _GREEDY
+        self,
+        requests: Sequence[Sequence[Message]],
+        max_tokens: int,
+        wanted: str,
+        *,
+        chance: Mapping[str, float] = _GREEDY,
     ) -> list[Reply]:
         """The replies, in row order, unless too few of all processes' requests got one; then every process raises.
 

@@ -176,7 +176,11 @@ class Judge:
         prompts = _prompts_of(self.prompts.verify, problems, responses)
         verdicts = [[Verdict.missing] * len(of_problem) for of_problem in responses]
         for answer in self._ask(prompts, responses):
-            said = verdict_from_digits(answer.probability_5) if self.how.readout == "logits" else parse_verdict(answer.text)
+            said = (
+                verdict_from_digits(answer.probability_5)
+                if self.how.readout == "logits"
+                else parse_verdict(answer.text)
+            )
             verdicts[answer.problem][answer.query] = said
         return verdicts
 

@@ -142,7 +142,9 @@ _BLIND_SHORT = (
 
 # --- what the answer should look like --------------------------------------------------------------------------------
 
-_FORM = "Then end with one line that holds nothing but the score, a whole number from 1 to 5, in this form:\nScore: <1-5>"
+_FORM = (
+    "Then end with one line that holds nothing but the score, a whole number from 1 to 5, in this form:\nScore: <1-5>"
+)
 _ANALYSE = f"First write a short analysis of it against the reference. {_FORM}"
 _ANALYSE_BLIND = f"First write a short analysis of it. {_FORM}"
 _DIGIT_ONLY = "Answer with the score only: one digit from 1 to 5."

@@ -32,7 +32,12 @@ class Opening:
     """
 
     def __init__(
-        self, how: config.Judge, *, scored: Sequence[Problem], verified: Sequence[Problem], unit: Callable[[Problem], Unit]
+        self,
+        how: config.Judge,
+        *,
+        scored: Sequence[Problem],
+        verified: Sequence[Problem],
+        unit: Callable[[Problem], Unit],
     ):
         """Makes the prompts.
 
@@ -64,9 +69,15 @@ class Opening:
         return {p.id: max((len(prompt.head) for prompt in self._prompts.of(p.id)), default=0) for p in problems}
 
     def open(
-        self, mesh: Mesh, held: contextlib.ExitStack, load: Callable[[LanguageModel], Params], problems: Sequence[Problem],
-        *, wave: int, group: int,
-    ) -> AnyJudge:  # fmt: skip
+        self,
+        mesh: Mesh,
+        held: contextlib.ExitStack,
+        load: Callable[[LanguageModel], Params],
+        problems: Sequence[Problem],
+        *,
+        wave: int,
+        group: int,
+    ) -> AnyJudge:
         """The judge.
 
         Args:

@@ -46,7 +46,14 @@ METRICS: Mapping[str, str] = {
 }
 """Every key of `summarise` and what it is; null where it is not defined (a mean over nothing, no spread)."""
 
-BY_KIND = ("reward/mean", "solve/accuracy", "solve/none", "response/length_mean", "response/overlong", "advantage/live_groups")
+BY_KIND = (
+    "reward/mean",
+    "solve/accuracy",
+    "solve/none",
+    "response/length_mean",
+    "response/overlong",
+    "advantage/live_groups",
+)
 """Where the data holds problems of several kinds, these have a `/<kind>` (math, choice, science, code) each besides."""
 
 

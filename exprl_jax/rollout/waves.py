@@ -58,9 +58,18 @@ class Sampler:
     wave: int
 
     def __call__(
-        self, params: Params, prompts: Prompts, problems: Sequence[Problem], *, group: int, temperature: float, seed: int,
-        step: int, attempt: int, live_P: np.ndarray,
-    ) -> Rollouts:  # fmt: skip
+        self,
+        params: Params,
+        prompts: Prompts,
+        problems: Sequence[Problem],
+        *,
+        group: int,
+        temperature: float,
+        seed: int,
+        step: int,
+        attempt: int,
+        live_P: np.ndarray,
+    ) -> Rollouts:
         """G rollouts of each problem; a prompt is prefilled once.
 
         Args:

@@ -34,33 +34,66 @@ CALLS = [
     {"input": "[]\n0", "output": "0", "testtype": "functional"},
 ]
 CODE = {
-    "question_title": "A + B", "question_content": "Add two numbers.\n", "platform": "atcoder",
+    "question_title": "A + B",
+    "question_content": "Add two numbers.\n",
+    "platform": "atcoder",
     "question_id": "abc301_a",
-    "contest_id": "abc301", "contest_date": "2023-05-13T00:00:00", "starter_code": "", "difficulty": "easy",
-    "public_test_cases": json.dumps(STDIN[:1]), "private_test_cases": packed(json.dumps(STDIN[1:])), "metadata": "{}",
-}  # fmt: skip
+    "contest_id": "abc301",
+    "contest_date": "2023-05-13T00:00:00",
+    "starter_code": "",
+    "difficulty": "easy",
+    "public_test_cases": json.dumps(STDIN[:1]),
+    "private_test_cases": packed(json.dumps(STDIN[1:])),
+    "metadata": "{}",
+}
 CALLED = CODE | {
-    "question_content": "Sum them.", "platform": "leetcode", "question_id": "3245",
+    "question_content": "Sum them.",
+    "platform": "leetcode",
+    "question_id": "3245",
     "starter_code": "class Solution:\n    def total(self, a, b):\n        ",
-    "public_test_cases": json.dumps(CALLS[:1]), "private_test_cases": packed(json.dumps(CALLS[1:])),
+    "public_test_cases": json.dumps(CALLS[:1]),
+    "private_test_cases": packed(json.dumps(CALLS[1:])),
     "metadata": json.dumps({"func_name": "total"}),
-}  # fmt: skip
+}
 GPQA = {
-    "Record ID": "recA", "Question": "Which metal is liquid?\n", "Correct Answer": "mercury\n",
-    "Incorrect Answer 1": " iron", "Incorrect Answer 2": "gold", "Incorrect Answer 3": "tin",
+    "Record ID": "recA",
+    "Question": "Which metal is liquid?\n",
+    "Correct Answer": "mercury\n",
+    "Incorrect Answer 1": " iron",
+    "Incorrect Answer 2": "gold",
+    "Incorrect Answer 3": "tin",
     "Explanation": "It melts at −39 °C.",
-    "Pre-Revision Question": "x", "Subdomain": "Chemistry", "High-level domain": "Chemistry", "Canary String": "…",
-}  # fmt: skip
+    "Pre-Revision Question": "x",
+    "Subdomain": "Chemistry",
+    "High-level domain": "Chemistry",
+    "Canary String": "…",
+}
 OLYMPIAD = {
-    "id": 912, "question": "What is its speed?", "context": "A ball falls.", "solution": ["By energy,", "v = 3."],
-    "final_answer": ["$3.1$"], "unit": "m/s", "error": "1e-1", "is_multiple_answer": False, "answer_type": "Numerical",
-    "question_type": "Open-ended", "subfield": "Mechanics", "subject": "Physics", "language": "English",
-    "modality": "Text-only", "difficulty": "Competition", "image_1": None,
-}  # fmt: skip
+    "id": 912,
+    "question": "What is its speed?",
+    "context": "A ball falls.",
+    "solution": ["By energy,", "v = 3."],
+    "final_answer": ["$3.1$"],
+    "unit": "m/s",
+    "error": "1e-1",
+    "is_multiple_answer": False,
+    "answer_type": "Numerical",
+    "question_type": "Open-ended",
+    "subfield": "Mechanics",
+    "subject": "Physics",
+    "language": "English",
+    "modality": "Text-only",
+    "difficulty": "Competition",
+    "image_1": None,
+}
 IMO = {
-    "Problem ID": "imo-bench-algebra-001", "Problem": "Find $f$.", "Short Answer": "$f(x)=x$", "Category": "Algebra",
-    "Subcategory": "Functional Equation", "Source": "x",
-}  # fmt: skip
+    "Problem ID": "imo-bench-algebra-001",
+    "Problem": "Find $f$.",
+    "Short Answer": "$f(x)=x$",
+    "Category": "Algebra",
+    "Subcategory": "Functional Equation",
+    "Source": "x",
+}
 ARENA = {"problem_idx": 7, "problem": "Find $n$.", "answer": "42", "problem_type": ["Algebra"]}
 ROWS = {
     "aime25": {"question": "Find $m$.", "answer": "70"},
@@ -99,10 +132,15 @@ def test_every_benchmark_has_a_row_here():
         ("hmmt_nov25", "hmmt_nov25/7", "Find $n$.", "42", "math"),
         ("imo_answerbench", "imo_answerbench/imo-bench-algebra-001", "Find $f$.", "$f(x)=x$", "math"),
         ("gpqa_diamond", "gpqa_diamond/recA", "Which metal is liquid?", "B", "choice"),
-        ("olympiadbench_physics", "olympiadbench_physics/912", "A ball falls.\n\nWhat is its speed?",
-         "$3.1$ (unit: m/s, allowed absolute error: 1e-1)", "science"),
+        (
+            "olympiadbench_physics",
+            "olympiadbench_physics/912",
+            "A ball falls.\n\nWhat is its speed?",
+            "$3.1$ (unit: m/s, allowed absolute error: 1e-1)",
+            "science",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_row_becomes_a_problem(tmp_path, suffix, name, identity, text, answer, kind):
     (problem,) = read(name, tmp_path / f"set.{suffix}", ROWS[name])
     assert (problem.id, problem.problem, problem.answer, problem.kind) == (identity, text, answer, kind)
@@ -240,11 +278,15 @@ def test_sets_come_from_the_hub_under_their_names_and_splits(tmp_path, monkeypat
     assert sizes == dict.fromkeys(BENCHMARKS, 1) | {"aime25": 2, "livecodebench_v5": 5, "livecodebench_v6": 6}
     shards = [f"test{i}.jsonl" for i in ("", 2, 3, 4, 5, 6)]
     assert asked == [
-        ("opencompass/AIME2025", "AIME2025-I", "test"), ("opencompass/AIME2025", "AIME2025-II", "test"),
-        ("MathArena/aime_2026", "train"), ("MathArena/hmmt_nov_2025", "train"), ("Hwilner/imo-answerbench", "train"),
-        ("Idavidrein/gpqa", "gpqa_diamond", "train"), ("Hothan/OlympiadBench", "OE_TO_physics_en_COMP", "train"),
+        ("opencompass/AIME2025", "AIME2025-I", "test"),
+        ("opencompass/AIME2025", "AIME2025-II", "test"),
+        ("MathArena/aime_2026", "train"),
+        ("MathArena/hmmt_nov_2025", "train"),
+        ("Hwilner/imo-answerbench", "train"),
+        ("Idavidrein/gpqa", "gpqa_diamond", "train"),
+        ("Hothan/OlympiadBench", "OE_TO_physics_en_COMP", "train"),
         *(("livecodebench/code_generation_lite", shard, "dataset") for shard in shards[:5] + shards),
-    ]  # fmt: skip
+    ]
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
@@ -264,45 +306,78 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
 def test_mixtures_of_sources_are_read_in_order(tmp_path):
     plain = {"problem": "1+1?", "answer": "2", "reference": "2."}
     released = {
-        "data_source": "sciknow", "ability": "Science", "reward_model": {"style": "rule", "ground_truth": "B"},
-        "extra_info": {"index": 0, "question": "Which?", "solution": "s", "answerKey": "B",
-                       "choices": {"label": ["A", "B"], "text": ["iron", "gold"]}},
-    }  # fmt: skip
-    source = ",".join([
-        write(tmp_path / "a.parquet", released), f" aime25:{write(tmp_path / 'b.jsonl', ROWS['aime25'])}",
-        f"{tmp_path}/c*.jsonl", f"gpqa_diamond:{write(tmp_path / 'd.parquet', GPQA)}",
-    ])  # fmt: skip
+        "data_source": "sciknow",
+        "ability": "Science",
+        "reward_model": {"style": "rule", "ground_truth": "B"},
+        "extra_info": {
+            "index": 0,
+            "question": "Which?",
+            "solution": "s",
+            "answerKey": "B",
+            "choices": {"label": ["A", "B"], "text": ["iron", "gold"]},
+        },
+    }
+    source = ",".join(
+        [
+            write(tmp_path / "a.parquet", released),
+            f" aime25:{write(tmp_path / 'b.jsonl', ROWS['aime25'])}",
+            f"{tmp_path}/c*.jsonl",
+            f"gpqa_diamond:{write(tmp_path / 'd.parquet', GPQA)}",
+        ]
+    )
     write(tmp_path / "c1.jsonl", plain)
     problems = read_problems(source, references=False)
     assert [(problem.problem, problem.kind) for problem in problems] == [
-        ("Which?", "choice"), ("Find $m$.", "math"), ("1+1?", "math"), ("Which metal is liquid?", "choice"),
-    ]  # fmt: skip
+        ("Which?", "choice"),
+        ("Find $m$.", "math"),
+        ("1+1?", "math"),
+        ("Which metal is liquid?", "choice"),
+    ]
     with pytest.raises(ValueError, match="b.jsonl line 1: no reference"):
         read_problems(source)
 
 
 def test_released_rows_of_every_domain_are_read(tmp_path):
     """The mixed-domain files: concatenated, so every row has every key, with null for what it lacks."""
-    keys = ("index", "split", "question", "solution", "answer", "choices", "answerKey", "domain", "level", "task",
-            "subtask",
-            "source", "type", "solution_code_only")  # fmt: skip
+    keys = (
+        "index",
+        "split",
+        "question",
+        "solution",
+        "answer",
+        "choices",
+        "answerKey",
+        "domain",
+        "level",
+        "task",
+        "subtask",
+        "source",
+        "type",
+        "solution_code_only",
+    )
 
     def released(ability, truth, **extra):
         return {
-            "data_source": f"set-{ability}", "prompt": [{"role": "user", "content": "q"}], "ability": ability,
+            "data_source": f"set-{ability}",
+            "prompt": [{"role": "user", "content": "q"}],
+            "ability": ability,
             "reward_model": {"style": "rule", "ground_truth": truth},
             "extra_info": dict.fromkeys(keys) | {"index": 0, "split": "train", "solution": f"why {truth}"} | extra,
-        }  # fmt: skip
+        }
 
     tests = packed(json.dumps({"inputs": ["1\n"], "outputs": ["2\n"], "fn_name": None}))
-    problems = read_problems(write(
-        tmp_path / "mixed.parquet",
-        released("math", "4", question="2+2?", answer="4"),
-        released("science", "B", question="Which?", answerKey="B", choices={"label": ["A", "B"], "text": ["a", "b"]}),
-        released("Science", "9.8 m/s²", question="How fast?", answer="9.8 m/s²", type="open-ended", task="physics"),
-        released("Physics", "3 J", question="How much?", answer="3 J"),
-        released("Code", tests, question="Add one.", solution_code_only="print(int(input()) + 1)"),
-    ))  # fmt: skip
+    problems = read_problems(
+        write(
+            tmp_path / "mixed.parquet",
+            released("math", "4", question="2+2?", answer="4"),
+            released(
+                "science", "B", question="Which?", answerKey="B", choices={"label": ["A", "B"], "text": ["a", "b"]}
+            ),
+            released("Science", "9.8 m/s²", question="How fast?", answer="9.8 m/s²", type="open-ended", task="physics"),
+            released("Physics", "3 J", question="How much?", answer="3 J"),
+            released("Code", tests, question="Add one.", solution_code_only="print(int(input()) + 1)"),
+        )
+    )
     assert [problem.kind for problem in problems] == ["math", "choice", "science", "science", "code"]
     assert problems[1].choices == (("A", "a"), ("B", "b")) and problems[1].answer == "B"
     assert problems[2].answer == "9.8 m/s²" and problems[0].reference == "why 4"
@@ -312,14 +387,21 @@ def test_released_rows_of_every_domain_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("Find $x$.", "find  X"), ("a \\, b", "ab"), ("$$\\dfrac{1}{2}$$", "\\(\\frac12\\)"),
+        ("Find $x$.", "find  X"),
+        ("a \\, b", "ab"),
+        ("$$\\dfrac{1}{2}$$", "\\(\\frac12\\)"),
         ("\\left( 1, 2 \\right)", "(1, 2)"),
-        ("the “best” one", 'the "best" one'), ("``so''", "so"), ("Alice’s", "Alice's"), ("10–20", "10-20"),
+        ("the “best” one", 'the "best" one'),
+        ("``so''", "so"),
+        ("Alice’s", "Alice's"),
+        ("10–20", "10-20"),
         ("x:\ny", "x y"),
-        ("x^{10}", "x^10"), (f"Sum.{STARTER}```python\nclass A: ...\n```", "Sum."), ("A\u00a0b", "a b"),
+        ("x^{10}", "x^10"),
+        (f"Sum.{STARTER}```python\nclass A: ...\n```", "Sum."),
+        ("A\u00a0b", "a b"),
         ("ﬁnd", "find"),
     ],
-)  # fmt: skip
+)
 def test_statements_typeset_otherwise_are_the_same(one, other):
     assert problem_hash(one) == problem_hash(other)
 
@@ -327,11 +409,20 @@ def test_statements_typeset_otherwise_are_the_same(one, other):
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("1+2", "1-2"), ("1.5", "15"), ("1,5", "15"), ("5!", "5"), ("f'(x)", "f(x)"), ("f''(x)", "f(x)"),
+        ("1+2", "1-2"),
+        ("1.5", "15"),
+        ("1,5", "15"),
+        ("5!", "5"),
+        ("f'(x)", "f(x)"),
+        ("f''(x)", "f(x)"),
         ("a<b", "a>b"),
-        ("3:4", "34"), ("x^2", "x_2"), ("|x|", "x"), ("\\sin x", "\\cos x"), ("", "a"),
+        ("3:4", "34"),
+        ("x^2", "x_2"),
+        ("|x|", "x"),
+        ("\\sin x", "\\cos x"),
+        ("", "a"),
     ],
-)  # fmt: skip
+)
 def test_statements_that_differ_are_not(one, other):
     assert problem_hash(one) != problem_hash(other)
 

@@ -42,7 +42,9 @@ def rows_by_the_rule(shared, own, group, width, grouped):
         mine = [i for i in range(len(own)) if group[i] == g]
         return sum(own[i] for i in mine) + shared[mine[0]]
 
-    for i in sorted(range(len(own)), key=lambda i: ((-weight(group[i]), group[i]) if grouped else (), -own[i] - shared[i], i)):
+    for i in sorted(
+        range(len(own)), key=lambda i: ((-weight(group[i]), group[i]) if grouped else (), -own[i] - shared[i], i)
+    ):
         has_group = [row for row in rows if any(group[j] == group[i] for j in row)]
         candidates = [row for row in has_group if filled([*row, i]) <= width]
         candidates = candidates or [row for row in rows if row not in has_group and filled([*row, i]) <= width]
@@ -136,9 +138,7 @@ def test_every_example_comes_out_whole(groups, share, width, B, spare):
 def test_layout():
     """A shared prompt is a segment without its last token; what follows sees it and counts on."""
     examples = [Example((1, 2, 3), (4, 5)), Example((1, 2, 3), (6,)), Example((7,), (8, 9))]
-    apart, together = (
-        fill_rows(examples, [0, 0, 1], np.array([0, 0, 1]), (2, 1, 9), share) for share in (False, True)
-    )
+    apart, together = (fill_rows(examples, [0, 0, 1], np.array([0, 0, 1]), (2, 1, 9), share) for share in (False, True))
     packed = apart.packed
     np.testing.assert_array_equal(packed.tokens_BT[:, 0], [[1, 2, 3, 4, 1, 2, 3, 0, 0], [7, 8, 0, 0, 0, 0, 0, 0, 0]])
     np.testing.assert_array_equal(packed.target_BT[:, 0], [[0, 0, 4, 5, 0, 0, 6, 0, 0], [8, 9, 0, 0, 0, 0, 0, 0, 0]])

@@ -15,9 +15,9 @@ import tokenizers
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracles import bpe
 
 from exprl_jax.data.tokenizer import Message, load_tokenizer
-from oracles import bpe
 
 TEXTS = [
     "How many apples are left? 12 + 345 = 357, so the answer is \\boxed{357}.",
@@ -178,7 +178,24 @@ def library_render(library, messages):
 
 def random_text(rng):
     """Words, digits, punctuation, accents, emoji and white space in random order, outer white space included."""
-    parts = [" ", "  ", "\n", "\n\n", "\t", "it's", "7", "2024", "é", "e\u0301", "日本", "🙂", "\\boxed{", "}", "###", "<"]
+    parts = [
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "it's",
+        "7",
+        "2024",
+        "é",
+        "e\u0301",
+        "日本",
+        "🙂",
+        "\\boxed{",
+        "}",
+        "###",
+        "<",
+    ]
     return "".join(rng.choice([*parts, *TEXTS[0].split()]) for _ in range(rng.randint(0, 24)))
 
 

@@ -10,16 +10,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stub_endpoint import Answer, StubEndpoint
+from tiny_runs import ROOT, config_dict, read_jsonl
 
 from exprl_jax.config import resolve
 from exprl_jax.evaluation.annotate import annotate
 from exprl_jax.evaluation.behaviour import (
-    ARCHETYPES, COUNTS, FIELDS, HABITS, annotation_messages, compare, parse_annotation, problem_means,
-)  # fmt: skip
+    ARCHETYPES,
+    COUNTS,
+    FIELDS,
+    HABITS,
+    annotation_messages,
+    compare,
+    parse_annotation,
+    problem_means,
+)
 from exprl_jax.evaluation.fixed_rollouts import Ledger
 from exprl_jax.evaluation.pass_at_k import bootstrap
-from stub_endpoint import Answer, StubEndpoint
-from tiny_runs import ROOT, config_dict, read_jsonl
 
 GOOD = dict.fromkeys(FIELDS, 0) | {"verification": 1, "self_correction": 7}
 
@@ -58,17 +65,31 @@ def without(name):
 @pytest.mark.parametrize(
     "text",
     [
-        "", "{}", "[]", "null", "3", '"x"', "not json", json.dumps([GOOD]), json.dumps(GOOD)[:-1], "[" * 100_000,
-        json.dumps(GOOD) + " done", "Here: " + json.dumps(GOOD), json.dumps(GOOD) * 2,
-        "```json\n" + json.dumps(GOOD), "```python\n" + json.dumps(GOOD) + "\n```",
+        "",
+        "{}",
+        "[]",
+        "null",
+        "3",
+        '"x"',
+        "not json",
+        json.dumps([GOOD]),
+        json.dumps(GOOD)[:-1],
+        "[" * 100_000,
+        json.dumps(GOOD) + " done",
+        "Here: " + json.dumps(GOOD),
+        json.dumps(GOOD) * 2,
+        "```json\n" + json.dumps(GOOD),
+        "```python\n" + json.dumps(GOOD) + "\n```",
         "```\n" + json.dumps(GOOD) + "\n```\n```\n" + json.dumps(GOOD) + "\n```",
-        json.dumps(without("counting")), json.dumps(GOOD | {"more": 0}),
-        json.dumps(without("counting") | {"Counting": 0}), json.dumps(GOOD)[:-1] + ', "counting": 0}',
+        json.dumps(without("counting")),
+        json.dumps(GOOD | {"more": 0}),
+        json.dumps(without("counting") | {"Counting": 0}),
+        json.dumps(GOOD)[:-1] + ', "counting": 0}',
         *(json.dumps(GOOD | {"verification": bad}) for bad in (2, -1, True, 1.0, "1", None, [1], {"a": 1}, np.nan)),
         *(json.dumps(GOOD | {"self_correction": bad}) for bad in (-1, 1.5, True, "2", None)),
         json.dumps(GOOD).replace("7", "9" * 5000),
     ],
-)  # fmt: skip
+)
 def test_anything_else_is_missing(text):
     assert parse_annotation(text) is None
 
@@ -91,8 +112,9 @@ def annotations(seed, problems, group):
     rng = np.random.default_rng(seed)
     return [
         (f"p{i}", {name: int(rng.integers(0, 4 if name in COUNTS else 2)) for name in FIELDS})
-        for i in range(problems) for _ in range(group)
-    ]  # fmt: skip
+        for i in range(problems)
+        for _ in range(group)
+    ]
 
 
 def test_gains_and_losses_by_brute_force():

@@ -15,22 +15,34 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score, confusion_matrix, roc_auc_score
+from stub_endpoint import Answer, StubEndpoint
+from tiny_runs import ROOT, config_dict, read_jsonl
 
 from exprl_jax.config import resolve
 from exprl_jax.data.problems import Problem
 from exprl_jax.evaluation import calibrate as calibrate_room
 from exprl_jax.evaluation.calibrate import calibrate, says_something, wrong_references
 from exprl_jax.evaluation.calibration import (
-    agreement, auroc, correlation, derangement, error_rates, histogram, likelihood, midranks, spread,
-)  # fmt: skip
+    agreement,
+    auroc,
+    correlation,
+    derangement,
+    error_rates,
+    histogram,
+    likelihood,
+    midranks,
+    spread,
+)
 from exprl_jax.evaluation.calibration_tables import calibration_lines, prefix_pairs, repeated_scores
 from exprl_jax.evaluation.fixed_rollouts import Ledger, Rollout, read_rollouts
 from exprl_jax.reward.judge_prompts import (
-    CONTINUATION, blind_messages, judge_messages, parse_score, reference_last_messages,
-)  # fmt: skip
+    CONTINUATION,
+    blind_messages,
+    judge_messages,
+    parse_score,
+    reference_last_messages,
+)
 from exprl_jax.reward.verifiers.verdict import Verdict
-from stub_endpoint import Answer, StubEndpoint
-from tiny_runs import ROOT, config_dict, read_jsonl
 
 RNG = np.random.default_rng(0)
 
@@ -287,10 +299,16 @@ def test_whole_rollouts_repeats_and_prefixes_are_kept_apart():
     problem = Problem("p", "p", "r", "1", "math")
     rollouts = [Rollout(problem, n, "", verdict) for n, verdict in enumerate((Verdict.correct, Verdict.no_answer))]
     scores = [
-        asked(0, 1.0), asked(1, 0.5), asked(0, 0.0, repeat=1), asked(0, 0.5, repeat=2), asked(0, None, repeat=3),
-        asked(0, 0.25, segment=0), asked(1, 0.75, segment=0), asked(1, 0.0, segment=1),
+        asked(0, 1.0),
+        asked(1, 0.5),
+        asked(0, 0.0, repeat=1),
+        asked(0, 0.5, repeat=2),
+        asked(0, None, repeat=3),
+        asked(0, 0.25, segment=0),
+        asked(1, 0.75, segment=0),
+        asked(1, 0.0, segment=1),
         asked(0, 1.0, segment=0, judge="b"),
-    ]  # fmt: skip
+    ]
     line = calibration_lines(["a"], rollouts, scores)[0]
     assert (line.asked, line.scored, line.correct, line.tokens, line.seconds) == (2, 2, 1, 5, 1.0)
     assert (line.false_positive, line.false_negative, line.auroc) == (0.0, 0.0, 1.0)
@@ -388,12 +406,16 @@ def test_an_endpoint_that_dies_between_its_repeats_ends_the_run_and_is_not_asked
 
 def test_a_program_that_is_too_slow_is_wrong_and_a_comparison_that_is_too_slow_is_neither():
     problems = {kind: types.SimpleNamespace(kind=kind) for kind in ("math", "code")}
-    assert says_something(problems["code"], Verdict.timed_out) and not says_something(problems["math"], Verdict.timed_out)
+    assert says_something(problems["code"], Verdict.timed_out) and not says_something(
+        problems["math"], Verdict.timed_out
+    )
     assert not any(says_something(each, Verdict.missing) for each in problems.values())
     assert all(says_something(each, Verdict.no_answer) for each in problems.values())
 
 
-@pytest.mark.parametrize("field, value", [("response", None), ("problem", None), ("reference", 5), ("id", 3), ("answer", [])])
+@pytest.mark.parametrize(
+    "field, value", [("response", None), ("problem", None), ("reference", 5), ("id", 3), ("answer", [])]
+)
 def test_a_row_whose_texts_are_none_is_refused(tmp_path, field, value):
     path = tmp_path / "r.jsonl"
     write_rollouts(path, problems=1)
@@ -418,11 +440,17 @@ def test_a_calibration_goes_on_where_its_files_end(tmp_path, monkeypatch):
     """Tiny random models, all passes; killed in mid-pass with a torn line, and again among the continuations."""
     rollouts = write_rollouts(tmp_path / "r.jsonl", reference=False)
     small = {
-        "prefixes.rollouts": 2, "prefixes.segments.rule": "line", "prefixes.segments.max_segments": 2,
-        "prefixes.sampling.wave": 8, "prefixes.sampling.samples": 4, "prefixes.sampling.group": 2,
-        "prefixes.sampling.max_tokens": 8, "repeats.rollouts": 2, "repeats.count": 2,
+        "prefixes.rollouts": 2,
+        "prefixes.segments.rule": "line",
+        "prefixes.segments.max_segments": 2,
+        "prefixes.sampling.wave": 8,
+        "prefixes.sampling.samples": 4,
+        "prefixes.sampling.group": 2,
+        "prefixes.sampling.max_tokens": 8,
+        "repeats.rollouts": 2,
+        "repeats.count": 2,
         "judges.text.max_tokens": 8,
-    }  # fmt: skip
+    }
     config = calibration(rollouts, small)
     calibrate(config, str(tmp_path / "whole"))
 

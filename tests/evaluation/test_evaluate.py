@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from tiny_runs import ROOT, config_dict, environment, tiny
 
 from exprl_jax.config import resolve, to_dict
 from exprl_jax.evaluation import evaluate as room
@@ -17,9 +18,13 @@ from exprl_jax.evaluation.tables import read_results
 from exprl_jax.model.language_model import pin_checkpoints
 from exprl_jax.report import main as report
 from exprl_jax.train import train
-from tiny_runs import ROOT, config_dict, environment, tiny
 
-SMALL = {"data.source": str(ROOT / "configs/data/mixed.jsonl"), "sampling.samples": 4, "sampling.group": 2, "grader.seconds": 20.0}
+SMALL = {
+    "data.source": str(ROOT / "configs/data/mixed.jsonl"),
+    "sampling.samples": 4,
+    "sampling.group": 2,
+    "grader.seconds": 20.0,
+}
 
 
 def config(changes=None):
@@ -135,8 +140,16 @@ def test_stage_2_goes_on_from_a_stage_1_checkpoint_and_is_evaluated_and_reported
     first, second, third = (tmp_path / name for name in ("stage1", "stage2", "evaluation"))
     train(tiny("outcome", {"steps": 2}), str(first))
     train(tiny("stage2", {"policy.weights": str(first), "advantage.overlong": "keep"}), str(second))
-    room.evaluate(config({"policy.weights": f"{second}/checkpoints/2", "data.source": str(ROOT / "configs/data/arithmetic.jsonl"),
-                          "sampling.samples": 2}), str(third))  # fmt: skip
+    room.evaluate(
+        config(
+            {
+                "policy.weights": f"{second}/checkpoints/2",
+                "data.source": str(ROOT / "configs/data/arithmetic.jsonl"),
+                "sampling.samples": 2,
+            }
+        ),
+        str(third),
+    )
     # The second run's checkpoints say by themselves what model they are of.
     shutil.rmtree(first / "checkpoints")
     assert room.open_model(tiny("stage2", {"policy.weights": str(second)}).policy).arch.family == "qwen3"
@@ -160,7 +173,13 @@ def test_a_workdir_stands_for_the_checkpoint_that_it_had_when_the_run_began(tmp_
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_changes_no_sample(whole, tmp_path):
-    command = [sys.executable, "-m", "exprl_jax.main", f"--config={ROOT}/configs/evaluate.py:tiny", f"--workdir={tmp_path}/run"]
+    command = [
+        sys.executable,
+        "-m",
+        "exprl_jax.main",
+        f"--config={ROOT}/configs/evaluate.py:tiny",
+        f"--workdir={tmp_path}/run",
+    ]
     command += [f"--config.{path}={value}" for path, value in SMALL.items()]
     killed = 0
     for _ in range(40):

@@ -151,13 +151,25 @@ def test_votes_do_not_depend_on_the_order_of_samples(answers, rng):
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("42", " 42. "), ("42", "042"), ("42", "42.0"), ("0", "-0"), ("0", "0.00"), ("1234", "1,234"),
+        ("42", " 42. "),
+        ("42", "042"),
+        ("42", "42.0"),
+        ("0", "-0"),
+        ("0", "0.00"),
+        ("1234", "1,234"),
         ("1234", "1{,}234"),
-        ("\\frac{1}{2}", "\\dfrac{1}{2}"), ("\\left(1, 2\\right)", "(1,2)"), ("x \\, y", "xy"), ("$7$", "7"),
-        ("\\text{even}", "even"), ("\\mathrm{A}", "A"), ("\\(3\\)", "3"), ("a\\quad b", "ab"), ("+5", "5"),
+        ("\\frac{1}{2}", "\\dfrac{1}{2}"),
+        ("\\left(1, 2\\right)", "(1,2)"),
+        ("x \\, y", "xy"),
+        ("$7$", "7"),
+        ("\\text{even}", "even"),
+        ("\\mathrm{A}", "A"),
+        ("\\(3\\)", "3"),
+        ("a\\quad b", "ab"),
+        ("+5", "5"),
         ("-5", "-5.0"),
     ],
-)  # fmt: skip
+)
 def test_answers_in_another_dress_are_one(one, other):
     assert normalise_answer(one) == normalise_answer(other)
     assert normalise_answer(normalise_answer(one)) == normalise_answer(one)
@@ -166,10 +178,19 @@ def test_answers_in_another_dress_are_one(one, other):
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("5", "-5"), ("1,2", "12"), ("(1,234)", "1234"), ("x", "X"), ("\\frac{1}{2}", "\\frac{2}{1}"), ("1.5", "15"),
-        ("100", "1"), ("0.1", "0.01"), ("\\leftarrow", "arrow"), ("[0,1]", "(0,1)"), ("\\{1\\}", "1"),
+        ("5", "-5"),
+        ("1,2", "12"),
+        ("(1,234)", "1234"),
+        ("x", "X"),
+        ("\\frac{1}{2}", "\\frac{2}{1}"),
+        ("1.5", "15"),
+        ("100", "1"),
+        ("0.1", "0.01"),
+        ("\\leftarrow", "arrow"),
+        ("[0,1]", "(0,1)"),
+        ("\\{1\\}", "1"),
     ],
-)  # fmt: skip
+)
 def test_answers_that_differ_stay_apart(one, other):
     assert normalise_answer(one) != normalise_answer(other)
 

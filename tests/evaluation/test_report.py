@@ -64,10 +64,20 @@ def rollout(**changes):
         {"text": "### Two", "score": None, "advantage": None, "judge": None},
     ]
     made = {
-        "id": "a", "rollout": 0, "domain": "math", "kind": "math", "problem": "1 + 1?", "reference": None,
-        "answer": "2", "prompt": "Q: 1 + 1?", "response": "### One\n$x^2$### Two", "length": 9, "ended": True,
-        "verdict": "correct", "segments": segments,
-    }  # fmt: skip
+        "id": "a",
+        "rollout": 0,
+        "domain": "math",
+        "kind": "math",
+        "problem": "1 + 1?",
+        "reference": None,
+        "answer": "2",
+        "prompt": "Q: 1 + 1?",
+        "response": "### One\n$x^2$### Two",
+        "length": 9,
+        "ended": True,
+        "verdict": "correct",
+        "segments": segments,
+    }
     return made | changes
 
 
@@ -89,10 +99,22 @@ def write_run(folder, rows=None, config=CONFIG, rollouts=None):
 
 def one_set(**changes):
     made = Summary(
-        name="aime", problems=30, ungraded=0, n=2, missing=1, pass_at_k=(0.25, 0.5), low=(0.125, None),
-        high=(0.5, None), majority=None, accuracy=0.25, no_answer=0.0, overlong=0.5, length_mean=7.0,
-        length_median=7.0, length_max=9,
-    )  # fmt: skip
+        name="aime",
+        problems=30,
+        ungraded=0,
+        n=2,
+        missing=1,
+        pass_at_k=(0.25, 0.5),
+        low=(0.125, None),
+        high=(0.5, None),
+        majority=None,
+        accuracy=0.25,
+        no_answer=0.0,
+        overlong=0.5,
+        length_mean=7.0,
+        length_median=7.0,
+        length_max=9,
+    )
     return dataclasses.replace(made, **changes)
 
 

@@ -30,10 +30,22 @@ from exprl_jax.evaluation.tables import (
 def summary(name="aime25", n=4, first=0.25, **changes):
     curve = tuple(first + (1 - first) * i / (2 * n) for i in range(n))
     fields = {
-        "name": name, "problems": 30, "ungraded": 0, "n": n, "missing": 0, "pass_at_k": curve,
-        "low": tuple(x - 0.1 for x in curve), "high": tuple(x + 0.1 for x in curve), "majority": 0.5, "accuracy": first,
-        "no_answer": 0.0, "overlong": 0.125, "length_mean": 12.5, "length_median": 12.0, "length_max": 40,
-    }  # fmt: skip
+        "name": name,
+        "problems": 30,
+        "ungraded": 0,
+        "n": n,
+        "missing": 0,
+        "pass_at_k": curve,
+        "low": tuple(x - 0.1 for x in curve),
+        "high": tuple(x + 0.1 for x in curve),
+        "majority": 0.5,
+        "accuracy": first,
+        "no_answer": 0.0,
+        "overlong": 0.125,
+        "length_mean": 12.5,
+        "length_median": 12.0,
+        "length_max": 40,
+    }
     return Summary(**fields | changes)
 
 
@@ -43,9 +55,18 @@ def run(label="base", *sets):
 
 GAPS = summary("hmmt", 4, pass_at_k=(0.5, 0.75, None, None), low=(0.4, 0.6, None, None), high=(0.6, 0.9, None, None))
 UNKNOWN = summary(
-    "gpqa", 2, problems=0, ungraded=3, missing=6, pass_at_k=(None, None), low=(None, None), high=(None, None),
-    majority=None, accuracy=None, no_answer=None,
-)  # fmt: skip
+    "gpqa",
+    2,
+    problems=0,
+    ungraded=3,
+    missing=6,
+    pass_at_k=(None, None),
+    low=(None, None),
+    high=(None, None),
+    majority=None,
+    accuracy=None,
+    no_answer=None,
+)
 
 
 def test_results_are_read_back_as_written(tmp_path):
@@ -213,8 +234,11 @@ def test_names_are_not_taken_for_mathematics(tmp_path):
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-W", "error", "-m", "exprl_jax.evaluation.tables", *map(str, arguments)],
-        cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_the_command_compares_workdirs(tmp_path):

@@ -17,9 +17,13 @@ STEPS, WHOLE = True, False
 
 def how(estimator="delta_norm", **changes):
     settings = dict(
-        estimator=estimator, std_normalise=True, min_spread=0.0, overlong="zero_score", overlong_penalty=-1.0,
+        estimator=estimator,
+        std_normalise=True,
+        min_spread=0.0,
+        overlong="zero_score",
+        overlong_penalty=-1.0,
         missing="drop_segment",
-    )  # fmt: skip
+    )
     return config.Advantage(**(settings | changes))
 
 
@@ -319,10 +323,13 @@ MIXED = st.lists(
 
 
 @given(
-    MIXED, st.sampled_from(sorted(ESTIMATORS)), st.booleans(),
-    st.sampled_from(["zero_score", "mask", "penalty", "keep"]), st.sampled_from(["drop_segment", "drop_rollout"]),
+    MIXED,
+    st.sampled_from(sorted(ESTIMATORS)),
+    st.booleans(),
+    st.sampled_from(["zero_score", "mask", "penalty", "keep"]),
+    st.sampled_from(["drop_segment", "drop_rollout"]),
     st.randoms(use_true_random=False),
-)  # fmt: skip
+)
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_each_problem_of_a_mixed_batch_has_what_it_would_have_alone(drawn, estimator, std, rule, missing, random):
     """A batch of one problem has one estimator, which the tests above hold to the equations."""

@@ -90,9 +90,11 @@ def test_matches_the_equations_and_their_numeric_gradient(how):
         kl = kl if how.kl_coef else 0.0
         slope = (oracle.token_loss(logp[i] + step, *rest)[0] - oracle.token_loss(logp[i] - step, *rest)[0]) / (2 * step)
         np.testing.assert_allclose(
-            (loss[i], diagnostics.policy[i], diagnostics.kl[i], gradient[i]), (total, policy, kl, slope),
-            rtol=1e-4, atol=1e-5,
-        )  # fmt: skip
+            (loss[i], diagnostics.policy[i], diagnostics.kl[i], gradient[i]),
+            (total, policy, kl, slope),
+            rtol=1e-4,
+            atol=1e-5,
+        )
 
 
 def test_matches_torch_autograd():

@@ -51,8 +51,12 @@ VERL_MODES = {
     "constant": "seq-mean-token-sum-norm",
 }
 TRL_TYPES = {
-    "bnpo": "token_mean", "dapo": "token_mean", "grpo": "sequence_mean", "luspo": "sequence_sum", "dr_grpo": "constant",
-}  # fmt: skip
+    "bnpo": "token_mean",
+    "dapo": "token_mean",
+    "grpo": "sequence_mean",
+    "luspo": "sequence_sum",
+    "dr_grpo": "constant",
+}
 
 
 def batch(seed, shortest):
@@ -127,11 +131,18 @@ def verl():
 
 def verl_actor(verl, how, max_tokens=None):
     return verl.actor(
-        rollout_n=G, ppo_micro_batch_size_per_gpu=P * G, clip_ratio_low=how.clip_low, clip_ratio_high=how.clip_high,
-        clip_ratio_c=how.dual_clip or OUT_OF_REACH, loss_agg_mode=VERL_MODES[how.aggregate],
-        loss_scale_factor=max_tokens, entropy_coeff=how.entropy_coef, use_kl_loss=how.kl_coef > 0,
-        kl_loss_coef=how.kl_coef, kl_loss_type="low_var_kl",
-    )  # fmt: skip
+        rollout_n=G,
+        ppo_micro_batch_size_per_gpu=P * G,
+        clip_ratio_low=how.clip_low,
+        clip_ratio_high=how.clip_high,
+        clip_ratio_c=how.dual_clip or OUT_OF_REACH,
+        loss_agg_mode=VERL_MODES[how.aggregate],
+        loss_scale_factor=max_tokens,
+        entropy_coeff=how.entropy_coef,
+        use_kl_loss=how.kl_coef > 0,
+        kl_loss_coef=how.kl_coef,
+        kl_loss_type="low_var_kl",
+    )
 
 
 def verl_objective(verl, b, how, max_tokens):
@@ -148,12 +159,16 @@ def verl_objective(verl, b, how, max_tokens):
     packed = [torch.nn.functional.pad(x, (0, 1)).reshape(-1) for x in (logp, entropy)]
     data = TensorDict(
         {
-            "response_mask": rows["mask"], "old_log_probs": rows["old"], "advantages": rows["advantage"],
-            "ref_log_prob": rows["ref"], "prompts": tokens[:, :1], "responses": tokens,
+            "response_mask": rows["mask"],
+            "old_log_probs": rows["old"],
+            "advantages": rows["advantage"],
+            "ref_log_prob": rows["ref"],
+            "prompts": tokens[:, :1],
+            "responses": tokens,
             "attention_mask": torch.ones(P * G, 1 + R, dtype=int),
         },
         batch_size=P * G,
-    )  # fmt: skip
+    )
     counted = b.mask.any(-1).sum() if how.aggregate == "sequence_mean" else P * G
     data.set_non_tensor("dp_size", 1)
     data.set_non_tensor("batch_num_tokens", int(b.mask.sum()))
@@ -216,9 +231,7 @@ def test_verl_token_losses_beyond_the_clamps(verl):
     for i in range(200):
         x, o, r, a = (torch.tensor([[y[i]]]) for y in numbers)
         x, one = x.requires_grad_(), torch.ones(1, 1)
-        for name, value in (
-            ("policy", vanilla(o, x, a, one, "token-mean", actor)[0]), ("kl", kl_penalty(x, r).sum())
-        ):  # fmt: skip
+        for name, value in (("policy", vanilla(o, x, a, one, "token-mean", actor)[0]), ("kl", kl_penalty(x, r).sum())):
             theirs[name].append((float(value.detach()), float(torch.autograd.grad(value, x)[0])))
     for name, function in (("policy", policy), ("kl", lambda logp: k3(logp, ref))):
         values, slopes = np.array(theirs[name]).T
@@ -258,23 +271,43 @@ def trainer(tmp_path_factory):
     words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(V)}, unk_token="t0"))
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=V, hidden_size=D, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-            num_key_value_heads=2, tie_word_embeddings=False, pad_token_id=2, eos_token_id=1, bos_token_id=0,
+            vocab_size=V,
+            hidden_size=D,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            tie_word_embeddings=False,
+            pad_token_id=2,
+            eos_token_id=1,
+            bos_token_id=0,
         )
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     torch.nn.init.normal_(model.lm_head.weight)
     model.save_pretrained(folder / "model")
     args = trl.GRPOConfig(
-        output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", per_device_train_batch_size=P * G,
-        num_generations=G, max_completion_length=R, temperature=TEMPERATURE, beta=STAGE_1.kl_coef,
-        epsilon=STAGE_1.clip_low, epsilon_high=STAGE_1.clip_high, entropy_coef=0.05, use_bias_correction_kl=False,
-    )  # fmt: skip
+        output_dir=str(folder / "out"),
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        per_device_train_batch_size=P * G,
+        num_generations=G,
+        max_completion_length=R,
+        temperature=TEMPERATURE,
+        beta=STAGE_1.kl_coef,
+        epsilon=STAGE_1.clip_low,
+        epsilon_high=STAGE_1.clip_high,
+        entropy_coef=0.05,
+        use_bias_correction_kl=False,
+    )
     made = trl.GRPOTrainer(
-        str(folder / "model"), args=args, reward_funcs=lambda completions, reward, **_: reward,
+        str(folder / "model"),
+        args=args,
+        reward_funcs=lambda completions, reward, **_: reward,
         train_dataset=Dataset.from_list([{"prompt": "t3 t4"}] * P * G),
         processing_class=PreTrainedTokenizerFast(tokenizer_object=words, eos_token="t1", pad_token="t2"),
-    )  # fmt: skip
+    )
     made.model.train()
     made.current_gradient_accumulation_steps = 1  # which its loop sets
     return made
@@ -286,9 +319,7 @@ def trainer(tmp_path_factory):
 )
 def test_trl_loss(trainer, monkeypatch, loss_type, dual_clip, entropy_coef):
     torch = pytest.importorskip("torch")
-    how = dataclasses.replace(
-        STAGE_1, dual_clip=dual_clip, entropy_coef=entropy_coef, aggregate=TRL_TYPES[loss_type]
-    )
+    how = dataclasses.replace(STAGE_1, dual_clip=dual_clip, entropy_coef=entropy_coef, aggregate=TRL_TYPES[loss_type])
     monkeypatch.setattr(trainer, "loss_type", loss_type)
     monkeypatch.setattr(trainer.args, "delta", dual_clip or None)
     monkeypatch.setattr(trainer, "_entropy_bonus_enabled", entropy_coef > 0)
@@ -304,11 +335,15 @@ def test_trl_loss(trainer, monkeypatch, loss_type, dual_clip, entropy_coef):
         b.table = jnp.asarray(model.lm_head.weight.detach().numpy().T)
         rows |= flat_tensors(off_policy(b), "old", "ref")
         given = {
-            "prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": rows["tokens"],
-            "completion_mask": rows["mask"].int(), "advantages": rows["advantage"],
-            "old_per_token_logps": rows["old"], "ref_per_token_logps": rows["ref"],
+            "prompt_ids": prompt,
+            "prompt_mask": torch.ones_like(prompt),
+            "completion_ids": rows["tokens"],
+            "completion_mask": rows["mask"].int(),
+            "advantages": rows["advantage"],
+            "old_per_token_logps": rows["old"],
+            "ref_per_token_logps": rows["ref"],
             "num_items_in_batch": rows["mask"].sum(),
-        }  # fmt: skip
+        }
         model.zero_grad()
         their_loss = trainer._compute_loss(model, given)
         their_loss.backward()
@@ -326,9 +361,7 @@ def test_trl_grpo_advantage(trainer, monkeypatch, std_normalise):
     monkeypatch.setattr(trainer, "scale_rewards", "group" if std_normalise else "none")
     reward = np.array([[0, 0.25, 1, 0.5], [0.5, 0.5, 0.5, 0.5], [1, 0, 0, 0.75]])
     valid = np.array([[True] * 4, [True] * 4, [True, True, False, True]])
-    rows = [
-        {"prompt": "t3 t4", "reward": float(r) if ok else None} for r, ok in zip(reward.ravel(), valid.ravel())
-    ]
+    rows = [{"prompt": "t3 t4", "reward": float(r) if ok else None} for r, ok in zip(reward.ravel(), valid.ravel())]
     theirs = trainer._generate_and_score_completions(rows)["advantages"]
     assigned, _ = advantages.grpo(reward, valid, std_normalise=std_normalise, min_spread=0.0, eps=1e-4)
     agree("advantage", assigned, theirs.reshape(P, G), atol=1e-6)

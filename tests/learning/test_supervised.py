@@ -51,7 +51,9 @@ def lesson(made=None, row_tokens=T, microbatch=8, apart=False, spare=0):
     each = np.arange(len(made))
     own = [len(e.prompt) + len(e.response) - 1 for e in made]
     row = each if apart else assign_rows(np.zeros(len(made)), own, each, row_tokens)
-    filled = fill_rows(made, each, row, (-(-(row.max() + 1) // microbatch) + spare, microbatch, row_tokens), share=False)
+    filled = fill_rows(
+        made, each, row, (-(-(row.max() + 1) // microbatch) + spare, microbatch, row_tokens), share=False
+    )
     mask = filled.spread([np.ones(len(e.response), bool) for e in made], bool)
     return jax.tree.map(jnp.asarray, Lesson(filled.packed, mask, filled.used))
 
@@ -67,10 +69,13 @@ def step(how=ADAMW, logp_fn=bigram, steps=40):
     rate = learning_rate(how, steps)
     return jax.jit(
         functools.partial(
-            sft_step, logp_fn=logp_fn, optimizer=make_optimizer(how, steps), keep_sharded=lambda tree: tree,
+            sft_step,
+            logp_fn=logp_fn,
+            optimizer=make_optimizer(how, steps),
+            keep_sharded=lambda tree: tree,
             rate=rate if callable(rate) else lambda made: rate,
         )
-    )  # fmt: skip
+    )
 
 
 def assert_close(a, b, **tolerance):
@@ -162,7 +167,13 @@ def test_metrics_match_the_equations():
 
 @pytest.mark.parametrize(
     "how",
-    [dict(microbatch=1), dict(microbatch=4), dict(apart=True, microbatch=2), dict(row_tokens=40, microbatch=2), dict(spare=1)],
+    [
+        dict(microbatch=1),
+        dict(microbatch=4),
+        dict(apart=True, microbatch=2),
+        dict(row_tokens=40, microbatch=2),
+        dict(spare=1),
+    ],
 )
 def test_how_examples_are_packed_changes_nothing(how):
     """In how many microbatches, each in a row of its own, in wider rows, with a microbatch to spare."""

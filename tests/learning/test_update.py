@@ -81,7 +81,11 @@ def experience(batch, packing=NARROW, aggregate="token_mean", spare=0):
     """The rollouts that have a token, packed; `spare` microbatches more than they need."""
     group, index = np.nonzero(batch.length)
     examples = [Example(batch.prompts[p], batch.tokens[p, g, : batch.length[p, g]]) for p, g in zip(group, index)]
-    shared, own, each = [len(e.prompt) - 1 for e in examples], [len(e.response) for e in examples], np.arange(len(group))
+    shared, own, each = (
+        [len(e.prompt) - 1 for e in examples],
+        [len(e.response) for e in examples],
+        np.arange(len(group)),
+    )
     width = packing.row_tokens or 3 + R
     row = assign_rows(shared, own, group if packing.share else each, width) if packing.row_tokens else each
     microbatches = -(-(row.max() + 1) // packing.microbatch) + spare
@@ -109,7 +113,9 @@ def bigram(params, packed, place=ONE_DEVICE):
 
 def by_sequence(params, batch, table=None):
     """(log-probs, entropies) [P, G, R] of the same policy in float64, prompt and response as one sequence."""
-    params = {name: np.asarray(x, np.float64) for name, x in params.items()} | ({} if table is None else {"table": table})
+    params = {name: np.asarray(x, np.float64) for name, x in params.items()} | (
+        {} if table is None else {"table": table}
+    )
     logp, entropy = np.zeros((2, P, G, R))
     for p, g in np.ndindex(P, G):
         prompt = batch.prompts[p]
@@ -131,11 +137,15 @@ def fresh(optimizer=ADAMW, dtype=jnp.float32):
 def step(loss=LOSS, optimizer=ADAMW, on_policy=False, donate=False, logp_fn=bigram):
     return jax.jit(
         functools.partial(
-            train_step, logp_fn=logp_fn, optimizer=make_optimizer(optimizer, UPDATES), loss=loss, on_policy=on_policy,
+            train_step,
+            logp_fn=logp_fn,
+            optimizer=make_optimizer(optimizer, UPDATES),
+            loss=loss,
+            on_policy=on_policy,
             keep_sharded=lambda tree: tree,
         ),
         donate_argnums=(0,) if donate else (),
-    )  # fmt: skip
+    )
 
 
 def with_aggregate(aggregate):
@@ -180,9 +190,11 @@ def test_the_decoders_gradient_does_not_depend_on_the_packing():
     """The real model: a shared prompt gets the gradients of all of its rollouts."""
     policy = LanguageModel(config.Model("unread", execution(), "float32"), QWEN3, tokenizer=None, source=None)
     logp_fn = functools.partial(programs.packed_logp_and_entropy, mesh=None, policy=policy, temperature=0.8, chunk=64)
-    params, batch, sgd = random_params(QWEN3, execution()), sampled(), CONSTANT(
-        learning_rate=1.0, b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0, clip_norm=1e9
-    )  # fmt: skip
+    params, batch, sgd = (
+        random_params(QWEN3, execution()),
+        sampled(),
+        CONSTANT(learning_rate=1.0, b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0, clip_norm=1e9),
+    )
     state = TrainState(jnp.int32(0), params, make_optimizer(sgd, UPDATES).init(params), jnp.int32(0))
     run = step(LOSS, sgd, logp_fn=logp_fn)
     expected, metrics = run(state, experience(batch, APART))

@@ -124,10 +124,18 @@ def cut_queries(monkeypatch, sizes, chunk):
 @pytest.mark.parametrize(
     "case, slot, chunk",
     [
-        (GROUPED, 0, 7), (GROUPED, 2, 7), (GROUPED, 2, 3), (GROUPED, 0, 1),
-        (NO_CONTEXT_TOKENS, 0, 7), (NO_CONTEXT_TOKENS, 2, 6), (NO_CONTEXT_SLOTS, 0, 4), (A_HEAD_EACH, 0, 5), (A_HEAD_EACH, 0, 2), (ONE_KEY_HEAD, 0, 4),
+        (GROUPED, 0, 7),
+        (GROUPED, 2, 7),
+        (GROUPED, 2, 3),
+        (GROUPED, 0, 1),
+        (NO_CONTEXT_TOKENS, 0, 7),
+        (NO_CONTEXT_TOKENS, 2, 6),
+        (NO_CONTEXT_SLOTS, 0, 4),
+        (A_HEAD_EACH, 0, 5),
+        (A_HEAD_EACH, 0, 2),
+        (ONE_KEY_HEAD, 0, 4),
     ],
-)  # fmt: skip
+)
 def test_rows_attend_by_definition(case, slot, chunk, monkeypatch):
     cut_queries(monkeypatch, case[0], chunk)
     function, given, weight, expected, real = rows_of(case, slot, ONE_DEVICE)
@@ -236,7 +244,7 @@ def packed_of(cut, heads, key_heads, size, place):
 @pytest.mark.parametrize(
     "cut, heads, chunk",
     [(SHARED, (4, 2, 6), 11), (SHARED, (4, 2, 6), 4), (SHARED, (3, 1, 5), 1), (APART, (3, 3, 7), 5)],
-)  # fmt: skip
+)
 def test_packed_rows_attend_by_definition(cut, heads, chunk, monkeypatch):
     B, T = cut.segment_BT.shape
     monkeypatch.setattr(attention, "SCORES", chunk * B * heads[0] * T)
@@ -254,8 +262,14 @@ def test_packed_rows_on_splash_attend_by_definition(cut, heads, monkeypatch):
 
 @pytest.mark.parametrize(
     "cut, heads, chunk",
-    [(SHARED, (4, 2, 6), 11), (SHARED, (4, 2, 6), 4), (SHARED, (3, 1, 5), 3), (APART, (3, 3, 7), 5), (LONG, (2, 1, 128), 300)],
-)  # fmt: skip
+    [
+        (SHARED, (4, 2, 6), 11),
+        (SHARED, (4, 2, 6), 4),
+        (SHARED, (3, 1, 5), 3),
+        (APART, (3, 3, 7), 5),
+        (LONG, (2, 1, 128), 300),
+    ],
+)
 def test_packed_rows_on_cudnn_attend_by_definition(cut, heads, chunk, monkeypatch):
     B, T = cut.segment_BT.shape
     monkeypatch.setattr(attention, "SCORES", chunk * B * T)
@@ -285,19 +299,24 @@ def test_packed_rows_lower_to_cudnns_kernels(tokens, monkeypatch):
 @pytest.mark.parametrize(
     "dtype, size, version, capability, has",
     [
-        ("bfloat16", 128, "cuda 12080", "8.0", True), ("float16", 64, "cuda 12080", "10.0", True),
-        ("float32", 128, "cuda 12080", "9.0", False), ("bfloat16", 256, "cuda 12080", "9.0", False),
-        ("bfloat16", 36, "cuda 12080", "9.0", False), ("bfloat16", 128, "cuda 12080", "7.5", False),
+        ("bfloat16", 128, "cuda 12080", "8.0", True),
+        ("float16", 64, "cuda 12080", "10.0", True),
+        ("float32", 128, "cuda 12080", "9.0", False),
+        ("bfloat16", 256, "cuda 12080", "9.0", False),
+        ("bfloat16", 36, "cuda 12080", "9.0", False),
+        ("bfloat16", 128, "cuda 12080", "7.5", False),
         ("bfloat16", 128, "rocm 60300", "gfx942", False),
     ],
-)  # fmt: skip
+)
 def test_cudnn_is_asked_for_what_it_has(dtype, size, version, capability, has):
     device = types.SimpleNamespace(
         platform="gpu", client=types.SimpleNamespace(platform_version=version), compute_capability=capability
     )
     place = Placement(types.SimpleNamespace(devices=np.array([device])))
     assert place.has_cudnn(jnp.dtype(dtype), size) == has
-    assert not Placement(make(2, 4)).has_cudnn(jnp.dtype(dtype), size) and not ONE_DEVICE.has_cudnn(jnp.dtype(dtype), size)
+    assert not Placement(make(2, 4)).has_cudnn(jnp.dtype(dtype), size) and not ONE_DEVICE.has_cudnn(
+        jnp.dtype(dtype), size
+    )
 
 
 # ------------------------------------------------------------------------------------------------ memory

@@ -13,8 +13,15 @@ import pytest
 from exprl_jax.mesh import Placement
 from exprl_jax.model.cache import empty_cache
 from exprl_jax.model.decoder import (
-    cast_kernels, continue_rows, forward_logits, hidden_states, logits, packed_hidden_states, prefill, unembedding,
-)  # fmt: skip
+    cast_kernels,
+    continue_rows,
+    forward_logits,
+    hidden_states,
+    logits,
+    packed_hidden_states,
+    prefill,
+    unembedding,
+)
 from exprl_jax.records import Context, Packed, Rows
 from tests.oracles.tiny_decoder import QWEN3, TpuWay, architecture, execution, random_params
 
@@ -149,7 +156,7 @@ def splash_logits(params, arch, how, context, rows):
 @pytest.mark.parametrize(
     "way, line, lines",
     [(Placement, "named 'attention'", 1), (TpuWay, "output of jitted function '_splash_attention'", 2)],
-)  # fmt: skip
+)
 def test_what_rematerialisation_keeps(way, line, lines, capsys):
     """`but_attention` keeps a layer's result of attention, and both residuals of splash, whose kernel is then not run
     again; `full` keeps neither."""

@@ -4,12 +4,12 @@ import jax
 import numpy as np
 import pytest
 import transformers
+from oracles import torch_models
 
 from exprl_jax.model import weights
 from exprl_jax.model.config import Execution
 from exprl_jax.model.decoder import abstract_params, forward_logits
 from exprl_jax.model.sources import resolve_model
-from oracles import torch_models
 
 TOKENS = np.random.default_rng(3).integers(0, 97, (2, 80), dtype=np.int32)
 

@@ -17,7 +17,7 @@ from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.model import hf_layout, weights
 from exprl_jax.model.decoder import LORA_A, LORA_B, abstract_params, forward_logits, packed_hidden_states
 from exprl_jax.model.language_model import LanguageModel
-from exprl_jax.model.lora import Adapted, abstract_adapters, adapt, attached, fetch_merged, init_adapters, save_adapters
+from exprl_jax.model.lora import abstract_adapters, adapt, attached, fetch_merged, init_adapters, save_adapters
 from exprl_jax.model.sources import resolve_model
 from exprl_jax.records import Context, Draw, Packed, Rows
 from tests.oracles import torch_models
@@ -92,7 +92,9 @@ def test_a_is_uniform_and_b_zero(scan):
     arch = dataclasses.replace(QWEN3, width=64, ffn=96)
     inputs = dict.fromkeys(TARGETS, 64) | {"o": 32, "down": 96}
     seen = []
-    for layer in by_layer(init_adapters(arch, execution(scan), LORA, "float32", jax.random.key(0)), arch, execution(scan)):
+    for layer in by_layer(
+        init_adapters(arch, execution(scan), LORA, "float32", jax.random.key(0)), arch, execution(scan)
+    ):
         assert set(layer) == {name + part for name in TARGETS for part in ("_lora_a", "_lora_b")}
         for name in TARGETS:
             a, bound = np.asarray(layer[f"{name}_lora_a"]), inputs[name] ** -0.5
@@ -111,7 +113,9 @@ def test_a_targets_start_hangs_on_neither_layout_nor_the_other_targets():
         for scan, lora in ((False, LORA), (True, LORA), (False, few))
     )
     for ours, theirs, fewer in zip(
-        by_layer(every, QWEN3, execution()), by_layer(stacked, QWEN3, execution(True)), by_layer(some, QWEN3, execution())
+        by_layer(every, QWEN3, execution()),
+        by_layer(stacked, QWEN3, execution(True)),
+        by_layer(some, QWEN3, execution()),
     ):
         assert set(fewer) == {"down_lora_a", "down_lora_b", "v_lora_a", "v_lora_b"}
         for name in ours:
@@ -132,7 +136,11 @@ def sampled(params, model, over):
     context = Context(random.integers(0, QWEN3.vocab_size, (8, 5), dtype=np.int32), np.full(8, 5, np.int32))
     rows = Rows(random.integers(0, QWEN3.vocab_size, (8, 2, 1), dtype=np.int32), np.zeros((8, 2), np.int32))
     draw = Draw(
-        np.uint32(1), np.int32(2), np.arange(8, dtype=np.uint32), np.full((8, 2), 0.9, np.float32), np.ones((8, 2), bool)
+        np.uint32(1),
+        np.int32(2),
+        np.arange(8, dtype=np.uint32),
+        np.full((8, 2), 0.9, np.float32),
+        np.ones((8, 2), bool),
     )
     context, rows, draw = mesh.put_rows(over, (context, rows, draw), 8)
     return jax.device_get(sampler.sample(params, sampler.prefill(params, context), rows, draw))
@@ -191,10 +199,12 @@ def by_hand(base, adapters, arch, how, lora=LORA):
 @pytest.mark.parametrize(
     "family, scan, lora",
     [
-        ("qwen3", False, LORA), ("qwen2", True, LORA), ("llama", True, Lora(rank=2, alpha=1.0, targets="o,q,down")),
+        ("qwen3", False, LORA),
+        ("qwen2", True, LORA),
+        ("llama", True, Lora(rank=2, alpha=1.0, targets="o,q,down")),
         ("llama", False, Lora(rank=2, alpha=6.0, targets="gate")),
     ],
-)  # fmt: skip
+)
 def test_adapted_is_merged_is_the_sum_by_hand(family, scan, lora):
     """Of all targets and of some, with scales on either side of 1."""
     arch, how = architecture(family), execution(scan)
@@ -331,8 +341,9 @@ def test_the_files_hold_torchs_arrangement(tmp_path):
     own = random_adapters(QWEN3, how, lora)
     save_adapters(tmp_path / "adapter", jax.device_get(own), QWEN3, how, lora, "some/base")
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
-        "adapter_config.json", "adapter_model.safetensors",
-    ]  # fmt: skip
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 2 * QWEN3.layers
     for i, layer in enumerate(by_layer(own, QWEN3, how)):
@@ -352,10 +363,12 @@ def test_the_files_hold_torchs_arrangement(tmp_path):
 @pytest.mark.parametrize(
     "family, scan, targets",
     [
-        ("qwen3", False, TARGETS), ("qwen3_tied", True, TARGETS), ("qwen2", True, TARGETS),
+        ("qwen3", False, TARGETS),
+        ("qwen3_tied", True, TARGETS),
+        ("qwen2", True, TARGETS),
         ("llama", False, ("o", "q", "down")),
     ],
-)  # fmt: skip
+)
 def test_peft_computes_the_same_from_our_files(family, scan, targets, tmp_path):
     """Logits with the adapters attached, and merged by either side: in transformers and here."""
     peft = pytest.importorskip("peft")

@@ -23,9 +23,12 @@ from tests.oracles.tiny_decoder import QWEN3, TpuWay, architecture, execution, r
 LENGTHS = [[7, 4, 9], [5, 1, 6], [], [8]]
 T = 20
 WAYS = [
-    ("llama", False, "none", None), ("qwen2", True, "none", 3), ("qwen3", False, "full", None),
-    ("qwen3", True, "full", 6), ("qwen3", True, "but_attention", None),
-]  # fmt: skip
+    ("llama", False, "none", None),
+    ("qwen2", True, "none", 3),
+    ("qwen3", False, "full", None),
+    ("qwen3", True, "full", 6),
+    ("qwen3", True, "but_attention", None),
+]
 
 
 def packed(vocabulary=QWEN3.vocab_size):
@@ -149,10 +152,12 @@ def of_responses(share, scan=False, remat="none", way=Placement):
 @pytest.mark.parametrize(
     "share, scan, remat, way",
     [
-        (True, True, "full", Placement), (True, False, "but_attention", Placement), (False, False, "none", Placement),
+        (True, True, "full", Placement),
+        (True, False, "but_attention", Placement),
+        (False, False, "none", Placement),
         (False, True, "but_attention", TpuWay),
     ],
-)  # fmt: skip
+)
 def test_prompts_shared_and_repeated_are_a_row_each(share, scan, remat, way):
     (got, gradient), (expected, expected_gradient) = of_responses(share, scan, remat, way), of_responses(None, scan)
     np.testing.assert_allclose(got, expected, atol=1e-5)

@@ -18,8 +18,13 @@ from exprl_jax.model import paged
 from exprl_jax.model.attention import attend
 from exprl_jax.model.cache import KV
 from exprl_jax.model.decoder import (
-    continue_rows, forward_logits, hidden_states, logits, open_cache, prefill, unembedding,
-)  # fmt: skip
+    continue_rows,
+    hidden_states,
+    logits,
+    open_cache,
+    prefill,
+    unembedding,
+)
 from exprl_jax.records import Context, Prefix, Rows
 from tests.oracles import pages_numpy
 from tests.oracles.tiny_decoder import QWEN3, TpuWay, execution, random_params
@@ -229,6 +234,7 @@ def test_the_tpus_way_through_the_decoder(kv_dtype, monkeypatch):
 INT8_ATTENTION_MEAN, INT8_ATTENTION_MAX = 0.02, 0.3
 INT8_LOGP_MEAN, INT8_LOGP_MAX = 0.04, 0.8
 
+
 def test_int8_saturates_and_does_not_wrap():
     """Keys and values far beyond their context's are ± the largest int8, on their own side."""
     how, scale = execution(kv_dtype="int8"), jnp.full((1, 1), 0.5)
@@ -284,9 +290,7 @@ def next_logp(params, context, rows, how, chunks):
 def int8_error(context_tokens):
     """|log-prob − log-prob with float32 keys and values| of the tokens that follow, [P, G, T]."""
     random, tokens = np.random.default_rng(22), 20
-    context = Context(
-        random.integers(0, V, (8, context_tokens), dtype=np.int32), np.full(8, context_tokens, np.int32)
-    )  # fmt: skip
+    context = Context(random.integers(0, V, (8, context_tokens), dtype=np.int32), np.full(8, context_tokens, np.int32))
     rows = Rows(random.integers(0, V, (8, 2, tokens), dtype=np.int32), np.zeros((8, 2), np.int32))
     params, chunks = random_params(QWEN3, execution()), (19, 1)
     exact, rough = (

@@ -9,13 +9,13 @@ import pytest
 import safetensors.torch
 import torch
 from jax.sharding import NamedSharding, PartitionSpec
+from oracles import torch_models
 
 from exprl_jax.model import weights
 from exprl_jax.model.config import Architecture, Execution, RopeScaling
 from exprl_jax.model.decoder import abstract_params
 from exprl_jax.model.hf_layout import parse_config, render_config
 from exprl_jax.model.sources import resolve_model
-from oracles import torch_models
 
 UNROLLED = Execution(scan_layers=False, compute_dtype="float32", remat="none", kv_dtype="compute")
 SCANNED = Execution(scan_layers=True, compute_dtype="float32", remat="none", kv_dtype="compute")
@@ -409,8 +409,6 @@ def test_parameter_count_of_architecture():
     sizes = dict(vocab_size=11, width=8, ffn=12, layers=3, heads=4, kv_heads=2, head_size=6, rope_theta=1e4)
     for family in ("llama", "qwen2", "qwen3"):
         for tied in (False, True):
-            arch = Architecture(
-                family=family, tied=tied, rope_scaling=None, norm_eps=1e-6, max_positions=9, **sizes
-            )  # fmt: skip
+            arch = Architecture(family=family, tied=tied, rope_scaling=None, norm_eps=1e-6, max_positions=9, **sizes)
             leaves = jax.tree.leaves(abstract_params(arch, SCANNED, "float32"))
             assert arch.parameters == sum(leaf.size for leaf in leaves)

@@ -6,12 +6,12 @@ import gguf
 import jax
 import numpy as np
 import pytest
+from oracles import torch_models
 
 from exprl_jax.model import gguf_file, weights
 from exprl_jax.model.config import Execution, RopeScaling
 from exprl_jax.model.decoder import abstract_params, forward_logits
 from exprl_jax.model.sources import PACKAGES, default_cache_dir, resolve_model
-from oracles import torch_models
 
 HOW = Execution(scan_layers=True, compute_dtype="float32", remat="none", kv_dtype="compute")
 TOKENS = np.random.default_rng(3).integers(0, 97, (2, 40), dtype=np.int32)

@@ -9,7 +9,6 @@ import sys
 import pytest
 import safetensors.torch
 import torch
-
 from oracles import torch_models
 
 WORKER = """
@@ -70,10 +69,13 @@ def test_two_processes_read_their_halves_and_export_the_whole(layout, tmp_path):
     workers = [
         subprocess.Popen(
             [sys.executable, "-c", WORKER, address, str(process), str(folder), str(tmp_path / "out"), layout],
-            cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=root,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for process in (0, 1)
-    ]  # fmt: skip
+    ]
     try:
         said = [worker.communicate(timeout=120) for worker in workers]
     finally:

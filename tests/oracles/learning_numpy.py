@@ -73,9 +73,7 @@ def slope(function, x, step=1e-5):
     return gradient
 
 
-def token_loss(
-    logp, old_logp, ref_logp, entropy, advantage, clip_low, clip_high, dual_clip, kl_coef, entropy_coef
-):  # fmt: skip
+def token_loss(logp, old_logp, ref_logp, entropy, advantage, clip_low, clip_high, dual_clip, kl_coef, entropy_coef):
     """The loss of one token: (total, policy, k3); dual_clip 0 for none."""
     ratio = math.exp(min(max(logp - old_logp, -20.0), 20.0))
     clipped = min(max(ratio, 1 - clip_low), 1 + clip_high)

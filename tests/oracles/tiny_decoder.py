@@ -13,9 +13,20 @@ from exprl_jax.model.decoder import abstract_params
 FAMILIES = ("llama", "qwen2", "qwen3")
 
 QWEN3 = Architecture(
-    family="qwen3", vocab_size=61, width=16, ffn=24, layers=2, heads=4, kv_heads=2, head_size=8, rope_theta=10_000.0,
-    rope_scaling=None, norm_eps=1e-6, tied=False, max_positions=128,
-)  # fmt: skip
+    family="qwen3",
+    vocab_size=61,
+    width=16,
+    ffn=24,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=8,
+    rope_theta=10_000.0,
+    rope_scaling=None,
+    norm_eps=1e-6,
+    tied=False,
+    max_positions=128,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from exprl_jax.mesh import replicated
-from exprl_jax.mesh import mesh_over
+from exprl_jax.mesh import mesh_over, replicated
 from exprl_jax.pods.chips import CHIPS, GIB, axis_bandwidth, roomiest, topology
 from exprl_jax.pods.measure import uncached
 

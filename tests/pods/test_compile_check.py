@@ -9,19 +9,18 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from tiny_runs import config_dict
 
 from configs.base import QWEN3_4B
 from exprl_jax import compile_check
 from exprl_jax.config import resolve
+from exprl_jax.mesh import mesh_over
 from exprl_jax.model.language_model import PUBLISHED
 from exprl_jax.pods import measure
 from exprl_jax.pods.calls import programs_of, residents
-from exprl_jax.mesh import mesh_over
 from exprl_jax.pods.chips import GIB, topology
 from exprl_jax.pods.measure import CODE, TEMPORARIES, needed_bytes, prove, uncached
 from exprl_jax.pods.tables import as_text, rewritten
-from tiny_runs import config_dict
-
 
 # The paper's model with everything small but its heads, which the TPU's kernels are made for.
 SMALL = dataclasses.replace(
@@ -29,10 +28,16 @@ SMALL = dataclasses.replace(
 )
 COPIED = 2**20
 BUDGETS = {
-    "data.max_prompt_tokens": 256, "rollout.max_tokens": 768, "rollout.prompts": 8, "rollout.group": 4,
-    "judge.max_context_tokens": 512, "judge.max_trace_tokens": 1280, "judge.max_tokens": 64,
-    "updates.row_tokens": 1024, "updates.logp_chunk": 512,
-}  # fmt: skip
+    "data.max_prompt_tokens": 256,
+    "rollout.max_tokens": 768,
+    "rollout.prompts": 8,
+    "rollout.group": 4,
+    "judge.max_context_tokens": 512,
+    "judge.max_trace_tokens": 1280,
+    "judge.max_tokens": 64,
+    "updates.row_tokens": 1024,
+    "updates.logp_chunk": 512,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,9 +88,15 @@ def test_every_program_compiles_and_fits(proof):
 
 # MiB at the peak.  What takes a tenth more than it did should be known to.
 PEAKS = {
-    "init_state": 4.53, "prefill": 4.77, "sample": 19.6, "judge_prefill": 7.24, "judge": 37.6, "token_logp": 10.2,
-    "token_logp (reference)": 9.60, "train_step": 22.5,
-}  # fmt: skip
+    "init_state": 4.53,
+    "prefill": 4.77,
+    "sample": 19.6,
+    "judge_prefill": 7.24,
+    "judge": 37.6,
+    "token_logp": 10.2,
+    "token_logp (reference)": 9.60,
+    "train_step": 22.5,
+}
 
 
 def test_the_peaks_are_what_they_were(proof):
@@ -113,14 +124,30 @@ MOVED = {
     "sample": {"all-gather data", "all-gather model", "all-reduce model", "collective-permute model"},
     "judge_prefill": {"all-gather data", "all-gather data+model", "all-gather model", "reduce-scatter model"},
     "judge": {
-        "all-gather data", "all-gather model", "reduce-scatter model", "all-reduce model", "collective-permute model",
+        "all-gather data",
+        "all-gather model",
+        "reduce-scatter model",
+        "all-reduce model",
+        "collective-permute model",
     },
-    "token_logp": {"all-gather data", "all-gather data+model", "all-gather model", "reduce-scatter model", "all-reduce model"},
+    "token_logp": {
+        "all-gather data",
+        "all-gather data+model",
+        "all-gather model",
+        "reduce-scatter model",
+        "all-reduce model",
+    },
     "train_step": {
-        "all-gather data", "all-gather data+model", "all-gather model", "reduce-scatter model", "all-reduce model",
-        "all-reduce data", "reduce-scatter data", "all-reduce data+model",
+        "all-gather data",
+        "all-gather data+model",
+        "all-gather model",
+        "reduce-scatter model",
+        "all-reduce model",
+        "all-reduce data",
+        "reduce-scatter data",
+        "all-reduce data+model",
     },
-}  # fmt: skip
+}
 
 
 def test_the_programs_move_what_their_sharding_says(proof):
@@ -197,11 +224,14 @@ BASELINES = [
     ("sft", {}, ["init_state", "sft_step"], set(), set()),
     ("sft", {"lora.rank": 2}, ["init_state", "sft_step"], {"frozen base"}, set()),
     (
-        "distill", SAMPLED, ["init_state", "prefill", "sample", "teacher_signal", "train_step"], {"frozen teacher"},
+        "distill",
+        SAMPLED,
+        ["init_state", "prefill", "sample", "teacher_signal", "train_step"],
+        {"frozen teacher"},
         {"frozen teacher", "batch"},
     ),
     ("distill", FULL, ["init_state", "prefill", "sample", "distill_step"], {"frozen teacher"}, set()),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("arm, changes, names, frozen, beside", BASELINES)
@@ -253,8 +283,16 @@ LOADS = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
         (["--config=configs/tiny.py", "--topology=v5e-16"], 1, "expected <generation>:<shape>"),
         (["--config=configs/tiny.py", "--topology=v5e:4x4+mesh.data=3"], 1, "expected a product of 16"),
         (["--config=configs/tiny.py:sft", "--topology=v5e:4x4+microbatch=3"], 1, "config.microbatch: got 3 rows"),
-        (["--config=configs/evaluate.py:tiny", "--topology=v5e:4x4+sampling.wave=7+mesh.data=16"], 1, "config.sampling.wave: got 7"),
-        (["--config=configs/calibrate.py:smoke", "--topology=v5e:4x4"], 1, "expected one of 'rl', 'distill', 'sft', 'evaluate'"),
+        (
+            ["--config=configs/evaluate.py:tiny", "--topology=v5e:4x4+sampling.wave=7+mesh.data=16"],
+            1,
+            "config.sampling.wave: got 7",
+        ),
+        (
+            ["--config=configs/calibrate.py:smoke", "--topology=v5e:4x4"],
+            1,
+            "expected one of 'rl', 'distill', 'sft', 'evaluate'",
+        ),
     ],
 )
 def test_what_cannot_work_ends_in_one_line(options, status, said, capsys):
@@ -268,13 +306,19 @@ def test_what_cannot_work_ends_in_one_line(options, status, said, capsys):
 def test_the_door_checks_several_topologies_and_writes_json_and_a_page(tmp_path, capfd):
     page, output = tmp_path / "pods.md", tmp_path / "pods.json"
     page.write_text("# Pods\n\nBefore.\n\n<!-- compile_check: begin -->\nold\n<!-- compile_check: end -->\n\nAfter.\n")
-    changes = [f"--config.{key}={value}" for key, value in accelerated("sparse", {"mesh.data": -1, "mesh.model": 2}).items()]
+    changes = [
+        f"--config.{key}={value}" for key, value in accelerated("sparse", {"mesh.data": -1, "mesh.model": 2}).items()
+    ]
     status = compile_check.main(
         [
-            "compile_check", "--config=configs/tiny.py:sparse", *changes, f"--document={page}", f"--output={output}",
+            "compile_check",
+            "--config=configs/tiny.py:sparse",
+            *changes,
+            f"--document={page}",
+            f"--output={output}",
             "--topology=v5e:2x2,v6e:2x2+mesh.model=1+rollout.max_tokens=16",
         ]
-    )  # fmt: skip
+    )
     assert status == 0
     proofs = json.loads(output.read_text())["proofs"]
     assert [(p["topology"], p["data"], p["model"]) for p in proofs] == [("v5e:2x2", 2, 2), ("v6e:2x2", 4, 1)]

@@ -13,8 +13,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from exprl_jax.mesh import mesh_over
 from exprl_jax.pods.chips import topology
 from exprl_jax.pods.hlo import (
-    _axes, _groups, Instruction, collectives, large_copies, read_module, traffic, trip_count, visits,
-)  # fmt: skip
+    Instruction,
+    _axes,
+    _groups,
+    collectives,
+    large_copies,
+    read_module,
+    traffic,
+    trip_count,
+    visits,
+)
 from exprl_jax.pods.kernels import KERNELS
 from exprl_jax.pods.measure import uncached
 
@@ -128,7 +136,9 @@ def test_a_loop_that_values_end_takes_the_callers_word():
             within = decoding().computations[visit.computation]
             loops[trip_count(decoding(), within, visit.instruction)] = visit.times
     assert loops == {None: 1, 4: 100}  # the decoding loop once, the layers' in each of its steps
-    with pytest.raises(ValueError, match=r"the loop jit\(decode\)/while ends where values say, and got no number of steps"):
+    with pytest.raises(
+        ValueError, match=r"the loop jit\(decode\)/while ends where values say, and got no number of steps"
+    ):
         list(visits(decoding(), 0))
 
 
@@ -165,7 +175,9 @@ def test_a_cache_updated_in_place_is_no_copy_and_one_passed_through_a_scan_is():
 
     program = module(scanned, shape(4, 16, 4096, 1024), shape(16, 1024), donate_argnums=0)
     found = large_copies(program, 100, 64 * MB)
-    assert [(each.shape, each.bytes, each.times) for each in found] == [("bf16[16,4096,1024]", 16 * 4096 * 1024 * 2, 400)]
+    assert [(each.shape, each.bytes, each.times) for each in found] == [
+        ("bf16[16,4096,1024]", 16 * 4096 * 1024 * 2, 400)
+    ]
     assert large_copies(program, 100, 256 * MB) == []
 
 
@@ -187,7 +199,11 @@ GROUPS = [
     ("replica_groups=mesh['a'=2,'b'=4] {'b':(2)2}, ", [[0, 1], [2, 3], [4, 5], [6, 7]], "model"),
     ("replica_groups=mesh['a'=2,'b'=4] {'b':(1)2}, ", [[0, 2], [1, 3], [4, 6], [5, 7]], "model"),
     ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}, ", [[0, 4], [1, 5], [2, 6], [3, 7]], "data"),
-    ("replica_groups=mesh['a'=4,'b'=2], device_ids=(0,4,1,5,2,6,3,7) {'b'}, ", [[0, 4], [1, 5], [2, 6], [3, 7]], "data"),
+    (
+        "replica_groups=mesh['a'=4,'b'=2], device_ids=(0,4,1,5,2,6,3,7) {'b'}, ",
+        [[0, 4], [1, 5], [2, 6], [3, 7]],
+        "data",
+    ),
     ("source_target_pairs={{0,1},{1,0},{7,7}}, ", [(0, 1), (1, 0)], "model"),
     ("source_target_pairs={{0,0},{1,4}}, ", [(1, 4)], "data+model"),
 ]
@@ -195,7 +211,9 @@ GROUPS = [
 
 @pytest.mark.parametrize("rest, groups, axes", GROUPS)
 def test_every_way_of_writing_groups_of_devices(rest, groups, axes):
-    found = _groups(Instruction("x", "all-reduce", (), (), "", f", channel_id=1, {rest}use_global_device_ids=true", False), 8)
+    found = _groups(
+        Instruction("x", "all-reduce", (), (), "", f", channel_id=1, {rest}use_global_device_ids=true", False), 8
+    )
     assert [list(group) for group in found] == [list(group) for group in groups]
     devices = np.array(jax.devices()[:8]).reshape(2, 4)
     assert _axes(found, jax.sharding.Mesh(devices, ("data", "model"))) == axes

@@ -15,38 +15,98 @@ UNITS = (("a", "mA"), ("b", "MA"), ("c", "same"), ("d", "same"))
 LETTERS = (("A", "B"), ("B", "N"), ("C", "O"), ("D", "A"))
 
 NAMES_B = [
-    r"\boxed{B}", r"\boxed{\text{B}}", r"\boxed{(B)}", r"\boxed{\textbf{(B)}}", r"\boxed{\mathrm{\textbf{B}}}",
+    r"\boxed{B}",
+    r"\boxed{\text{B}}",
+    r"\boxed{(B)}",
+    r"\boxed{\textbf{(B)}}",
+    r"\boxed{\mathrm{\textbf{B}}}",
     r"\boxed{b}",
-    r"\boxed{B.}", r"\boxed{\text{Option B}}", r"\boxed{\text{B. the mitochondrion}}",
+    r"\boxed{B.}",
+    r"\boxed{\text{Option B}}",
+    r"\boxed{\text{B. the mitochondrion}}",
     r"\boxed{\textbf{(B)}\ \text{the powerhouse}}",
-    r"\boxed{\text{The Mitochondrion}}", r"\boxed{\text{the}\ mitochondrion.}",
+    r"\boxed{\text{The Mitochondrion}}",
+    r"\boxed{\text{the}\ mitochondrion.}",
     r"\boxed{B \text{ because A and C are wrong}}",
-    "Final Answer: B", "final answer: b", "**Final Answer:** B", "Final Answer: **B**", "*Answer:* B", "Answer: (B)",
+    "Final Answer: B",
+    "final answer: b",
+    "**Final Answer:** B",
+    "Final Answer: **B**",
+    "*Answer:* B",
+    "Answer: (B)",
     "Answer: B.",
-    "Answer: $B$", "Answer: Option B", "Answer: [B]", "Answer: B, the powerhouse", "Answer: B, since A makes no energy",
-    "Answer: the mitochondrion", "The correct answer is **B**.", "The correct answer is **B. the mitochondrion**.",
-    "The answer is (B) the mitochondrion.", "So the correct option is B.", "the best choice is: B",
+    "Answer: $B$",
+    "Answer: Option B",
+    "Answer: [B]",
+    "Answer: B, the powerhouse",
+    "Answer: B, since A makes no energy",
+    "Answer: the mitochondrion",
+    "The correct answer is **B**.",
+    "The correct answer is **B. the mitochondrion**.",
+    "The answer is (B) the mitochondrion.",
+    "So the correct option is B.",
+    "the best choice is: B",
     "The answer is option B",
-    "### Final Answer\n\nB", "**Answer:**\n\n(B)\n", "The answer must be the mitochondrion.",
-    "We see A. **B** it is.", "So **(B)**.",
-    "It is\nB", "It is\n(B)\n\n", "It is\n**B**", r"It is $\mathbf{B}$.", "A\nB", "(b).",
-]  # fmt: skip
+    "### Final Answer\n\nB",
+    "**Answer:**\n\n(B)\n",
+    "The answer must be the mitochondrion.",
+    "We see A. **B** it is.",
+    "So **(B)**.",
+    "It is\nB",
+    "It is\n(B)\n\n",
+    "It is\n**B**",
+    r"It is $\mathbf{B}$.",
+    "A\nB",
+    "(b).",
+]
 NAMES_SEVERAL_OR_NONE = [
-    r"\boxed{B, C}", r"\boxed{A and B}", r"\boxed{B \text{ or } C}", r"\boxed{B/C}", r"\boxed{B & C}",
-    r"\boxed{B; C}", r"\boxed{BC}",
-    r"\boxed{\text{B. the nucleus}}", r"\boxed{\text{B. C. D}}", r"\boxed{\text{the nucleus or the mitochondrion}}",
-    r"\boxed{B \text{ or } E}", r"\boxed{B, 5}", r"\boxed{E}", r"\boxed{}", r"\boxed{ }", r"\boxed{\text{the cell}}",
+    r"\boxed{B, C}",
+    r"\boxed{A and B}",
+    r"\boxed{B \text{ or } C}",
+    r"\boxed{B/C}",
+    r"\boxed{B & C}",
+    r"\boxed{B; C}",
+    r"\boxed{BC}",
+    r"\boxed{\text{B. the nucleus}}",
+    r"\boxed{\text{B. C. D}}",
+    r"\boxed{\text{the nucleus or the mitochondrion}}",
+    r"\boxed{B \text{ or } E}",
+    r"\boxed{B, 5}",
+    r"\boxed{E}",
+    r"\boxed{}",
+    r"\boxed{ }",
+    r"\boxed{\text{the cell}}",
     r"\boxed{42}",
-    "Answer: B or C", "Answer: both A and B", "The answer is B or C.", "Answer: E", "Answer: unknown", "Answer:",
+    "Answer: B or C",
+    "Answer: both A and B",
+    "The answer is B or C.",
+    "Answer: E",
+    "Answer: unknown",
+    "Answer:",
     "The answer is 42.",
-    "The answer is A nucleus", "Final Answer: B or (C)", "B or C", "B, C", "**B** or **C**", "(A) and (B)",
+    "The answer is A nucleus",
+    "Final Answer: B or (C)",
+    "B or C",
+    "B, C",
+    "**B** or **C**",
+    "(A) and (B)",
     r"\boxed{" + "B" * (MAX_ANSWER + 99) + "}",
-]  # fmt: skip
+]
 NAMES_NOTHING = [
-    "", " \n ", "I do not know.", "The powerhouse is the mitochondrion.", "We compare B with C.",
-    "B\nis what I think", r"\boxed{B",
-    "It is not **B**.", "It cannot be **B**", "the mitochondrion", "The answer is consistent with A.", "AB", "Grade: B",
-]  # fmt: skip
+    "",
+    " \n ",
+    "I do not know.",
+    "The powerhouse is the mitochondrion.",
+    "We compare B with C.",
+    "B\nis what I think",
+    r"\boxed{B",
+    "It is not **B**.",
+    "It cannot be **B**",
+    "the mitochondrion",
+    "The answer is consistent with A.",
+    "AB",
+    "Grade: B",
+]
 
 
 def verdicts(texts, choices=CELL, answer="B"):
@@ -89,12 +149,25 @@ def test_an_unreadable_box_or_line_is_not_skipped_for_a_readable_one():
 @pytest.mark.parametrize(
     "box, label",
     [
-        ("1", "1"), ("(2)", "2"), ("2.", "2"), ("3.5 m/s", "1"), (r"3.5\ \mathrm{m/s}", "1"),
+        ("1", "1"),
+        ("(2)", "2"),
+        ("2.", "2"),
+        ("3.5 m/s", "1"),
+        (r"3.5\ \mathrm{m/s}", "1"),
         (r"9.8\times10^{-2}\,\text{ m/s}", "2"),
-        (r"9.8 × 10^-2 m/s", "2"), (r"\frac{7}{2} \text{ m/s}", "3"), (r"\dfrac{7}{2}\text{m/s}", "3"), ("3 m/s",
-        "4"), ("3 m/s.", "4"),
-        ("3.5", None), ("2.5 m/s", None), ("2 m/s", None), ("1,000", None), ("1/2", None), ("2, 3", None),
-        ("-2", None), ("2 - 3", None),
+        (r"9.8 × 10^-2 m/s", "2"),
+        (r"\frac{7}{2} \text{ m/s}", "3"),
+        (r"\dfrac{7}{2}\text{m/s}", "3"),
+        ("3 m/s", "4"),
+        ("3 m/s.", "4"),
+        ("3.5", None),
+        ("2.5 m/s", None),
+        ("2 m/s", None),
+        ("1,000", None),
+        ("1/2", None),
+        ("2, 3", None),
+        ("-2", None),
+        ("2 - 3", None),
     ],
 )
 def test_labels_that_are_numbers_are_not_taken_from_numbers(box, label):
@@ -105,29 +178,47 @@ def test_labels_that_are_numbers_are_not_taken_from_numbers(box, label):
 
 def test_case_decides_only_where_nothing_matches_better():
     assert [grade_choice(rf"\boxed{{{text}}}", "b", UNITS).value for text in ("MA", "mA", "ma", "B")] == [
-        "correct", "wrong", "unparsable", "correct"
+        "correct",
+        "wrong",
+        "unparsable",
+        "correct",
     ]
 
 
 def test_a_text_of_two_options_is_unparsable_unless_a_label_stands_by_it():
     assert [grade_choice(rf"\boxed{{{text}}}", "d", UNITS).value for text in ("same", "d", "d. same", "a. same")] == [
-        "unparsable", "correct", "correct", "unparsable"
+        "unparsable",
+        "correct",
+        "correct",
+        "unparsable",
     ]
 
 
 def test_the_text_of_an_option_is_that_option_even_where_it_looks_like_a_label():
     assert [grade_choice(rf"\boxed{{{text}}}", "A", LETTERS).value for text in ("B", "(B)", "(A)", "A", "N")] == [
-        "correct", "wrong", "correct", "wrong", "wrong"
+        "correct",
+        "wrong",
+        "correct",
+        "wrong",
+        "wrong",
     ]
 
 
 @pytest.mark.parametrize(
     "answer, choices, label",
     [
-        ("B", CELL, "B"), (" B ", CELL, "B"), ("b", CELL, "B"), ("(B)", CELL, "B"), ("the mitochondrion", CELL, "B"),
-        ("The mitochondrion.", CELL, "B"), ("the nucleus and the mitochondrion", CELL, "C"), ("3.5 m/s", SPEED, "1"),
+        ("B", CELL, "B"),
+        (" B ", CELL, "B"),
+        ("b", CELL, "B"),
+        ("(B)", CELL, "B"),
+        ("the mitochondrion", CELL, "B"),
+        ("The mitochondrion.", CELL, "B"),
+        ("the nucleus and the mitochondrion", CELL, "C"),
+        ("3.5 m/s", SPEED, "1"),
         ("3", SPEED, "3"),
-        ("B", LETTERS, "B"), ("N", LETTERS, "B"), ("MA", UNITS, "b"),
+        ("B", LETTERS, "B"),
+        ("N", LETTERS, "B"),
+        ("MA", UNITS, "b"),
     ],
 )
 def test_the_right_option_is_given_by_label_or_by_text(answer, choices, label):
@@ -157,8 +248,9 @@ def test_an_answer_that_is_no_option_is_refused(answer, choices, message):
 @given(
     st.lists(st.from_regex(r"[a-z]{4,8}( [a-z]{4,8}){0,2}", fullmatch=True), min_size=2, max_size=9, unique=True),
     st.sampled_from(["ABCDEFGHIJ", "abcdefghij", "123456789"]),
-    st.sampled_from([r"\boxed{%s}", r"\boxed{(%s)}", r"\boxed{\text{%s}}", "Final Answer: %s", "Answer: **%s**",
-    "It is:\n(%s)"]),
+    st.sampled_from(
+        [r"\boxed{%s}", r"\boxed{(%s)}", r"\boxed{\text{%s}}", "Final Answer: %s", "Answer: **%s**", "It is:\n(%s)"]
+    ),
     st.integers(min_value=0),
 )
 def test_what_is_written_is_what_is_read(texts, labels, form, index):
@@ -185,13 +277,22 @@ def test_a_response_is_right_for_at_most_one_option(pieces):
 
 
 HOSTILE = [
-    "the answer is so\n" * 10_000, "Answer: " * 125_000, "Answer: " + "B or " * 200_000, "answer" + " " * 1_000_000,
+    "the answer is so\n" * 10_000,
+    "Answer: " * 125_000,
+    "Answer: " + "B or " * 200_000,
+    "answer" + " " * 1_000_000,
     "\n" * 1_000_000,
-    " " * 1_000_000, "**" * 500_000, r"\boxed{" * 150_000, "(" * 1_000_000, r"\text{" * 160_000,
+    " " * 1_000_000,
+    "**" * 500_000,
+    r"\boxed{" * 150_000,
+    "(" * 1_000_000,
+    r"\text{" * 160_000,
     r"\boxed{" + "B, " * 300_000 + "}",
-    r"\boxed{" + r"\text{" * 300 + "B" + "}" * 301, "Answer: " + "B. " * 600, "Answer: " + "answer:" * 250,
+    r"\boxed{" + r"\text{" * 300 + "B" + "}" * 301,
+    "Answer: " + "B. " * 600,
+    "Answer: " + "answer:" * 250,
     "final " * 160_000,
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("response", HOSTILE, ids=lambda text: repr(text[:20]))

@@ -268,7 +268,7 @@ def test_numbers_agree_however_they_are_written(rows):
 
 ADD = on_stdin(("1 2\n", "3\n"), ("5 5\n", "10"))
 ADDS = "a, b = map(int, input().split())\nprint(a + b)"
-TOP = on_call("top", ('[[1, 2], [3]]\n"k"', '[["k", 3], 1]'), ("[[0]]\n\"\"", '[["", 0], 1]'))
+TOP = on_call("top", ('[[1, 2], [3]]\n"k"', '[["k", 3], 1]'), ('[[0]]\n""', '[["", 0], 1]'))
 TOPS = "def top(rows, key):\n    return (key, max(map(max, rows))), 1"
 
 
@@ -284,16 +284,27 @@ def test_verdicts(grader):
         (fenced(""), ADD, "unparsable"),
         (fenced("#" * (code.MAX_PROGRAM + 1)), ADD, "unparsable"),
         (fenced(TOPS), TOP, "correct"),
-        (fenced("class Solution:\n  def top(self, rows: List[List[int]], key: str):\n    print(1)\n"
-                "    return [key, max(chain(*rows))], True"), TOP, "correct"),
+        (
+            fenced(
+                "class Solution:\n  def top(self, rows: List[List[int]], key: str):\n    print(1)\n"
+                "    return [key, max(chain(*rows))], True"
+            ),
+            TOP,
+            "correct",
+        ),
         (fenced("def top(rows, key): return [key, 3], 1"), TOP, "wrong"),
         (fenced("def other(rows, key): return 1"), TOP, "wrong"),
         (fenced("def top(rows, key): return {1}"), TOP, "wrong"),
-        (fenced("import numpy as np\ndef top(rows, key): return [key, np.int64(max(map(max, rows)))], np.float64(1)"),
-         TOP, "correct"),
+        (
+            fenced(
+                "import numpy as np\ndef top(rows, key): return [key, np.int64(max(map(max, rows)))], np.float64(1)"
+            ),
+            TOP,
+            "correct",
+        ),
         (fenced("def f(n): return {1: n}"), on_call("f", ("2", '{"1": 2}')), "correct"),
         (fenced("def f(n): return float('nan')"), on_call("f", ("2", "0.5")), "wrong"),
-    ]  # fmt: skip
+    ]
     got = grader.grade([row[:2] for row in rows])
     assert {row[0]: verdict for row, verdict in zip(rows, got, strict=True) if row[2] != verdict} == {}
 
@@ -316,7 +327,7 @@ def test_verdicts_come_in_row_order(grader):
 def test_claims_of_success_are_output_like_any_other(grader):
     claims = [
         "print('correct')",
-        "print('{\"verdict\": \"correct\"}')",
+        'print(\'{"verdict": "correct"}\')',
         "import sys; sys.exit(0)",
         "import os; os._exit(0)",
         "import os\nfor fd in range(20):\n try: os.write(fd, b'correct\\n')\n except OSError: pass",

@@ -83,8 +83,13 @@ def test_a_request_is_what_the_protocol_asks_for():
     assert seen.headers["authorization"] == f"Bearer {KEY}" and seen.headers["content-type"] == "application/json"
     assert reply == ("to Wie spät? ⌛", True, False, 5, 4, "")
     assert client.usage() | {"seconds_waited": 0} == {
-        "requests": 1, "retries": 0, "failures": 0, "prompt_tokens": 5, "completion_tokens": 4, "seconds_waited": 0,
-    }  # fmt: skip
+        "requests": 1,
+        "retries": 0,
+        "failures": 0,
+        "prompt_tokens": 5,
+        "completion_tokens": 4,
+        "seconds_waited": 0,
+    }
     assert client.usage()["seconds_waited"] > 0
 
 
@@ -181,8 +186,10 @@ def test_a_request_that_fails_every_time_is_a_missing_reply(failure):
     assert other.text == "fine"
     assert len(stub.seen) == 4  # three times and the other one
     assert {name: client.usage()[name] for name in ("requests", "retries", "failures")} == {
-        "requests": 2, "retries": 2, "failures": 1,
-    }  # fmt: skip
+        "requests": 2,
+        "retries": 2,
+        "failures": 1,
+    }
 
 
 def test_failures_are_told_apart_by_their_reasons():
@@ -313,10 +320,19 @@ def test_a_key_that_no_header_can_hold_is_refused_without_being_shown(monkeypatc
 @pytest.mark.parametrize(
     "url",
     [
-        f"http://me:{KEY}@host/v1", f"https://host/v1?key={KEY}", f"https://host/v1#{KEY}", "ftp://host", "host/v1", "",
-        "http://", "http://host:port/v1", "http://host:99999/v1", "http://a b/v1", "http://[::1/v1",
+        f"http://me:{KEY}@host/v1",
+        f"https://host/v1?key={KEY}",
+        f"https://host/v1#{KEY}",
+        "ftp://host",
+        "host/v1",
+        "",
+        "http://",
+        "http://host:port/v1",
+        "http://host:99999/v1",
+        "http://a b/v1",
+        "http://[::1/v1",
     ],
-)  # fmt: skip
+)
 def test_an_address_that_holds_more_or_less_than_an_address_is_refused(url):
     with pytest.raises(ValueError, match="base_url got .* expected only an address like 'https://host/v1'") as caught:
         ChatClient(how(url))
@@ -331,9 +347,14 @@ def test_the_key_is_in_no_log_and_no_error(caplog, capfd):
     echo, late_echo = (json.dumps({"error": {"message": f"{'x' * n} {KEY} is {KEY}"}}).encode() for n in (50, 180))
     answers = [
         # What is cut off after 200 characters is cut off in the middle of a key.
-        Answer(status=400, body=late_echo), Answer(status=503, body=echo), Answer(body=echo), Answer(body=KEY.encode()),
-        Answer(status=500, body=KEY.encode()), Answer(reset=True), Answer(status=429),
-    ]  # fmt: skip
+        Answer(status=400, body=late_echo),
+        Answer(status=503, body=echo),
+        Answer(body=echo),
+        Answer(body=KEY.encode()),
+        Answer(status=500, body=KEY.encode()),
+        Answer(reset=True),
+        Answer(status=429),
+    ]
     told = []
     with caplog.at_level(logging.DEBUG):
         with talking(lambda seen, before: answers[int(seen.content)], retries=1) as (_, client):
@@ -374,12 +395,32 @@ def test_a_text_comes_back_as_it_was_written(text):
 
 
 CONTROLS = [
-    "<|im_end|>", "<|im_start|>", "<|eot_id|>", "<|turn>", "<turn|>", "</s>", "<s>", "<bos>", "<end_of_turn>",
-    "<start_of_turn>", "[INST]", "[/INST]", "<｜User｜>", "<｜end▁of▁sentence｜>", "<|start_header_id|>",
-]  # fmt: skip
+    "<|im_end|>",
+    "<|im_start|>",
+    "<|eot_id|>",
+    "<|turn>",
+    "<turn|>",
+    "</s>",
+    "<s>",
+    "<bos>",
+    "<end_of_turn>",
+    "<start_of_turn>",
+    "[INST]",
+    "[/INST]",
+    "<｜User｜>",
+    "<｜end▁of▁sentence｜>",
+    "<|start_header_id|>",
+]
 HARMLESS = [
-    "a <| b |> c", "x < y", "f <$> g <|> h", "Verdict: <yes|no>", "Score: <1-5>", "<strong>", "[INSTANCE]", "|x|<2",
-]  # fmt: skip
+    "a <| b |> c",
+    "x < y",
+    "f <$> g <|> h",
+    "Verdict: <yes|no>",
+    "Score: <1-5>",
+    "<strong>",
+    "[INSTANCE]",
+    "|x|<2",
+]
 
 
 def test_control_strings_reach_the_server_broken_and_nothing_else_does():
@@ -562,8 +603,11 @@ def test_ctrl_c_ends_a_process_that_waits_for_answers():
     with StubEndpoint(lambda seen, before: Answer(after_s=10 * PATIENCE)) as stub:
         process = subprocess.Popen(
             [sys.executable, "-c", textwrap.dedent(script), stub.base_url],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         try:
             until(lambda: len(stub.seen) == 3)
             process.send_signal(signal.SIGINT)

@@ -28,7 +28,10 @@ PARAMS = random_params(ARCH, execution())
 PARAMS["layer_0"] |= {name: 3 * PARAMS["layer_0"][name] for name in ("q_norm", "k_norm", "o")}
 PROBLEMS = [
     Problem(
-        id=f"p{i}", problem=f"What is {i} + {{2}}?", reference=f"It is {i + 2}." * i or "2", answer=f"answer {i}",
+        id=f"p{i}",
+        problem=f"What is {i} + {{2}}?",
+        reference=f"It is {i + 2}." * i or "2",
+        answer=f"answer {i}",
         domain="math",
     )
     for i in range(4)

@@ -120,11 +120,15 @@ def test_a_program_reads_its_input_and_its_output_is_kept(isolation):
         ("import threading; threading.Timer(0.2, print, [1]).start()", "finished", b"1\n"),
         ("\0", "failed", b""),
         # The end of an orphan is not the program's.
-        ("import os, time\nif os.fork() == 0:\n if os.fork() == 0: time.sleep(0.2)\n os._exit(3)\n"
-         "os.wait(); time.sleep(0.6); print(1)", "finished", b"1\n"),
+        (
+            "import os, time\nif os.fork() == 0:\n if os.fork() == 0: time.sleep(0.2)\n os._exit(3)\n"
+            "os.wait(); time.sleep(0.6); print(1)",
+            "finished",
+            b"1\n",
+        ),
         ("print('\ud800')", "finished", b"?\n"),
     ],
-)  # fmt: skip
+)
 def test_how_a_program_ended(isolation, program, ended, output):
     assert run(isolation, program) == Outcome(ended, output)
 
@@ -232,7 +236,10 @@ def test_a_memory_bomb_behind_a_closed_output_fails(isolation):
 
 def test_a_fork_bomb_stays_small_and_ends(isolation):
     name = f"bomb{os.getpid()}"
-    counted = NAME_ITSELF + f"name_itself('{name}')" + textwrap.dedent("""
+    counted = (
+        NAME_ITSELF
+        + f"name_itself('{name}')"
+        + textwrap.dedent("""
     children = 0
     try:
         while children < 300:
@@ -242,17 +249,22 @@ def test_a_fork_bomb_stays_small_and_ends(isolation):
     except OSError:
         print(children)
     """)
+    )
     outcome = run(isolation, counted)
     # Without namespaces the count is the user's, who may be doing other things.
     assert outcome.ended == "finished" and 0 < int(outcome.output) < (PROCESSES if isolation.real else 200)
     assert waited_for(lambda: not named(name))
-    bomb = NAME_ITSELF + f"name_itself('{name}')" + textwrap.dedent("""
+    bomb = (
+        NAME_ITSELF
+        + f"name_itself('{name}')"
+        + textwrap.dedent("""
     while True:
         try:
             os.fork()
         except OSError:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
     """)
+    )
     assert run(isolation, bomb, limit_s=2.0).ended == "timed_out"
     assert waited_for(lambda: not named(name))
 
@@ -290,7 +302,9 @@ def test_the_wall_clock_ends_everything(isolation, program):
     assert run(isolation, program, limit_s=1.0) == Outcome("timed_out", b"")
 
 
-DAEMON = NAME_ITSELF + """
+DAEMON = (
+    NAME_ITSELF
+    + """
 name = sys.stdin.readline().strip()
 started, start = os.pipe()
 if not os.fork():
@@ -305,6 +319,7 @@ if not os.fork():
 os.read(started, 1)
 print("started", flush=True)
 """
+)
 
 
 def test_a_daemon_dies_with_the_program(isolation):

@@ -54,7 +54,7 @@ def test_permuted_queries_permute_the_scores():
 @pytest.mark.parametrize(
     "way, data, model, scan",
     [(Placement, 1, 8, True), (Placement, 2, 4, False), (Placement, 8, 1, True), (TpuWay, 4, 2, True)],
-)  # fmt: skip
+)
 def test_the_mesh_the_layout_and_splash_change_nothing(way, data, model, scan):
     how, over = execution(scan), mesh.make_mesh(config.Mesh(data, model))
     params = random_params(QWEN3, how)

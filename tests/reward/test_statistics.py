@@ -149,10 +149,20 @@ def test_what_is_not_defined_is_none():
     got = summarise(given | nothing, rule("mask"), ["math"])
     assert set(got) == set(METRICS)
     assert {name for name, value in got.items() if value is None} == {
-        "reward/mean", "reward/std", "advantage/mean", "advantage/std", "advantage/max", "advantage/min", "judge/parsed",
-        "judge/truncated", *(f"judge/score_{digit}" for digit in range(1, 6)), "judge/group_spread",
-        "judge/length_correlation", "judge/correct_correlation", "judge/correct_auroc",
-    }  # fmt: skip
+        "reward/mean",
+        "reward/std",
+        "advantage/mean",
+        "advantage/std",
+        "advantage/max",
+        "advantage/min",
+        "judge/parsed",
+        "judge/truncated",
+        *(f"judge/score_{digit}" for digit in range(1, 6)),
+        "judge/group_spread",
+        "judge/length_correlation",
+        "judge/correct_correlation",
+        "judge/correct_auroc",
+    }
     assert got["judge/asked"] == 0.0
     # The paper's rule: a rollout that never ended has the lowest reward without anybody being asked.
     assert summarise(given | nothing, rule("zero_score"), ["math"])["reward/mean"] == 0.0
@@ -197,16 +207,20 @@ def test_missing_verdicts_are_no_wrong_answers():
     right, wrong, missing = (VERDICTS.index(v) for v in (Verdict.correct, Verdict.wrong, Verdict.missing))
     rows = {
         "verdict_PG": np.array([[right, missing], [wrong, missing], [right, wrong], [missing, missing]]),
-        "length_PG": np.full((4, 2), 5), "ended_PG": np.ones((4, 2), bool),
-    }  # fmt: skip
+        "length_PG": np.full((4, 2), 5),
+        "ended_PG": np.ones((4, 2), bool),
+    }
     got = rollout_statistics(rows)
     assert got["solve/accuracy"] == 2 / 4
     assert got["solve/all"] == got["solve/none"] == got["solve/some"] == pytest.approx(1 / 3)
     assert got["solve/missing"] == 4 / 8
     nothing = rollout_statistics(rows | {"verdict_PG": np.full((4, 2), missing)})
     assert {name for name, value in nothing.items() if value is None} == {
-        "solve/accuracy", "solve/none", "solve/some", "solve/all",
-    }  # fmt: skip
+        "solve/accuracy",
+        "solve/none",
+        "solve/some",
+        "solve/all",
+    }
 
 
 def test_what_rollouts_say_by_themselves_is_part_of_the_summary():

@@ -49,12 +49,41 @@ _SILENT = re.compile(r"\\[()\[\]]|\\(?:left|right|displaystyle)(?![A-Za-z])|\*\*
 _SPACE = re.compile(r"\\(?:[,;:! ]|q?quad(?![A-Za-z]))|[~\s]+")
 _SYMBOL = re.compile(r"\\[A-Za-z]+|\\%|[µ−–]")
 _SYMBOLS = {
-    r"\times": "×", r"\cdot": "·", r"\circ": "°", r"\degree": "°", r"\pm": "±", r"\infty": "∞", r"\to": "→",
-    r"\rightarrow": "→", r"\leq": "≤", r"\le": "≤", r"\geq": "≥", r"\ge": "≥", r"\neq": "≠", r"\ne": "≠",
-    r"\approx": "≈", r"\alpha": "α", r"\beta": "β", r"\gamma": "γ", r"\delta": "δ", r"\Delta": "Δ", r"\lambda": "λ",
-    r"\mu": "μ", r"\nu": "ν", r"\pi": "π", r"\sigma": "σ", r"\theta": "θ", r"\omega": "ω", r"\Omega": "Ω",
-    r"\%": "%", "µ": "μ", "−": "-", "–": "-", r"\dfrac": r"\frac", r"\tfrac": r"\frac",
-}  # fmt: skip
+    r"\times": "×",
+    r"\cdot": "·",
+    r"\circ": "°",
+    r"\degree": "°",
+    r"\pm": "±",
+    r"\infty": "∞",
+    r"\to": "→",
+    r"\rightarrow": "→",
+    r"\leq": "≤",
+    r"\le": "≤",
+    r"\geq": "≥",
+    r"\ge": "≥",
+    r"\neq": "≠",
+    r"\ne": "≠",
+    r"\approx": "≈",
+    r"\alpha": "α",
+    r"\beta": "β",
+    r"\gamma": "γ",
+    r"\delta": "δ",
+    r"\Delta": "Δ",
+    r"\lambda": "λ",
+    r"\mu": "μ",
+    r"\nu": "ν",
+    r"\pi": "π",
+    r"\sigma": "σ",
+    r"\theta": "θ",
+    r"\omega": "ω",
+    r"\Omega": "Ω",
+    r"\%": "%",
+    "µ": "μ",
+    "−": "-",
+    "–": "-",
+    r"\dfrac": r"\frac",
+    r"\tfrac": r"\frac",
+}
 _FRACTION = re.compile(r"\\frac\{(\w+)\}\{(\w+)\}")
 _DEGREE = re.compile(r"\^(?:\{°\}|°)")
 _POWER = re.compile(r"\^(-?\d+|[A-Za-z])")

@@ -286,9 +286,7 @@ def _ordered(expected: Any, got: Any) -> tuple[Any, Any]:
     sides = [getattr(side, "_unsorted_args", None) or () for side in (expected, got)]
     unknowns = [{arg.lhs for arg in args if isinstance(arg, sympy.Eq)} for args in sides]
     if all(len(args) > 1 for args in sides) and sorted(map(len, unknowns))[0] == 0 and max(map(len, unknowns)) > 1:
-        return tuple(
-            sympy.Tuple(*(arg.rhs if isinstance(arg, sympy.Eq) else arg for arg in args)) for args in sides
-        )
+        return tuple(sympy.Tuple(*(arg.rhs if isinstance(arg, sympy.Eq) else arg for arg in args)) for args in sides)
     return expected, got
 
 

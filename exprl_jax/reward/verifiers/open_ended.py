@@ -80,9 +80,7 @@ def verify_messages(problem: str, answer: str, readout: Readout, marker: str) ->
 
 # --- reading the answer ----------------------------------------------------------------------------------------------
 
-_VERDICT_LINE = re.compile(
-    r"[\s>#*_`-]*(?:final\s+)?verdict[\s*_`]*(?:[:=：]|(?<=\s)[-–—](?=\s))(.*)", re.IGNORECASE
-)
+_VERDICT_LINE = re.compile(r"[\s>#*_`-]*(?:final\s+)?verdict[\s*_`]*(?:[:=：]|(?<=\s)[-–—](?=\s))(.*)", re.IGNORECASE)
 _WORDS = {"yes": Verdict.correct, "no": Verdict.wrong}
 _VALUES = {
     f"{left}{word}{right}": verdict
