@@ -24,7 +24,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
+
+from exprl_jax.packaged import define_config
 
 
 def main(argv: Sequence[str]) -> int:
@@ -64,13 +65,8 @@ def main(argv: Sequence[str]) -> int:
 
 def _parse(argv: Sequence[str]) -> Any:
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config",
-        None,
-        "The experiment: a file in configs/, optionally with :arm.",
-        flag_values=values,
-        sys_argv=list(argv),
-    )
+    meaning = "The experiment: a file in configs/, optionally with :arm."
+    define_config("config", meaning, values, sys_argv=list(argv))
     flags.DEFINE_string("topology", None, "<generation>:<shape>[+key=value…], several with commas.", flag_values=values)
     flags.DEFINE_string("output", "", "A JSON file for all that was found.", flag_values=values)
     flags.DEFINE_string("document", "", "A page whose part between markers is rewritten.", flag_values=values)
@@ -141,5 +137,4 @@ def _complain(error: object, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.getcwd())
     sys.exit(main(sys.argv))

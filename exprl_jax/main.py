@@ -6,16 +6,16 @@ fault in this program itself is printed.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
 from absl import app, flags
-from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The experiment: a file in configs/, optionally with :arm.")
+from exprl_jax.packaged import define_config
+
+_CONFIG = define_config("config", "The experiment: a file in configs/, optionally with :arm.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; starting again in it resumes.")
-_DIFF = config_flags.DEFINE_config_file("diff", None, "Another config: print what differs between the two, and exit.")
+_DIFF = define_config("diff", "Another config: print what differs between the two, and exit.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the config resolves to and what it needs, and exit.")
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed", "none", ["none", "auto"], "auto: one process of the Cloud TPU slice, Slurm step or MPI job."
@@ -134,5 +134,4 @@ def _complain(error: object, status: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.getcwd())
     sys.exit(main(sys.argv))

@@ -8,7 +8,6 @@ wrong command line).
 from __future__ import annotations
 
 import argparse
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -54,5 +53,4 @@ def _say(what: object) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.getcwd())
     sys.exit(main(sys.argv[1:]))

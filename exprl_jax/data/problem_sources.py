@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from exprl_jax.packaged import locate
+
 _SUFFIXES = (".jsonl", ".parquet")
 _EXPECTED = "expected .jsonl or .parquet files, hf:<id>, tfds:<name> or a benchmark's name"
 
@@ -45,7 +47,8 @@ def read_rows(source: str, split: str) -> Iterator[Row]:
     elif kind == "tfds":
         yield from _tensorflow_datasets(name, split)
     else:
-        found = [source] if Path(source).is_file() else sorted(glob.glob(source, recursive=True))
+        there = locate(source)
+        found = [there] if Path(there).is_file() else sorted(glob.glob(there, recursive=True))
         if not found:
             raise ValueError(f"no problems at {source!r}: no such file; {_EXPECTED}")
         for path in found:

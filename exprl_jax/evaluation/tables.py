@@ -366,5 +366,4 @@ def _told_apart(workdirs: Sequence[pathlib.Path], runs: Sequence[Run]) -> list[R
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, os.getcwd())
     sys.exit(main(sys.argv[1:]))
