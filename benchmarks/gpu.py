@@ -4,10 +4,10 @@
     python -m benchmarks.gpu --output=runs/gpu.md
 
 Shapes of Qwen3-0.6B and Qwen3-4B in bfloat16.  Decoding: groups of 16 after prompts of 512 tokens; the bound is the
-parameters once a step and the keys and values that the step's rows have by then, read at the best rate that the same run
-copies memory with.  Update: packed rows of 2k, 8k and 16k tokens, full rematerialisation; MFU is 6 · parameters FLOPs a
-token, plus attention's, over the best rate of a large bfloat16 product in the same run.  `--tiny` checks the program in a
-minute on any machine.
+parameters once a step and the keys and values that the step's rows have by then, read at the best rate that the same
+run copies memory with.  Update: packed rows of 2k, 8k and 16k tokens, full rematerialisation; MFU is 6 · parameters
+FLOPs a token, plus attention's, over the best rate of a large bfloat16 product in the same run.  `--tiny` checks the
+program in a minute on any machine.
 """
 
 from __future__ import annotations

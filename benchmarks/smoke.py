@@ -5,9 +5,9 @@
 
 Both sides get the same prompts, the same fixed lengths (no early end) and every core; compilation is left out.  Each
 pair runs back to back, and the figure is the median of the pairs' ratios, so that a drift of the machine cancels.  Two
-limits stand beside it, for the work that our program does (one prefill a group), from what this machine does in the same
-run: `roof`, the larger of FLOPs / (best large matrix product) and weight bytes / (best read); `kernel`, the same with
-the best product of as many rows as are decoded.  Takes some ten minutes on two cores and 8 GB.
+limits stand beside it, for the work that our program does (one prefill a group), from what this machine does in the
+same run: `roof`, the larger of FLOPs / (best large matrix product) and weight bytes / (best read); `kernel`, the same
+with the best product of as many rows as are decoded.  Takes some ten minutes on two cores and 8 GB.
 """
 
 from __future__ import annotations

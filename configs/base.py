@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 QWEN3_4B = "Qwen/Qwen3-4B-Instruct-2507"
 QWEN3_8B = "Qwen/Qwen3-8B"
-# Rollouts of LiveCodeBench v6 with the paper's oracle solutions are trained on; v5, on which it evaluates, is a part of v6.
+# LiveCodeBench v6 with the paper's oracle solutions is trained on; v5, on which the paper evaluates, is a part of it.
 MIXED = ("pope", "int", "sciknow_physics", "sciknow_choice", "livecodebench_v6")
 
 

@@ -1,7 +1,7 @@
 """The paper's Stage II, 4B: sparse GRPO from a Stage-I checkpoint; references are not even read.
 
     python -m exprl_jax.main --config=configs/stage2.py --config.policy.weights=runs/outcome --workdir=runs/outcome-2
-    python -m exprl_jax.main --config=configs/stage2.py:text --config.policy.weights=runs/outcome --workdir=runs/outcome-2
+    python -m exprl_jax.main --config=configs/stage2.py:text --config.policy.weights=runs/outcome --workdir=runs/text-2
 
 `--config.policy.weights` takes a workdir (its newest checkpoint), `<workdir>/checkpoints/<step>`, or any Hugging Face
 folder or hub id, the base model's too.  Data: POPE and InT.  Synchronous and fully on-policy, where the released code

@@ -22,8 +22,8 @@ ARMS = {
 
 
 def get_config(arm: str = "outcome"):
-    """Args: one of `ARMS`: `text` has generated judgements, `mixed` all kinds of problems in one batch, `stage2` goes on
-    from runs/tiny."""
+    """Args: one of `ARMS`: `text` has generated judgements, `mixed` all kinds of problems in one batch, `stage2` goes
+    on from runs/tiny."""
     if arm not in ARMS:
         raise ValueError(f"configs/tiny.py:{arm}: expected {', '.join(ARMS)}")
     config = ARMS[arm](base())

@@ -4,9 +4,9 @@
     python -m exprl_jax.compile_check --config=configs/stage1.py --document=docs/pods.md \
         --topology=v5e:4x4,v5e:8x8+mesh.data=8+mesh.model=8+rollout.wave=8
 
-Of training runs and evaluations.  A topology may be followed by config keys that it changes.  Needs `jax[tpu]` and no TPU;
-each of several topologies is compiled in a process of its own.  Exit status 1 says that something does not fit or compile,
-on stderr in one line if the config is at fault; 2 is for a wrong command line.
+Of training runs and evaluations.  A topology may be followed by config keys that it changes.  Needs `jax[tpu]` and no
+TPU; each of several topologies is compiled in a process of its own.  Exit status 1 says that something does not fit or
+compile, on stderr in one line if the config is at fault; 2 is for a wrong command line.
 """
 
 from __future__ import annotations

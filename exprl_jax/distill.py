@@ -90,8 +90,9 @@ def prepare_tuition(config: Config, held: contextlib.ExitStack) -> Tuition:
     room = min(run.policy.arch.max_positions, config.updates.row_tokens) - config.rollout.max_tokens
     if len(prompts[longest]) > room:
         raise ValueError(
-            f"problem {longest!r}: its reference makes the teacher's prompt {len(prompts[longest])} tokens long, expected at "
-            f"most {room}, the smaller of the model's context and updates.row_tokens less rollout.max_tokens; raise "
+            f"problem {longest!r}: its reference makes the teacher's prompt {len(prompts[longest])} tokens long, "
+            f"expected at most {room}, the smaller of the model's context and updates.row_tokens less "
+            "rollout.max_tokens; raise "
             "updates.row_tokens, leave the problem out or shorten the reference"
         )
     return Tuition(run, programs_room.build_teacher(config, run.mesh, run.policy), make_prompts(prompts))

@@ -10,8 +10,8 @@
 
 A name such as `tokens_PGR` carries its dimensions as a suffix.  Masks are bool and True means "counted".
 
-Sampling and judging have one layout.  A batch is P *contexts* (the tokens that a group shares) and P·G *rows* (the tokens
-of its own that each row continues its context with):
+Sampling and judging have one layout.  A batch is P *contexts* (the tokens that a group shares) and P·G *rows* (the
+tokens of its own that each row continues its context with):
 
     context_PC   [ p p p p p . . ]          right-padded, one a problem, computed once for its G rows
     rows_PGT     [ . . x x x x x ]          each token attends to its problem's context and to its own row's past
@@ -19,7 +19,7 @@ of its own that each row continues its context with):
 For the policy the context is the prompt without its last token; a row starts with that last token, followed by the
 response.  For the judge the context is rubric, problem and reference; a row is a trace and the closing instruction.
 
-Training packs rows by a token budget (`Packed`), M microbatches of B rows of T slots; within one, contexts are shared too.
+Training packs rows by a token budget (`Packed`), M microbatches of B rows of T slots; a row shares contexts too.
 
 Records hold arrays only.  This module is not type-checked by jaxtyping's import hook: JAX rebuilds pytrees through
 their `__init__` with leaves that are not arrays.
@@ -116,8 +116,9 @@ class Packed:
     """Whole token sequences, several to a row, each independent of the others: rows of a microbatch, or, with a leading
     M, all microbatches of an update.
 
-    A row is cut into segments, runs of slots.  A segment is a sequence, or, where several sequences of a row begin alike,
-    what they share (a prompt without its last token) and then each one's own tokens, which see the shared ones too.
+    A row is cut into segments, runs of slots.  A segment is a sequence, or, where several sequences of a row begin
+    alike, what they share (a prompt without its last token) and then each one's own tokens, which see the shared ones
+    too.
 
     Attributes:
       tokens_BT: int32, what is fed.
@@ -151,7 +152,7 @@ class Lesson:
 
 @flax.struct.dataclass
 class Experience:
-    """One RL update's batch: `used` microbatches of packed rows, then nothing.  What is said of a slot is of its target.
+    """One RL update's batch: `used` microbatches of packed rows, then nothing.  A slot's numbers are of its target.
 
     Attributes:
       packed: [M, B, T].

@@ -99,8 +99,8 @@ def check_layout(config: Sft, shards: int) -> None:
     """
     if config.microbatch % shards:
         raise ValueError(
-            f"config.microbatch: got {config.microbatch} rows, expected a multiple of mesh.data = {shards}, so that every "
-            "device has a row in every microbatch"
+            f"config.microbatch: got {config.microbatch} rows, expected a multiple of mesh.data = {shards}, so that "
+            "every device has a row in every microbatch"
         )
 
 

@@ -256,7 +256,8 @@ def _refuse_other_config(folder: pathlib.Path, theirs: dict[str, Any], ours: dic
     taken = _steps_taken(folder)
     if "steps" in ours and ours["steps"] < taken:
         raise ValueError(
-            f"--workdir {folder}: its run has taken {taken} steps, expected config.steps of at least that, got {ours['steps']}"
+            f"--workdir {folder}: its run has taken {taken} steps, expected config.steps of at least that, got "
+            f"{ours['steps']}"
         )
     found = [each for each in differences(ours, theirs) if each.partition(":")[0] not in _neutral(ours)]
     if found and (taken or any(file.stat().st_size for name in RECORDS for file in folder.glob(name))):

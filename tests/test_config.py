@@ -286,11 +286,13 @@ DISTILL = {"task": "distill", "loss.kl_coef": 0.0}
         ({"updates.per_batch": 3}, "updates.per_batch: got 3, expected a divisor of rollout.prompts = 8"),
         (
             {"updates.row_tokens": 535},
-            r"updates.row_tokens: got 535, expected at least 536, data.max_prompt_tokens \+ rollout.max_tokens: a rollout",
+            r"updates.row_tokens: got 535, expected at least 536, data.max_prompt_tokens \+ rollout.max_tokens: a "
+            "rollout",
         ),
         (
             {"rollout.max_tokens": 129},
-            r"updates.row_tokens: got 640, expected at least 641, data.max_prompt_tokens \+ rollout.max_tokens: a rollout",
+            r"updates.row_tokens: got 640, expected at least 641, data.max_prompt_tokens \+ rollout.max_tokens: a "
+            "rollout",
         ),
         (DISTILL | {"updates.row_tokens": 100}, "updates.row_tokens: got 100, expected at least 536"),
         (
@@ -445,7 +447,10 @@ def test_segment_rules_take_their_arguments_and_an_outcome_judge_one_segment():
 def test_every_device_gets_a_part_of_every_wave_and_microbatch():
     with pytest.raises(ValueError, match=r"^config.rollout.wave: got 8, expected a multiple of mesh.data = 16$"):
         check_layout(changed({}), 16)
-    said = r"^config.updates.microbatch: got 4 rows, expected a multiple of mesh.data = 8, so that every device has a row in"
+    said = (
+        r"^config.updates.microbatch: got 4 rows, expected a multiple of mesh.data = 8, so that every device has a "
+        "row in"
+    )
     with pytest.raises(ValueError, match=said) as caught:
         check_layout(changed({"updates.microbatch": 4}), 8)
     assert "\n" not in str(caught.value)

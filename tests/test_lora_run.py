@@ -84,7 +84,7 @@ def test_every_step_of_the_whole_run_moves_the_adapters(whole):
 
 
 def test_the_dry_run_counts_what_a_run_holds(monkeypatch):
-    """Adapters and their moments; the base is frozen, with the reference and the judge or, in another dtype, beside them."""
+    """Adapters and their moments; the base is frozen, and is the reference and the judge where dtypes agree."""
     monkeypatch.setattr("exprl_jax.plan._GIB", 1)
     config = live({"mesh.data": 4, "mesh.model": 2, "reference.param_dtype": "bfloat16"})
     listed = dict(re.findall(r"(?m)^(resident: \w+|training: gradients) +(\S+) GiB", describe(config)))

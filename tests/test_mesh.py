@@ -126,7 +126,7 @@ def test_one_process_gathers_what_it_has():
     assert mesh.gather_rows(table, np.arange(4)) is table
 
 
-# ------------------------------------------------------------------------------------------ where a forward's arrays lie
+# ----------------------------------------------------------------------------------------- where a forward's arrays lie
 
 
 def spec_of(function, *arrays):

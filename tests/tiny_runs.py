@@ -67,7 +67,7 @@ def prepared(config: Config) -> Run:
 
 
 def random_batch(run: Run, seed: int = 0) -> Batch:
-    """A step's rollouts from nowhere, of every length; a tenth of their tokens carries no loss, nor does one rollout."""
+    """A step's rollouts from nowhere, of every length; a tenth of their tokens and one rollout carry no loss."""
     rng, how = np.random.default_rng(seed), run.config.rollout
     shape = (how.prompts, how.group, how.max_tokens)
     length_PG = rng.integers(0, how.max_tokens + 1, shape[:2])

@@ -56,13 +56,13 @@ class Filled(NamedTuple):
 
 
 def assign_rows(shared_N: Sequence[int], own_N: Sequence[int], group_N: Sequence[int], row_tokens: int) -> np.ndarray:
-    """The row of each sequence, [N]: each into the first row that has its group's shared tokens and room, or else into the
-    first that has room for those too.
+    """The row of each sequence, [N]: each into the first row that has its group's shared tokens and room, or else into
+    the first that has room for those too.
 
     Two orders are tried, and the one that needs fewer rows is taken: longest first; or group by group, that with most
     tokens first, and longest first in it, which repeats fewer shared tokens.  A pure function of its arguments.  Where
-    every sequence is a group of its own this is first fit decreasing, whose rows are at most 11/9 of the fewest possible
-    plus 6/9 (Dósa 2007).
+    every sequence is a group of its own this is first fit decreasing, whose rows are at most 11/9 of the fewest
+    possible plus 6/9 (Dósa 2007).
 
     Args:
       shared_N: tokens that a sequence has in common with its group.

@@ -1,8 +1,8 @@
 """Evaluation: n samples a problem of any model on any problem sets, graded by the one grader, as pass@k with intervals.
 
-Samples are drawn a wave of problems and a group of samples at a time, and are on disk (`samples/<set>.jsonl`) before the
-next but one are drawn.  A sample's random numbers depend on seed, problem, number and the size of groups alone, so that
-an evaluation which was killed goes on where its files end and arrives at the same numbers.
+Samples are drawn a wave of problems and a group of samples at a time, and are on disk (`samples/<set>.jsonl`) before
+the next but one are drawn.  A sample's random numbers depend on seed, problem, number and the size of groups alone, so
+that an evaluation which was killed goes on where its files end and arrives at the same numbers.
 """
 
 from __future__ import annotations
@@ -119,8 +119,8 @@ def evaluate(config: Evaluate, workdir_path: str) -> None:
         busy = graders.throughput.report()
         if busy["time/graded_rows"]:
             say(
-                f"graded {busy['time/graded_rows']} samples in {busy['time/grading_seconds']:.1f} s beside the sampling, which "
-                f"waited {waiting_s:.1f} s for it"
+                f"graded {busy['time/graded_rows']} samples in {busy['time/grading_seconds']:.1f} s beside "
+                f"the sampling, which waited {waiting_s:.1f} s for it"
             )
         if jax.process_index() == 0:
             _report(config, workdir.path, sets)
@@ -142,8 +142,8 @@ def read_sets(config: Evaluate) -> dict[str, list[Problem]]:
         for problem in sets[name]:
             if known.setdefault(problem.id, problem) != problem:
                 raise ValueError(
-                    f"config.data.source: {problem.id!r} is another problem in {name!r} than in a set before it; rename it, or "
-                    "evaluate the sets apart"
+                    f"config.data.source: {problem.id!r} is another problem in {name!r} than in a set before it; "
+                    "rename it, or evaluate the sets apart"
                 )
     return sets
 
@@ -159,7 +159,8 @@ def _check_same_problems(path: pathlib.Path, sets: Mapping[str, Sequence[Problem
         write_atomically(path, json.dumps(prints, indent=1) + "\n")
     elif json.loads(path.read_text(encoding="utf-8")) != prints:
         raise ValueError(
-            f"{path.parent}: its samples are of other problems than config.data.source has now; choose another --workdir"
+            f"{path.parent}: its samples are of other problems than config.data.source has now; choose "
+            "another --workdir"
         )
 
 
@@ -181,8 +182,8 @@ def check_layout(config: Evaluate, shards: int) -> None:
     """
     if config.sampling.wave % shards:
         raise ValueError(
-            f"config.sampling.wave: got {config.sampling.wave}, expected a multiple of mesh.data = {shards}, so that every "
-            "device has a problem"
+            f"config.sampling.wave: got {config.sampling.wave}, expected a multiple of mesh.data = {shards}, so that "
+            "every device has a problem"
         )
 
 
@@ -190,14 +191,14 @@ def checked_prompts(config: Evaluate, policy: LanguageModel, problems: Sequence[
     """The policy's prompts.
 
     Raises:
-      ValueError: one is over the budget (nothing is left out of an evaluation), or budgets are over the model's context.
+      ValueError: one is over the budget (nothing is left out of an evaluation), or budgets exceed the model's context.
     """
     ids = policy_prompts(config, policy, problems)
     longest = max(ids, key=lambda name: len(ids[name]))
     if len(ids[longest]) > config.data.max_prompt_tokens:
         raise ValueError(
-            f"config.data.max_prompt_tokens: got {config.data.max_prompt_tokens}, expected at least {len(ids[longest])}, the "
-            f"prompt of problem {longest!r}; an evaluation leaves no problem out"
+            f"config.data.max_prompt_tokens: got {config.data.max_prompt_tokens}, expected at least "
+            f"{len(ids[longest])}, the prompt of problem {longest!r}; an evaluation leaves no problem out"
         )
     tokens = config.data.max_prompt_tokens + config.sampling.max_tokens
     if tokens > policy.arch.max_positions:

@@ -18,7 +18,9 @@ PackedStates = Callable[[Any, Packed], tuple[Float[Array, "B T D"], Float[Array,
 
 METRICS: Mapping[str, str] = {
     "loss/total": "reverse KL(policy ‖ teacher) under loss.aggregate",
-    "distill/kl": "reverse KL(policy ‖ teacher), mean over response tokens, nats; of the sampled tokens alone, or exact",
+    "distill/kl": (
+        "reverse KL(policy ‖ teacher), mean over response tokens, nats; of the sampled tokens alone, or exact"
+    ),
     "grad/norm": "global norm of the gradient before the clip",
     "update/skipped": "1 if loss or gradient were not finite and nothing was updated",
     "update/tokens": "counted tokens",

@@ -120,7 +120,7 @@ class _Part:
         return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) == (targets - first)[..., None]
 
     def sums(self, *terms):
-        """The sums over the vocabulary, in one reduction: the exponentials that feed several of them are computed once."""
+        """The sums over the vocabulary, in one reduction: exponentials that feed several are computed once."""
         zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
         sums = jax.lax.reduce(terms, zeros, lambda x, y: tuple(map(jnp.add, x, y)), (terms[0].ndim - 1,))
         return sums if self.vocabulary is None else jax.lax.psum(sums, self.vocabulary)

@@ -17,7 +17,10 @@ from exprl_jax.records import Experience, Packed, TrainState
 PackedLogp = Callable[[Any, Packed], tuple[Float32[Array, "B T"], Float32[Array, "B T"]]]
 
 METRICS: Mapping[str, str] = {
-    "loss/total": "what was minimised, under loss.aggregate: loss/policy plus kl_coef times the k3 KL minus entropy_coef times the entropy",
+    "loss/total": (
+        "what was minimised, under loss.aggregate: loss/policy plus kl_coef times the k3 KL minus entropy_coef times "
+        "the entropy"
+    ),
     "loss/policy": "clipped policy loss under loss.aggregate",
     "loss/kl": "k3 estimate of KL(policy ‖ reference), mean over counted tokens, nats; null when kl_coef is 0",
     "policy/entropy": "entropy of the sampled distribution, mean over counted tokens, nats",
@@ -26,7 +29,9 @@ METRICS: Mapping[str, str] = {
     "policy/clip_fraction": "fraction of counted tokens whose gradient the PPO clip stops",
     "policy/dual_clip_fraction": "fraction of counted tokens with a negative advantage that the dual clip stops",
     "policy/approx_kl": "mean of log old policy - log policy, an estimate of KL(old ‖ policy), nats",
-    "policy/sampler_gap_mean": "mean absolute difference of the sampler's and the trainer's log-prob of the old policy, nats",
+    "policy/sampler_gap_mean": (
+        "mean absolute difference of the sampler's and the trainer's log-prob of the old policy, nats"
+    ),
     "policy/sampler_gap_max": "largest such difference",
     "grad/norm": "global norm of the gradient before the clip",
     "update/skipped": "1 if loss or gradient were not finite and nothing was updated",

@@ -1,8 +1,8 @@
 """Rotary positions, and attention in memory linear in the tokens: of rows over a context and themselves, and of packed
 rows over what their segments may see.
 
-Behind one function each: query chunks of plain XLA, on TPU the splash kernel, and on NVIDIA's GPUs cuDNN's flash attention for
-what has no past in a cache.
+Behind one function each: query chunks of plain XLA, on TPU the splash kernel, and on NVIDIA's GPUs cuDNN's flash
+attention for what has no past in a cache.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from exprl_jax.mesh import MODEL, ONE_DEVICE, Placement
 from exprl_jax.model.cache import KV
 from exprl_jax.model.config import Architecture
 
-# Scores (query × key × head × row; one head of the mask is all that cuDNN needs) that exist at once on a device, in forward
-# and backward; queries are cut to fit.
+# Scores (query × key × head × row; one head of the mask is all that cuDNN needs) that exist at once on a device, in
+# forward and backward; queries are cut to fit.
 SCORES = 2**26
 # Under this name a rematerialised layer may keep the result of its attention.
 KEPT = "attention"
@@ -65,7 +65,8 @@ def attend(
 ) -> Float[Array, "P G T H E"]:
     """Softmax attention over two sets of keys: the problem's context and the row's own slots.
 
-    The query in own slot `slot + t` sees every real context token and own slots `start … slot + t`; before `start`, itself.
+    The query in own slot `slot + t` sees every real context token and own slots `start … slot + t`; before `start`,
+    itself.
 
     Args:
       q_PGTHE: rotated queries.
@@ -227,8 +228,8 @@ def _splash_rows(q_PGTHE, context: KV, length_P, own: KV, start_PG, place):
 
 
 def _splash(q_BHTE, k_BKSE, v_BKSE, segment_BT, segment_BS, place):
-    """The splash kernel on each device's rows and heads, interpreted where those are no TPUs; causal, with the last query in
-    the last key's slot."""
+    """The splash kernel on each device's rows and heads, interpreted where those are no TPUs; causal, with the last
+    query in the last key's slot."""
     (_, H, T, E), (_, K, S, _) = q_BHTE.shape, k_BKSE.shape
     heads = place.axis_of(K)
     lanes, block = -E % _LANES, min(_BLOCK, -(-T // _LANES) * _LANES)

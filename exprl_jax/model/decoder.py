@@ -46,8 +46,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, carried, each, positions_PGT, view):
-        """Args: `carried` = the residual and the look's memory; `each` = the layer's number and its part of the past; the
-        rest as in `Decoder`."""
+        """Args: `carried` = the residual and the look's memory; `each` = the layer's number and its part of the past;
+        the rest as in `Decoder`."""
         arch, dtype = self.arch, jnp.dtype(self.how.compute_dtype)
         D, F, H, K, E = arch.width, arch.ffn, arch.heads, arch.kv_heads, arch.head_size
         normal, ones, zeros = nn.initializers.normal(0.02), nn.initializers.ones, nn.initializers.zeros
@@ -99,7 +99,7 @@ class Decoder(nn.Module):
 
         Args:
           tokens_PGT, positions_PGT: int32.
-          past: what the look reads of each layer: a tuple by layer, or, where layers are scanned, arrays with L in front.
+          past: what the look reads of each layer: a tuple by layer; where layers are scanned, arrays with L in front.
           memory: what the look carries from layer to layer.
           view: what is the same for all layers.
 
@@ -268,8 +268,8 @@ def open_cache(
     tokens: int,
     place: Placement = ONE_DEVICE,
 ) -> Any:
-    """Room for rows, their contexts at hand: on TPU and for int8 pages for so many `tokens` of each, which need none for
-    padding, else slots."""
+    """Room for rows, their contexts at hand: on TPU and for int8 pages for so many `tokens` of each, which need none
+    for padding, else slots."""
     if paged.is_paged(how, place):
         return paged.open_pages(arch, how, place, prefix, start_PG, tokens)
     return empty_cache(arch, how, *start_PG.shape, slots)

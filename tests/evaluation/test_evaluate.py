@@ -1,4 +1,5 @@
-"""The evaluation task on a tiny model: what it leaves behind, that a kill changes nothing, and Stage I → II → evaluation."""
+"""The evaluation task on a tiny model: what it leaves behind, that a kill changes nothing, and Stage I → II →
+evaluation."""
 
 import collections
 import json

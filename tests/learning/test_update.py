@@ -274,7 +274,7 @@ def oracle_objective(params, batch, aggregate, table):
 
 
 def test_two_updates_of_one_batch_compare_with_the_policy_before_it():
-    """Half of the problems each, with the old log-probs of the start: the second half's ratios are the first's doing."""
+    """Half of the problems each, with the old log-probs of the start: the second half's ratios come of the first."""
     start, batch = fresh(), sampled()
     batch = batch._replace(old=by_sequence(start.params, batch)[0].astype(np.float32))
 

@@ -280,8 +280,8 @@ def test_packed_rows_on_cudnn_attend_by_definition(cut, heads, chunk, monkeypatc
 
 @pytest.mark.parametrize("tokens", [256, 255])
 def test_packed_rows_lower_to_cudnns_kernels(tokens, monkeypatch):
-    """As far as can be seen without a GPU: JAX takes shapes, dtypes and mask, and puts the two kernels into the program; no
-    product of queries and keys is left."""
+    """As far as can be seen without a GPU: JAX takes shapes, dtypes and mask, and puts the two kernels into the
+    program; no product of queries and keys is left."""
     monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
     monkeypatch.setattr(GpuWay, "platform", "gpu")
     q, k = (jax.ShapeDtypeStruct((2, tokens, heads, 64), jnp.bfloat16) for heads in (4, 2))

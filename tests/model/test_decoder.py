@@ -92,7 +92,7 @@ def test_token_by_token_through_a_cache_is_the_forward_at_once(family, scan):
 
 @functools.cache
 def value_and_gradient(scan, remat, separate=False):
-    """Of a smooth function of all real hidden states, in the unrolled layout; `separate` repeats contexts a row each."""
+    """Of a smooth function of all real hidden states, in the unrolled layout; `separate` repeats contexts by row."""
     arch, how = QWEN3, execution(scan, remat)
     context, rows = CONTEXT, ROWS
     if separate:

@@ -1,5 +1,5 @@
-"""The compile check as a whole: the tiny config's programs for 16 chips that are not there, programs that do not fit, and
-the door."""
+"""The compile check as a whole: the tiny config's programs for 16 chips that are not there, programs that do not fit,
+and the door."""
 
 import dataclasses
 import json
