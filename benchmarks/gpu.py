@@ -25,14 +25,16 @@ import numpy as np
 
 from configs.base import base
 from exprl_jax import programs
-from exprl_jax.config import Mesh, Model, resolve
+from exprl_jax.architecture import Architecture
+from exprl_jax.config import Execution, Mesh, Model
 from exprl_jax.data.packing import Example, fill_rows
 from exprl_jax.data.tokenizer import load_tokenizer
-from exprl_jax.mesh import make_mesh, put_microbatches, put_rows, shard_parameters
+from exprl_jax.hosts import put_microbatches, put_rows
+from exprl_jax.mesh import make_mesh, shard_parameters
 from exprl_jax.model import decoder
-from exprl_jax.model.config import Architecture, Execution
-from exprl_jax.model.language_model import PUBLISHED, LanguageModel, load
 from exprl_jax.records import Context, Draw, Experience, Rows
+from exprl_jax.resolve import resolve
+from exprl_jax.weights.language_model import PUBLISHED, LanguageModel, load
 
 GROUP, PROMPT, RUNS = 16, 512, 3
 TINY = Architecture("qwen3", 512, 64, 128, 2, 4, 2, 16, 1e4, None, 1e-6, True, 4096)
@@ -107,7 +109,7 @@ def updating(name: str, arch: Architecture, width: int, flops: float) -> str:
     settings.data.max_prompt_tokens = width // 2
     settings.updates.update(per_batch=1, row_tokens=width, microbatch=1, logp_chunk=min(width, 4096))
     config, model = resolve(settings), random_model(arch)
-    config = dataclasses.replace(config, policy=model.how)
+    config = dataclasses.replace(config, policy=model.config)
     mesh = make_mesh(config.mesh)
     bound = programs.build(config, mesh, model)
     random = np.random.default_rng(0)
@@ -116,8 +118,7 @@ def updating(name: str, arch: Architecture, width: int, flops: float) -> str:
     mask = filled.spread([np.ones(width - 1, bool)] * 4, bool)
     normal = random.normal(size=mask.shape).astype(np.float32)
     experience = put_microbatches(
-        mesh,
-        Experience(filled.packed, mask, mask / mask.sum(dtype=np.float32), normal, *[normal * 0] * 3, filled.used),
+        mesh, Experience(filled.packed, mask, mask / mask.sum(dtype=np.float32), normal, *[normal * 0] * 3, filled.used)
     )
     holder = [bound.init_state(load(model, _shardings(model, mesh), 0))]
 
@@ -151,7 +152,7 @@ def typical(run: Callable[[], object], runs: int = RUNS) -> float:
 
 
 def _shardings(model: LanguageModel, mesh):
-    abstract = decoder.abstract_params(model.arch, model.execution, model.how.param_dtype)
+    abstract = decoder.abstract_params(model.arch, model.execution, model.config.param_dtype)
     return shard_parameters(abstract, model.arch, model.execution, mesh)
 
 

@@ -13,8 +13,8 @@ import statistics
 import time
 
 from exprl_jax.data.tokenizer import load_tokenizer
-from exprl_jax.model.sources import resolve_model
 from exprl_jax.reward.segments import SegmentRule, Splitter
+from exprl_jax.weights.sources import resolve_model
 
 RULES = (
     SegmentRule("heading"),

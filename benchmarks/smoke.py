@@ -26,13 +26,15 @@ import transformers
 
 from configs.smoke import get_config
 from exprl_jax import programs
-from exprl_jax.config import Config, resolve
+from exprl_jax.config import Config
 from exprl_jax.data.packing import Example, fill_rows
-from exprl_jax.mesh import make_mesh, put_microbatches, put_rows, shard_parameters
+from exprl_jax.hosts import put_microbatches, put_rows
+from exprl_jax.mesh import make_mesh, shard_parameters
 from exprl_jax.model import decoder
-from exprl_jax.model.language_model import LanguageModel, load, open_model
-from exprl_jax.model.weights import export_folder
 from exprl_jax.records import Context, Draw, Experience, Rows
+from exprl_jax.resolve import resolve
+from exprl_jax.weights.folder import export_folder
+from exprl_jax.weights.language_model import LanguageModel, load, open_model
 
 GROUP = 8
 PROMPT, RESPONSE = 64, 64
@@ -46,7 +48,7 @@ def main() -> None:
     # No token ends a row, so that every row has exactly RESPONSE tokens.
     model = dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, eos_ids=(-1,)))
     mesh = make_mesh(config.mesh)
-    abstract = decoder.abstract_params(model.arch, model.execution, model.how.param_dtype)
+    abstract = decoder.abstract_params(model.arch, model.execution, model.config.param_dtype)
     params = load(model, shard_parameters(abstract, model.arch, model.execution, mesh), config.seed)
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:

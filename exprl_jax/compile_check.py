@@ -38,8 +38,8 @@ def main(argv: Sequence[str]) -> int:
         return _complain(error, 2)
 
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # where there are chips, this leaves them alone
-    from exprl_jax.pods.tables import rewritten
-    from exprl_jax.workdir import write_atomically
+    from exprl_jax.files import write_atomically
+    from exprl_jax.plan.tables import rewritten
 
     proofs, status = [], 0
     for spec in specs:
@@ -103,10 +103,10 @@ def _changed(config: Any, spec: str) -> Any:
 
 def _prove(settings: dict[str, Any], spec: str) -> Any:
     """Compiles for one topology, here, and prints what was found."""
-    from exprl_jax.config import resolve
-    from exprl_jax.pods.chips import topology
-    from exprl_jax.pods.measure import prove
-    from exprl_jax.pods.tables import as_text
+    from exprl_jax.plan.chips import topology
+    from exprl_jax.plan.measure import prove
+    from exprl_jax.plan.tables import as_text
+    from exprl_jax.resolve import resolve
 
     name, _, changes = spec.partition("+")
     where = topology(name)
@@ -117,7 +117,7 @@ def _prove(settings: dict[str, Any], spec: str) -> Any:
 
 def _prove_apart(argv: Sequence[str], spec: str) -> Any:
     """Compiles for one topology in a process of its own: a compiler keeps the memory that it took."""
-    from exprl_jax.pods.measure import proof_from
+    from exprl_jax.plan.measure import proof_from
 
     ours = ("--topology", "--output", "--document")
     kept = [option for option in argv[1:] if option.partition("=")[0] not in ours]

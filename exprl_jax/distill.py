@@ -13,55 +13,63 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from exprl_jax import programs as programs_room
-from exprl_jax.config import Config, to_dict
+from exprl_jax.batch import Batch, PackedUpdate, join_batch, mean_padding, pack_update, update_metrics
+from exprl_jax.config import Config
 from exprl_jax.data.packing import Example, fill_rows
 from exprl_jax.data.problems import batch_indices
 from exprl_jax.data.prompts import teacher_prompt
-from exprl_jax.loop import Taken, follow
-from exprl_jax.mesh import Placement, gather_rows, put_microbatches
-from exprl_jax.metrics import Clock
+from exprl_jax.hosts import gather_rows, put_microbatches
+from exprl_jax.layout import packed_shape
+from exprl_jax.learning.update import over_updates
+from exprl_jax.mesh import Placement
 from exprl_jax.records import Teaching, TrainState
+from exprl_jax.resolve import to_dict
 from exprl_jax.reward.statistics import VERDICTS, rollout_statistics
-from exprl_jax.reward.verifiers.grading import Graders
-from exprl_jax.rollout.waves import Prompts, make_prompts
-from exprl_jax.train import (
-    Batch,
-    Ready,
-    Run,
-    Wave,
-    join_batch,
-    learned,
-    local_places,
-    open_graders,
-    over_updates,
-    packed_shape,
-    padding_of,
-    prepare,
-    ready_update,
-    sample_row,
-    sample_wave,
-    task_of,
-)
-from exprl_jax.workdir import check_workdir
+from exprl_jax.reward.verifiers.grading import Verdicts
+from exprl_jax.reward.verifiers.verdict import Verdict
+from exprl_jax.rl_run import RLRun, open_run, task_of
+from exprl_jax.rollout.call import Prompts, make_prompts
+from exprl_jax.rollout_log import rollout_row
+from exprl_jax.run.clock import Clock
+from exprl_jax.run.loop import StepResult, run_task
+from exprl_jax.run.workdir import check_workdir
+from exprl_jax.wave import Wave, WaveRequest, sample_wave, wave_requests
 
 
 @dataclasses.dataclass(frozen=True)
-class Tuition:
+class DistillRun:
     """A run and its teacher.
 
     Attributes:
       prompts: the teacher's.
     """
 
-    run: Run
+    run: RLRun
     programs: programs_room.TeacherPrograms
     prompts: Prompts
+
+
+class Collected(NamedTuple):
+    """A step's rollouts, packed for policy and teacher: what `learn` takes.
+
+    Attributes:
+      gradings: of each wave, what the verifiers are still working out.
+      epoch: fraction of the data that batches have gone through.
+    """
+
+    requests: Sequence[WaveRequest]
+    waves: Sequence[Wave]
+    gradings: Sequence[Verdicts]
+    update: PackedUpdate
+    teaching: Teaching
+    epoch: float
 
 
 def distill(config: Config, workdir_path: str) -> None:
@@ -72,19 +80,19 @@ def distill(config: Config, workdir_path: str) -> None:
       FloatingPointError: a metric is not finite (names step and metric).
     """
     check_workdir(workdir_path, to_dict(config))
-    with contextlib.ExitStack() as held:
-        tuition = prepare_tuition(config, held)
-        graders = held.enter_context(open_graders(config.grader, config.code, tuition.run.kinds))
-        follow(task_of(tuition.run, functools.partial(take_step, tuition, graders)), workdir_path)
+    with contextlib.ExitStack() as stack:
+        distilled = open_distill_run(config, stack)
+        collecting, learning = functools.partial(collect, distilled), functools.partial(learn, distilled)
+        run_task(task_of(distilled.run, collect=collecting, learn=learning), workdir_path)
 
 
-def prepare_tuition(config: Config, held: contextlib.ExitStack) -> Tuition:
+def open_distill_run(config: Config, stack: contextlib.ExitStack) -> DistillRun:
     """Opens what the run needs, and the teacher's prompts.
 
     Raises:
       ValueError: a teacher's prompt leaves no room for a response within the model's context.
     """
-    run = prepare(config, held)
+    run = open_run(config, stack)
     prompts = {problem.id: teacher_prompt(run.policy.tokenizer, problem) for problem in run.problems}
     longest = max(prompts, key=lambda name: len(prompts[name]))
     room = min(run.policy.arch.max_positions, config.updates.row_tokens) - config.rollout.max_tokens
@@ -95,73 +103,80 @@ def prepare_tuition(config: Config, held: contextlib.ExitStack) -> Tuition:
             "rollout.max_tokens; raise "
             "updates.row_tokens, leave the problem out or shorten the reference"
         )
-    return Tuition(run, programs_room.build_teacher(config, run.mesh, run.policy), make_prompts(prompts))
+    return DistillRun(run, programs_room.build_teacher(config, run.mesh, run.policy), make_prompts(prompts))
 
 
-def take_step(
-    tuition: Tuition, graders: Graders, state: TrainState, step: int, clock: Clock, wait: Callable[[], None]
-) -> Taken:
-    """One step: all waves of a batch, the teacher's look at them, the update."""
-    run, config = tuition.run, tuition.run.config
+def collect(distilled: DistillRun, state: TrainState, step: int, clock: Clock) -> Collected:
+    """Samples a step's batch of problems, and packs it for the policy and for its teacher."""
+    run, config = distilled.run, distilled.run.config
     indices, epoch = batch_indices(len(run.problems), config.rollout.prompts, config.seed, step)
-    places = local_places(run, config.rollout.prompts)
-    waves, gradings = [], []
-    for place in places:
-        problems = [run.problems[i] for i in indices[place]]
+    problems, policy = [run.problems[i] for i in indices], run.model(state)
+    requests, waves, gradings = wave_requests(run, problems, step), [], []
+    for request in requests:
         with clock.phase("sample"):
-            waves.append(sample_wave(run, run.model(state), problems, step, 0, np.ones(len(problems), bool)))
-        gradings.append(
-            graders.submit([(p, text) for p, group in zip(problems, waves[-1].responses) for text in group])
-        )
-
+            waves.append(sample_wave(run, policy, request))
+        rows = [(p, text) for p, group in zip(request.problems, waves[-1].responses) for text in group]
+        gradings.append(run.graders.submit(rows))
     with clock.phase("pack"):
         parts = [(w.rollouts, w.rollouts.mask_PGR, np.zeros_like(w.rollouts.logp_PGR)) for w in waves]
-        batch = join_batch(run, [run.problems[i] for i in indices], parts, places)
-        shown = [tuition.prompts.ids[run.problems[i].id] for i in indices]
-        ready = ready_update(run, batch, slice(None), [max(map(len, pair)) for pair in zip(batch.prompts, shown)])
-        teaching = put_microbatches(run.mesh, teach(run, batch, ready, shown))
-    experience, teacher = ready.experience, run.frozen[config.reference]
-    wait()
+        batch = join_batch(run, problems, parts, np.concatenate([request.index_P for request in requests]))
+        teacher_prompts = [distilled.prompts.ids[problem.id] for problem in problems]
+        # A response stands in the same row for both, so a row has room for the longer of the two prompts.
+        room_P = [max(map(len, pair)) for pair in zip(batch.prompts, teacher_prompts)]
+        update = pack_update(run, batch, slice(None), room_P)
+        teaching = put_microbatches(run.mesh, teach(run, batch, update, teacher_prompts))
+    return Collected(requests, waves, gradings, update, teaching, epoch)
+
+
+def learn(distilled: DistillRun, state: TrainState, collected: Collected, clock: Clock) -> StepResult:
+    """Moves the policy towards its teacher; the state is donated."""
+    run, config = distilled.run, distilled.run.config
+    experience, teacher = collected.update.experience, run.frozen[config.reference]
     with clock.phase("train"):
         if config.distillation.kl == "full":
-            state, update = tuition.programs.distill_step(state, run.base, teacher, teaching, experience)
+            state, update = distilled.programs.distill_step(state, run.base, teacher, collected.teaching, experience)
             row = over_updates([jax.device_get(update)])
         else:
-            signal, kl = tuition.programs.signal(run.model(state), teacher, teaching, experience)
+            signal, kl = distilled.programs.signal(run.model(state), teacher, collected.teaching, experience)
             state, update = run.programs.train_step(state, run.base, experience.replace(advantage_MBT=signal))
-            row = learned(config, [jax.device_get(update)]) | {"distill/kl": float(kl)}
-
+            row = update_metrics(config, [jax.device_get(update)]) | {"distill/kl": float(kl)}
     with clock.phase("grade"):
-        flat = [verdict for grading in gradings for verdict in grading.result()]
-    rollouts = jax.tree.map(lambda *x: np.concatenate(x), *(wave.rollouts for wave in waves))
-    verdict_PG = np.array([VERDICTS.index(verdict) for verdict in flat]).reshape(rollouts.ended_PG.shape)
-    table = {"length_PG": rollouts.mask_PGR.sum(-1), "ended_PG": rollouts.ended_PG, "verdict_PG": verdict_PG}
-    rows = gather_rows(table, np.concatenate(places))
-    tokens = int(rows["length_PG"].sum())
-    row |= rollout_statistics(rows) | padding_of([ready]) | graders.throughput.report() | {"data/epoch": epoch}
-    return Taken(state, row, {"sample": tokens, "train": tokens}, row["solve/accuracy"], _samples(run, waves, flat))
+        verdicts = [verdict for grading in collected.gradings for verdict in grading.result()]
+    table = _gather_table(collected, verdicts)
+    tokens = int(table["length_PG"].sum())
+    row |= rollout_statistics(table) | {"update/padding": mean_padding([collected.update])}
+    row |= run.graders.throughput.report() | {"data/epoch": collected.epoch}
+    samples = _sample_rows(run, collected.waves, verdicts)
+    return StepResult(state, row, {"sample": tokens, "train": tokens}, row["solve/accuracy"], samples)
 
 
-def teach(run: Run, batch: Batch, ready: Ready, shown: Sequence[Sequence[int]]) -> Teaching:
+def teach(run: RLRun, batch: Batch, update: PackedUpdate, teacher_prompts: Sequence[Sequence[int]]) -> Teaching:
     """The same responses after the prompts that the teacher is shown, in the same rows."""
-    filled, share = ready.packing, Placement(run.mesh).shares_segments
+    packed, share = update.packed, Placement(run.mesh).shares_segments
     responses = [
-        batch.rollouts.tokens_PGR[p, g][batch.rollouts.mask_PGR[p, g]] for p, g in zip(ready.group_N, ready.index_N)
+        batch.rollouts.tokens_PGR[p, g][batch.rollouts.mask_PGR[p, g]] for p, g in zip(update.group_N, update.index_N)
     ]
-    examples = [Example(shown[p], response) for p, response in zip(ready.group_N, responses)]
-    teachers = fill_rows(examples, ready.group_N, filled.row_N, packed_shape(run.config), share)
+    examples = [Example(teacher_prompts[p], response) for p, response in zip(update.group_N, responses)]
+    teachers = fill_rows(examples, update.group_N, packed.row_N, packed_shape(run.config), share)
     slots = [first + np.arange(len(response)) for first, response in zip(teachers.first_N, responses)]
-    return Teaching(teachers.packed, filled.spread(slots, np.int32))
+    return Teaching(teachers.packed, packed.spread(slots, np.int32))
 
 
-def _samples(run: Run, waves: list[Wave], verdicts: list) -> list[dict]:
-    """Some of the step's rows, as people read them; there are no segments and no scores."""
-    G, samples = run.config.rollout.group, []
+def _gather_table(collected: Collected, verdicts: Sequence[Verdict]) -> dict[str, np.ndarray]:
+    """What `reward.statistics.rollout_statistics` reads, of all processes' problems."""
+    rollouts = jax.tree.map(lambda *x: np.concatenate(x), *(wave.rollouts for wave in collected.waves))
+    verdict_PG = np.array([VERDICTS.index(verdict) for verdict in verdicts]).reshape(rollouts.ended_PG.shape)
+    table = {"length_PG": rollouts.mask_PGR.sum(-1), "ended_PG": rollouts.ended_PG, "verdict_PG": verdict_PG}
+    return gather_rows(table, np.concatenate([request.index_P for request in collected.requests]))
+
+
+def _sample_rows(run: RLRun, waves: Sequence[Wave], verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+    """Some of this process's rollouts; they have no segments and no scores."""
+    G = run.config.rollout.group
     numbered = [(wave, i) for wave in waves for i in range(len(wave.problems))]
-    for g in range(G):
-        for place, (wave, i) in enumerate(numbered):
-            if len(samples) == run.config.log.rollouts:
-                return samples
-            whole = {"text": wave.responses[i][g], "score": None, "advantage": None, "judge": None}
-            samples.append(sample_row(run, wave, i, g, verdicts[place * G + g]) | {"segments": [whole]})
-    return samples
+    order = [(wave, i, g, verdicts[row * G + g]) for g in range(G) for row, (wave, i) in enumerate(numbered)]
+    return [
+        rollout_row(run, wave, i, g, verdict)
+        | {"segments": [{"text": wave.responses[i][g], "score": None, "advantage": None, "judge": None}]}
+        for wave, i, g, verdict in order[: run.config.log.rollouts]
+    ]

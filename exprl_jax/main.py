@@ -53,8 +53,8 @@ def main(argv: list[str]) -> int:
     # Only now the slow imports, so that a typing error is answered at once.
     import jax
 
-    from exprl_jax.config import differences, resolve, to_dict
-    from exprl_jax.model.sources import default_cache_dir
+    from exprl_jax.resolve import differences, resolve, to_dict
+    from exprl_jax.weights.sources import default_cache_dir
 
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(default_cache_dir() / "xla"))
@@ -67,11 +67,11 @@ def main(argv: list[str]) -> int:
         if _DRY_RUN.value:
             if config.task not in ("rl", "distill"):
                 raise ValueError(f"--dry_run plans the tasks rl and distill, got config.task = {config.task!r}")
-            from exprl_jax.plan import describe
+            from exprl_jax.plan.dry_run import describe
 
             print(describe(config))
             return 0
-        from exprl_jax import distributed
+        from exprl_jax.run import distributed
 
         if _COORDINATOR.value is not None:
             distributed.connect(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value, _HEARTBEAT.value)
@@ -94,8 +94,8 @@ def main(argv: list[str]) -> int:
 
 def _run(config: Any, workdir: str) -> None:
     """Hands over to the task that the config names."""
-    from exprl_jax.model.language_model import pin_checkpoints
-    from exprl_jax.workdir import recorded_config
+    from exprl_jax.run.workdir import recorded_config
+    from exprl_jax.weights.language_model import pin_checkpoints
 
     if config.task == "rl":
         from exprl_jax.train import train as task

@@ -15,11 +15,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils, multihost_utils
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from exprl_jax import config
-from exprl_jax.model.config import Architecture, Execution
+from exprl_jax.architecture import Architecture
+from exprl_jax.config import Execution
 
 DATA, MODEL = "data", "model"
 Axes = tuple[str | None, ...]
@@ -258,107 +259,6 @@ _constrain_apart.defvjp(
     lambda x, forward, backward: (_constrain_apart(x, forward, backward), None),
     lambda forward, backward, _, cotangent: (jax.lax.with_sharding_constraint(cotangent, backward),),
 )
-
-
-def local_problems(mesh: Mesh, problems: int) -> np.ndarray:
-    """Which of a batch's problems have their rows on this process's devices, ascending.
-
-    Raises:
-      ValueError: the problems cannot be divided over the `data` axis.
-    """
-    if problems % mesh.shape[DATA]:
-        raise ValueError(
-            f"a wave of {problems} problems, expected a multiple of the mesh's data axis {mesh.shape[DATA]}; set the config's "
-            "wave or mesh.data"
-        )
-    indices = rows_sharding(mesh).addressable_devices_indices_map((problems,)).values()
-    return np.unique(np.concatenate([np.arange(problems)[index] for index in indices]))
-
-
-def owned_problems(mesh: Mesh, problems: int) -> np.ndarray:
-    """Which of this process's problems (`local_problems`) no process before it has too, bool.
-
-    Where the `model` axis spans processes, several hold the rows of one problem.  What depends on more than the rows, a
-    wall clock or a network, is asked by one of them, and the others take its answer (`agree_rows`).
-    """
-    first: dict[int, int] = {}
-    for device, index in rows_sharding(mesh).devices_indices_map((problems,)).items():
-        for problem in range(problems)[index[0]]:
-            first[problem] = min(device.process_index, first.get(problem, device.process_index))
-    return np.array([first[problem] == jax.process_index() for problem in local_problems(mesh, problems)])
-
-
-def agree_rows(table: dict[str, np.ndarray], place_P: np.ndarray) -> dict[str, np.ndarray]:
-    """This process's rows as the first process that has them sees them; arguments as of `gather_rows`."""
-    if jax.process_count() == 1:
-        return table
-    joined = gather_rows({"places_P": place_P, **table}, place_P)
-    mine = np.searchsorted(joined.pop("places_P"), place_P)
-    return {name: x[mine] for name, x in joined.items()}
-
-
-def put_rows(mesh: Mesh, tree: Any, problems: int) -> Any:
-    """Places host arrays, whose first dimension is this process's problems, as global batch arrays.
-
-    Scalars are replicated; every process must pass the same.
-    """
-
-    def put(x):
-        x = np.asarray(x)
-        if x.ndim == 0:
-            return jax.make_array_from_process_local_data(replicated(mesh), x, x.shape)
-        return jax.make_array_from_process_local_data(rows_sharding(mesh), x, (problems, *x.shape[1:]))
-
-    return jax.tree.map(put, tree)
-
-
-def put_microbatches(mesh: Mesh, tree: Any) -> Any:
-    """Places host arrays [M, B, ...] of a whole update, the same on every process, as global arrays; scalars everywhere."""
-
-    def put(x):
-        x = np.asarray(x)
-        sharding = microbatches_sharding(mesh) if x.ndim else replicated(mesh)
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-    return jax.tree.map(put, tree)
-
-
-def fetch_rows(tree: Any) -> Any:
-    """The inverse of `put_rows`: this process's problems, in order, as numpy."""
-
-    def fetch(x):
-        parts = {shard.index[0].start or 0: shard for shard in x.addressable_shards}
-        return np.concatenate([np.asarray(parts[start].data) for start in sorted(parts)])
-
-    return jax.tree.map(fetch, tree)
-
-
-def gather_rows(table: dict[str, np.ndarray], place_P: np.ndarray) -> dict[str, np.ndarray]:
-    """Joins every process's rows of host arrays into the whole batch, in the batch's order.
-
-    Args:
-      table: arrays whose first dimension is this process's problems.
-      place_P: where those problems stand in the batch; processes that share devices' rows pass the same places.
-    """
-    if jax.process_count() == 1:
-        return table
-    joined = multihost_utils.process_allgather({"place": place_P, **table}, tiled=True)
-    _, first = np.unique(joined.pop("place"), return_index=True)
-    return {name: np.asarray(x)[first] for name, x in joined.items()}
-
-
-def sum_over_processes(counts: Sequence[int]) -> list[int]:
-    """The sums of some numbers over all processes; every process must call this at the same point."""
-    if jax.process_count() == 1:
-        return list(counts)
-    return np.sum(multihost_utils.process_allgather(np.asarray(counts, np.int32)), axis=0).tolist()
-
-
-def largest_over_processes(count: int) -> int:
-    """The largest of a number over all processes; every process must call this at the same point."""
-    if jax.process_count() == 1:
-        return count
-    return int(np.max(multihost_utils.process_allgather(np.int32(count))))
 
 
 def bytes_per_device(abstract: Any, shardings: Any) -> int:

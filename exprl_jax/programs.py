@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from exprl_jax.architecture import Architecture
 from exprl_jax.config import Config, Judge, Lora, Model, Sft
 from exprl_jax.learning.distillation import distill_step
 from exprl_jax.learning.logprobs import token_logprobs
@@ -19,15 +20,15 @@ from exprl_jax.learning.supervised import sft_step
 from exprl_jax.learning.update import learning_rate, make_optimizer, train_step
 from exprl_jax.mesh import Placement, microbatches_sharding, replicated, rows_sharding, shard_parameters
 from exprl_jax.model import decoder
-from exprl_jax.model.config import Architecture
-from exprl_jax.model.language_model import LanguageModel
 from exprl_jax.model.lora import adapt, attached, init_adapters
 from exprl_jax.records import Array, Packed, TrainState
+from exprl_jax.reward.judge import JudgePrograms
 from exprl_jax.reward.judge_prompts import digit_token_ids
 from exprl_jax.reward.scoring import score
+from exprl_jax.rollout.call import Sampler
 from exprl_jax.rollout.sampler import sample
 from exprl_jax.rollout.sampling import fold_in_name
-from exprl_jax.rollout.waves import Sampler
+from exprl_jax.weights.language_model import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,19 +45,6 @@ class Programs:
     init_state: Callable
     token_logp: Callable
     train_step: Callable
-
-
-@dataclasses.dataclass(frozen=True)
-class JudgePrograms:
-    """What a judge model is asked with.  P is a wave's problems.
-
-    Attributes:
-      prefill: judge params, Context → Prefix.
-      judge: judge params, Prefix, Rows → probabilities [P, J, 5] (`logits`); with a Draw more → Rollouts (`text`).
-    """
-
-    prefill: Callable
-    judge: Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +175,7 @@ def build_sft(config: Sft, mesh: Mesh, policy: LanguageModel, updates: int) -> S
         )
 
     initialise = _init_state(config, policy, optimizer)
-    abstract = _abstract(config.lora, policy.how, policy.arch, optimizer)
+    abstract = _abstract(config.lora, policy.config, policy.arch, optimizer)
     shardings = shard_parameters(abstract, policy.arch, policy.execution, mesh)
     return SftPrograms(
         abstract=abstract,
@@ -231,7 +219,7 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
 
 def _init_state(config: Config | Sft, policy: LanguageModel, optimizer: optax.GradientTransformation) -> Callable:
     return functools.partial(
-        init_state, lora=config.lora, how=policy.how, arch=policy.arch, optimizer=optimizer, seed=config.seed
+        init_state, lora=config.lora, how=policy.config, arch=policy.arch, optimizer=optimizer, seed=config.seed
     )
 
 

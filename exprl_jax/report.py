@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
     given = parser.parse_args(arguments)
 
     from exprl_jax.evaluation.report_page import read_workdirs, render
-    from exprl_jax.workdir import write_atomically
+    from exprl_jax.files import write_atomically
 
     try:
         contents, left_out = read_workdirs(given.workdirs)

@@ -12,8 +12,10 @@ from ml_collections import ConfigDict
 from tiny_runs import LIVELY, ROOT, config_dict
 
 from exprl_jax import config as schema
-from exprl_jax.config import TASKS, Config, Evaluate, Sft, differences, resolve, to_dict
-from exprl_jax.train import check_layout, segment_rule
+from exprl_jax.config import TASKS, Config, Evaluate, Sft
+from exprl_jax.layout import check_layout
+from exprl_jax.resolve import differences, resolve, to_dict
+from exprl_jax.reward.segments import segment_rule
 
 PAPER = (
     "distill_4b",
@@ -299,10 +301,7 @@ DISTILL = {"task": "distill", "loss.kl_coef": 0.0}
             {"rollout.group": 1},
             "rollout.group: got 1, expected at least 2: the routes outcome and verifier compare within a group",
         ),
-        (
-            {"rollout.group": 1, "routes": PROCESS | {"code": "verifier"}},
-            "rollout.group: got 1, expected at least 2",
-        ),
+        ({"rollout.group": 1, "routes": PROCESS | {"code": "verifier"}}, "rollout.group: got 1, expected at least 2"),
         (
             OPENAI | {"judge.readout": "logits"},
             "judge.readout: got 'logits', expected 'text' with judge.backend = 'openai'",

@@ -13,9 +13,9 @@ import pytest
 from tiny_runs import tiny
 
 from exprl_jax import distill, train
-from exprl_jax.metrics import Clock
 from exprl_jax.reward.judge import Judgements
 from exprl_jax.reward.verifiers.verdict import Verdict
+from exprl_jax.run.clock import Clock
 
 FAST = {
     "rollout.max_tokens": 8,
@@ -99,7 +99,7 @@ def test_a_signal_moves_the_policy_its_way(arm, changes, part):
         run = train.prepare(tiny(arm, FAST | changes), held)
         for sign in (1, -1):
             signed = dataclasses.replace(run, judge=LetterJudge(sign, 16))
-            state = train._first_state(run)
+            state = train.first_state(run)
             found[0] = shares(run, state, part)
             for step in range(STEPS):
                 taken = train.take_step(signed, LetterGraders(sign), state, step, Clock(), lambda: None)
@@ -117,7 +117,7 @@ def test_a_teacher_draws_the_policy_to_itself(kl, steps):
         config = tiny("distill", FAST | {"distillation.kl": kl})
         optimizer = dataclasses.replace(config.optimizer, learning_rate=sign * 1e-3)
         with contextlib.ExitStack() as held:
-            tuition = distill.prepare_tuition(dataclasses.replace(config, optimizer=optimizer), held)
+            tuition = distill.open_distill_run(dataclasses.replace(config, optimizer=optimizer), held)
             run = tuition.run
             start = run.frozen[config.reference]
             surer = start | {"final_norm": 3.0 * start["final_norm"]}

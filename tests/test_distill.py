@@ -21,14 +21,16 @@ from tiny_runs import (
 )
 
 import exprl_jax.distill as loop
-from exprl_jax import loop as every_loop
+from exprl_jax.batch import pack_update
 from exprl_jax.data.prompts import teacher_prompt
+from exprl_jax.hosts import put_microbatches
 from exprl_jax.learning import distillation, update
-from exprl_jax.mesh import put_microbatches
-from exprl_jax.metrics import Clock
 from exprl_jax.model import decoder
 from exprl_jax.reward import statistics
-from exprl_jax.train import _first_state, open_graders, ready_update
+from exprl_jax.reward.verifiers.grading import open_graders
+from exprl_jax.rl_run import first_state
+from exprl_jax.run import loop as every_loop
+from exprl_jax.run.clock import Clock
 
 STEPS = 3
 KL = ("sampled", "full")
@@ -97,7 +99,7 @@ def test_both_kinds_sample_the_same_first_batch(whole):
 def opened(made):
     """A run with its teacher, and its graders."""
     with contextlib.ExitStack() as held:
-        tuition = loop.prepare_tuition(made, held)
+        tuition = loop.open_distill_run(made, held)
         yield tuition, held.enter_context(open_graders(made.grader, made.code, tuition.run.kinds))
 
 
@@ -105,11 +107,11 @@ def opened(made):
 def taught():
     """Rollouts from nowhere as a run with an exact KL packs them, and as its teacher is shown them."""
     with contextlib.ExitStack() as held:
-        tuition = loop.prepare_tuition(config("full"), held)
+        tuition = loop.open_distill_run(config("full"), held)
     run = tuition.run
     batch = random_batch(run)
     shown = [tuition.prompts.ids[problem.id] for problem in run.problems[: len(batch.prompts)]]
-    ready = ready_update(run, batch, slice(None), [max(map(len, pair)) for pair in zip(batch.prompts, shown)])
+    ready = pack_update(run, batch, slice(None), [max(map(len, pair)) for pair in zip(batch.prompts, shown)])
     return tuition, batch, ready, shown, loop.teach(run, batch, ready, shown)
 
 
@@ -194,7 +196,7 @@ def test_the_divergence_is_that_of_the_plain_forward(kl):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(loop, "sample_wave", keep)
-            state = _first_state(run)
+            state = first_state(run)
             taken = loop.take_step(tuition, graders, state, 0, Clock(), lambda: None)
         params, total, count = run.frozen[made.reference], 0.0, 0
         (wave,) = caught
@@ -246,7 +248,7 @@ def test_a_teachers_prompt_beyond_context_or_row_is_named(changes, room, tmp_pat
     made[3]["reference"] = "Count. " * 100
     source = write_problems(tmp_path / "problems.jsonl", made)
     with contextlib.ExitStack() as held, pytest.raises(ValueError) as caught:
-        loop.prepare_tuition(config("full", {"data.source": source, **changes}), held)
+        loop.open_distill_run(config("full", {"data.source": source, **changes}), held)
     said = str(caught.value)
     assert said.startswith("problem 'arithmetic/03': its reference makes the teacher's prompt") and "\n" not in said
     assert f"expected at most {room}, the smaller of the model's context and updates.row_tokens less rollout" in said

@@ -13,7 +13,7 @@ from tiny_runs import ROOT, prepared, read_jsonl, run, tiny, write_problems
 
 from exprl_jax import programs
 from exprl_jax.data.prompts import teacher_prompt
-from exprl_jax.distill import prepare_tuition
+from exprl_jax.distill import open_distill_run
 from exprl_jax.reward import judges
 
 REFERENCE, ANSWER = "canary-of-the-reference", "canary-of-the-answer"
@@ -154,6 +154,6 @@ def test_a_teacher_without_references_is_refused(tmp_path):
     source = write_problems(tmp_path / "problems.jsonl", bare)
     config = tiny("distill", {"data.source": source})
     with contextlib.ExitStack() as held, pytest.raises(ValueError, match="line 1: no reference; the row has problem"):
-        prepare_tuition(config, held)
+        open_distill_run(config, held)
     # Sparse rewards need none.
     assert len(prepared(tiny("outcome", VERIFIER | {"data.source": source})).problems) == 8

@@ -16,13 +16,13 @@ from test_diagnostics import FAST, LetterGraders, LetterJudge, letters
 from tiny_runs import assert_same_parameters, assert_same_rows, config_dict, parameters, prepared, rows, run, tiny
 
 from exprl_jax import distill, sft, train
-from exprl_jax import loop as every_loop
-from exprl_jax.config import resolve
-from exprl_jax.metrics import Clock
 from exprl_jax.model.decoder import forward_logits
-from exprl_jax.model.language_model import open_model
-from exprl_jax.model.weights import export_folder
-from exprl_jax.plan import describe
+from exprl_jax.plan.dry_run import describe
+from exprl_jax.resolve import resolve
+from exprl_jax.run import loop as every_loop
+from exprl_jax.run.clock import Clock
+from exprl_jax.weights.folder import export_folder
+from exprl_jax.weights.language_model import open_model
 
 STEPS = 3
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
@@ -58,7 +58,7 @@ def adapters(folder):
 
 def test_a_step_changes_the_adapters_and_nothing_else():
     made = prepared(live())
-    state = train._first_state(made)
+    state = train.first_state(made)
     names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(state.params)}
     assert names == {name + part for name in TARGETS for part in ("_lora_a", "_lora_b")}
     trained = sum(x.size for x in jax.tree.leaves(state.params))
@@ -84,12 +84,12 @@ def test_every_step_of_the_whole_run_moves_the_adapters(whole):
 
 
 def test_the_dry_run_counts_what_a_run_holds(monkeypatch):
-    """Adapters and their moments; the base is frozen, and is the reference and the judge where dtypes agree."""
-    monkeypatch.setattr("exprl_jax.plan._GIB", 1)
+    """Adapters and their moments; the base is frozen, with the reference and the judge or, in another dtype, beside them."""
+    monkeypatch.setattr("exprl_jax.plan.dry_run._GIB", 1)
     config = live({"mesh.data": 4, "mesh.model": 2, "reference.param_dtype": "bfloat16"})
     listed = dict(re.findall(r"(?m)^(resident: \w+|training: gradients) +(\S+) GiB", describe(config)))
     made = prepared(config)
-    state, first = train._first_state(made), jax.devices()[0]
+    state, first = train.first_state(made), jax.devices()[0]
 
     def held(tree):
         return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == first)
@@ -122,7 +122,7 @@ def test_the_export_is_an_ordinary_model(whole, base):
         assert (ours[name] != start[name]).any() == target, name
     how = dataclasses.replace(live().policy, weights=str(whole / "export"))
     made = prepared(live({"policy.weights": how.weights, "lora.rank": 0}))
-    params = jax.device_get(train._first_state(made).params)
+    params = jax.device_get(train.first_state(made).params)
     logits = forward_logits(jax.tree.map(jnp.asarray, params), made.policy.arch, how.execution, jnp.asarray(TOKENS))
     np.testing.assert_allclose(logits, transformers_logits(read_transformers(whole / "export")), atol=1e-4)
 
@@ -231,7 +231,7 @@ def test_rewards_move_the_policy_their_way():
     made = prepared(tiny("lora", FAST | {"optimizer.learning_rate": 1e-2}))
     for sign in (1, -1):
         signed = dataclasses.replace(made, judge=LetterJudge(sign, 16))
-        state = train._first_state(signed)
+        state = train.first_state(signed)
         found[0] = share(signed, state)
         for step in range(8):
             taken = train.take_step(signed, LetterGraders(sign), state, step, Clock(), lambda: None)
@@ -267,11 +267,11 @@ def test_a_teacher_draws_adapters_to_itself(kl, steps):
     }
     config, gaps = tiny("distill", FAST | changes), []
     with contextlib.ExitStack() as held:
-        tuition = distill.prepare_tuition(config, held)
+        tuition = distill.open_distill_run(config, held)
         start = tuition.run.frozen[config.reference]
         frozen = tuition.run.frozen | {config.reference: start | {"final_norm": 3.0 * start["final_norm"]}}
         tuition = dataclasses.replace(tuition, run=dataclasses.replace(tuition.run, frozen=frozen))
-        state = train._first_state(tuition.run)
+        state = train.first_state(tuition.run)
         for step in range(steps):
             taken = distill.take_step(tuition, LetterGraders(1), state, step, Clock(), lambda: None)
             state = taken.state.replace(step=taken.state.step + 1)

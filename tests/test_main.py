@@ -15,10 +15,10 @@ from safetensors.numpy import load_file, save_file
 from tiny_runs import ROOT, config_dict, prepared, resolve, tiny
 
 from exprl_jax import main as door
-from exprl_jax.config import to_dict
 from exprl_jax.model.decoder import init_params
-from exprl_jax.model.weights import export_folder
-from exprl_jax.workdir import open_workdir
+from exprl_jax.resolve import to_dict
+from exprl_jax.run.workdir import open_workdir
+from exprl_jax.weights.folder import export_folder
 
 # How ml_collections reads a config file.
 pytestmark = pytest.mark.filterwarnings(r"ignore:the load_module\(\) method is deprecated:DeprecationWarning")

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 from tiny_runs import ROOT, config_dict
 
-from exprl_jax.config import Config, Sft, resolve
+from exprl_jax.config import Config, Sft
+from exprl_jax.resolve import resolve
 
 # prompts, rollouts a prompt, updates a batch, upper clip, learning rate
 UPDATE = {

@@ -13,8 +13,8 @@ import time
 import pytest
 from tiny_runs import ROOT, assert_same_rows, command, config_dict, environment, parameters, rows, run, tiny
 
-from exprl_jax.config import resolve
 from exprl_jax.evaluation.evaluate import evaluate
+from exprl_jax.resolve import resolve
 
 pytestmark = pytest.mark.slow
 
@@ -72,7 +72,7 @@ import resource, sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from exprl_jax import distributed
-from exprl_jax.checkpoint import Checkpoints
+from exprl_jax.run.checkpoint import Checkpoints
 coordinator, processes, process, full, folder = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
 distributed.connect(coordinator, processes, process, 60)
 rows = NamedSharding(Mesh(np.array(jax.devices()), "data"), PartitionSpec("data"))

@@ -12,7 +12,7 @@ import time
 import pytest
 from tiny_runs import ROOT, assert_same_parameters, command, environment, parameters, prepared, rows, run, tiny
 
-from exprl_jax import loop
+from exprl_jax.run import loop
 
 STEPS = 4
 

@@ -23,13 +23,13 @@ from tiny_runs import (
 )
 
 import exprl_jax.sft as loop
-from exprl_jax import loop as every_loop
-from exprl_jax.config import resolve
 from exprl_jax.data.problems import Problem, batch_indices, read_problems
 from exprl_jax.data.prompts import PromptStyle, policy_prompt
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.learning import supervised
-from exprl_jax.metrics import Clock
+from exprl_jax.resolve import resolve
+from exprl_jax.run import loop as every_loop
+from exprl_jax.run.clock import Clock
 
 ARITHMETIC = str(ROOT / "configs/data/arithmetic.jsonl")
 # Four updates; a rate at which each of them shows.

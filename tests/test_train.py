@@ -29,18 +29,18 @@ from tiny_runs import (
 )
 
 import exprl_jax.train as loop
-from exprl_jax import loop as every_loop
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.learning import update
 from exprl_jax.learning.advantages import grpo
 from exprl_jax.learning.losses import normaliser
 from exprl_jax.mesh import DATA, MODEL, Placement
-from exprl_jax.metrics import Clock, CompileLedger
 from exprl_jax.model import decoder
-from exprl_jax.model.weights import export_folder
 from exprl_jax.reward import judges, statistics
 from exprl_jax.reward.judge import NoJudge
 from exprl_jax.reward.verifiers.verdict import Verdict
+from exprl_jax.run import loop as every_loop
+from exprl_jax.run.clock import Clock, CompileLedger
+from exprl_jax.weights.folder import export_folder
 
 # Settings that no committed config has together: several waves, several updates a batch, other estimators.
 OTHER = {
@@ -370,7 +370,7 @@ def test_judge_and_reference_of_equal_weights_are_one_set_of_buffers():
     assert len(made.frozen) == 1
     reference = made.frozen[made.config.reference]
     assert made.judge.params is reference
-    state = loop._first_state(made)
+    state = loop.first_state(made)
     assert not buffers(state.params) & buffers(reference)  # the state is donated, the reference must not be
     for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(reference), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -385,7 +385,7 @@ def test_another_judge_has_parameters_of_its_own():
 
 def test_a_policy_of_another_dtype_is_no_copy_of_the_reference():
     made = prepared(tiny("outcome", {"policy.param_dtype": "bfloat16"}))
-    state = loop._first_state(made)
+    state = loop.first_state(made)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
     assert {leaf.dtype for leaf in jax.tree.leaves(made.frozen[made.config.reference])} == {jnp.dtype("float32")}
     assert len(made.frozen) == 1
@@ -423,7 +423,7 @@ def test_stage_two_goes_on_from_a_first_stages_workdir(done, tmp_path):
     """From its newest checkpoint, bit for bit, and without its optimizer's state."""
     before = done("outcome")
     made = prepared(sparse({"policy.weights": str(before.folder)}))
-    state = loop._first_state(made)
+    state = loop.first_state(made)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before.params)
     assert int(state.step) == 0 and not any(np.any(x) for x in jax.tree.leaves(state.opt_state) if np.ndim(x))
     folder = run(made.config, tmp_path / "run")
@@ -450,7 +450,7 @@ def test_a_constant_judge_changes_nothing(tmp_path, monkeypatch):
     for row in rows(folder):
         assert row["update/tokens"] > 0 and row["judge/asked"] > 0
         assert row["reward/mean"] == 0.5 and row["reward/std"] == row["grad/norm"] == 0
-    start = jax.device_get(loop._first_state(prepared(config)).params)
+    start = jax.device_get(loop.first_state(prepared(config)).params)
     assert len(trained) == 2
     jax.tree.map(np.testing.assert_array_equal, trained[-1], start)
 
@@ -479,7 +479,7 @@ def test_what_stands_in_packed_rows_are_the_rollouts(share, opened, monkeypatch)
     """Every number of every slot, against the batch; prompts shared or repeated, in two updates."""
     monkeypatch.setattr(Placement, "shares_segments", property(lambda self: share))
     batch, found = random_batch(opened), []
-    ready = loop.ready_updates(opened, batch)
+    ready = loop.pack_updates(opened, batch)
     assert len(ready) == 2
     for u, made in enumerate(ready):
         e, filled = jax.device_get(made.experience), made.packing
@@ -522,7 +522,7 @@ def test_rows_have_room_for_longer_prompts_where_asked(share, opened, monkeypatc
     monkeypatch.setattr(Placement, "shares_segments", property(lambda self: share))
     batch = random_batch(opened)
     room_P = [len(prompt) + 150 * (p % 3) for p, prompt in enumerate(batch.prompts)]
-    plain, roomy = (loop.ready_update(opened, batch, slice(None), room) for room in ((), room_P))
+    plain, roomy = (loop.pack_update(opened, batch, slice(None), room) for room in ((), room_P))
     assert roomy.packing.row_N.max() > plain.packing.row_N.max()
     lengths = batch.rollouts.mask_PGR.sum(-1)
     for made, room in ((plain, [len(prompt) for prompt in batch.prompts]), (roomy, room_P)):
@@ -713,11 +713,7 @@ def test_held_out_problems_are_refused_unless_told_otherwise(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row, said",
-    [
-        (PROBLEMS[3] | {"answer": "C"}, "problem 'c0': "),
-        (PROBLEMS[7] | {"answer": "3"}, "problem 'p0': "),
-    ],
+    "row, said", [(PROBLEMS[3] | {"answer": "C"}, "problem 'c0': "), (PROBLEMS[7] | {"answer": "3"}, "problem 'p0': ")]
 )
 def test_an_answer_that_its_verifier_cannot_use_is_refused_before_the_run(row, said, tmp_path):
     with pytest.raises(ValueError, match=said):
@@ -852,7 +848,7 @@ def test_verdicts_are_the_rewards_of_sparse_problems():
     judged = loop.Judgements(score, valid, valid, ~valid, {}, 0)
     run = types.SimpleNamespace(route=lambda problem: problem)
     wave = loop.Wave(["verifier", "verifier", "process"], None, [[[2], [2], [2]], [[2], [2], []], [[1, 2]] * 3], None)
-    got = loop.with_verdicts(run, wave, judged, verdicts)
+    got = loop.add_verdict_rewards(run, wave, judged, verdicts)
     assert got.score_PGN[..., 0].tolist() == [[1, 0, 0], [0, 0, 1], [0.5] * 3]
     assert got.valid_PGN[:2].tolist() == [[[True, False]] * 3, [[False, False], [True, False], [False, False]]]
     np.testing.assert_array_equal(got.score_PGN[2], score[2])

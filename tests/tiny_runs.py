@@ -15,10 +15,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import load_file
 
-from exprl_jax.config import Config, resolve
+from exprl_jax.batch import Batch
+from exprl_jax.config import Config
 from exprl_jax.distill import distill
 from exprl_jax.records import Packed, Rollouts
-from exprl_jax.train import Batch, Run, prepare, train
+from exprl_jax.resolve import resolve
+from exprl_jax.rl_run import Run, prepare
+from exprl_jax.train import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIVELY = {

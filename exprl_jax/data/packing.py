@@ -22,7 +22,7 @@ class Example(NamedTuple):
     response: Sequence[int]
 
 
-class Filled(NamedTuple):
+class PackedRows(NamedTuple):
     """Packed rows and where each example is.
 
     Attributes:
@@ -81,8 +81,8 @@ def assign_rows(shared_N: Sequence[int], own_N: Sequence[int], group_N: Sequence
             f"cannot pack an example of {longest} tokens into rows of {row_tokens}: drop it or widen the rows"
         )
     total = np.bincount(group_N, own_N) + np.bincount(group_N, shared_N) / np.maximum(np.bincount(group_N), 1)
-    length_N, place = -(shared_N + own_N), np.arange(own_N.size)
-    orders = np.lexsort((place, length_N, group_N, -total[group_N])), np.lexsort((place, length_N))
+    length_N, index = -(shared_N + own_N), np.arange(own_N.size)
+    orders = np.lexsort((index, length_N, group_N, -total[group_N])), np.lexsort((index, length_N))
     return min((_first_fit(order, shared_N, own_N, group_N, row_tokens) for order in orders), key=np.max)
 
 
@@ -103,7 +103,7 @@ def _first_fit(order, shared_N, own_N, group_N, row_tokens):
 
 def fill_rows(
     examples: Sequence[Example], group_N: Sequence[int], row_N: np.ndarray, shape: tuple[int, int, int], share: bool
-) -> Filled:
+) -> PackedRows:
     """Host arrays [M, B, T] that hold every example whole; rows that are not needed stay empty.
 
     Args:
@@ -145,4 +145,4 @@ def fill_rows(
             )
         target[row, first_N[i] : first_N[i] + len(written)] = written
     arrays = (x.reshape(M, B, T) for x in (tokens, target, segment, common, position))
-    return Filled(Packed(*arrays), np.asarray(row_N), first_N)
+    return PackedRows(Packed(*arrays), np.asarray(row_N), first_N)

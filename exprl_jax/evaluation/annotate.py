@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from exprl_jax import programs as programs_room
-from exprl_jax.config import Annotate, to_dict
+from exprl_jax.config import Annotate
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.prompts import question_text
 from exprl_jax.data.tokenizer import Message
@@ -37,17 +37,17 @@ from exprl_jax.evaluation.behaviour import (
     parse_annotation,
     problem_means,
 )
-from exprl_jax.evaluation.evaluate import read_samples
 from exprl_jax.evaluation.fixed_rollouts import Ledger, Rollout, read_rollouts, renamed
-from exprl_jax.loop import say
-from exprl_jax.mesh import local_problems, make_mesh
-from exprl_jax.model.language_model import open_model
+from exprl_jax.files import read_jsonl, write_atomically
+from exprl_jax.hosts import local_problems, say
+from exprl_jax.mesh import make_mesh
+from exprl_jax.resolve import to_dict
 from exprl_jax.reward.endpoint import ChatClient, split_chat
 from exprl_jax.reward.judges import check_judge_lengths
-from exprl_jax.rollout.waves import make_prompts, texts_of
-from exprl_jax.stopping import StopRequest
-from exprl_jax.train import load_frozen
-from exprl_jax.workdir import check_workdir, open_workdir, write_atomically
+from exprl_jax.rollout.call import make_prompts, texts_of
+from exprl_jax.run.stopping import StopRequest
+from exprl_jax.run.workdir import check_workdir, open_workdir
+from exprl_jax.weights.language_model import load_params, open_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -110,7 +110,7 @@ def annotate(config: Annotate, workdir_path: str) -> None:
         if not config.base:
             theirs = []
         elif earlier.is_file():
-            theirs = list(read_samples(earlier))
+            theirs = list(read_jsonl(earlier))
         else:
             theirs = list(ledgers[f"base_{ANNOTATIONS}"].rows.values())
         write_annotations(config, workdir.path, ours, theirs)
@@ -182,7 +182,7 @@ def local_annotator(config: Annotate, mesh: Mesh, rollouts: Sequence[Rollout]) -
             f"are over the annotator's context length {model.arch.max_positions}; lower max_trace_tokens or max_tokens"
         )
     say(f"annotator {how.model.weights}")
-    params = load_frozen(model, mesh, config.seed)
+    params = load_params(model, mesh, config.seed)
     sampler = programs_room.build_sampler(model, mesh, max_tokens=how.max_tokens, wave=config.wave)
 
     def ask(wave: Sequence[Rollout]) -> list[Answer]:

@@ -17,9 +17,9 @@ import numpy as np
 from exprl_jax.config import Calibrate
 from exprl_jax.evaluation.calibration import agreement, auroc, error_rates, histogram, likelihood, spread
 from exprl_jax.evaluation.fixed_rollouts import Rollout
+from exprl_jax.files import write_atomically
 from exprl_jax.reward.judge_prompts import DIGITS
 from exprl_jax.reward.verifiers.verdict import Verdict
-from exprl_jax.workdir import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,8 +1,8 @@
 """Evaluation: n samples a problem of any model on any problem sets, graded by the one grader, as pass@k with intervals.
 
-Samples are drawn a wave of problems and a group of samples at a time, and are on disk (`samples/<set>.jsonl`) before
-the next but one are drawn.  A sample's random numbers depend on seed, problem, number and the size of groups alone, so
-that an evaluation which was killed goes on where its files end and arrives at the same numbers.
+Samples are drawn a wave of problems and a group of samples at a time, and are on disk (`samples/<set>.jsonl`) before the
+next but one are drawn.  A sample's random numbers depend on seed, problem, number and the size of groups alone, so that
+an evaluation which was killed goes on where its files end and arrives at the same numbers.
 """
 
 from __future__ import annotations
@@ -21,23 +21,26 @@ import jax
 import numpy as np
 
 from exprl_jax import programs as programs_room
-from exprl_jax.config import Evaluate, to_dict
+from exprl_jax.config import Evaluate
 from exprl_jax.data.problem_sources import split_sources
 from exprl_jax.data.problems import Problem, read_problems
+from exprl_jax.data.training import check_same_problems, fingerprint, kinds_of, policy_prompts
 from exprl_jax.evaluation.pass_at_k import summarise
 from exprl_jax.evaluation.tables import Run, render_table, write_results, write_tables
-from exprl_jax.loop import barrier, check_same_problems, fingerprint, say
-from exprl_jax.mesh import DATA, gather_rows, local_problems, make_mesh
-from exprl_jax.model.language_model import LanguageModel, open_model
+from exprl_jax.files import append_jsonl, read_jsonl, write_atomically
+from exprl_jax.hosts import barrier, gather_rows, local_problems, say
+from exprl_jax.layout import check_layout
+from exprl_jax.mesh import DATA, make_mesh
 from exprl_jax.records import Rollouts
-from exprl_jax.reward.judges import AnyJudge, Opening
+from exprl_jax.resolve import to_dict
+from exprl_jax.reward.judges import AnyJudge, JudgeBuilder
 from exprl_jax.reward.statistics import VERDICTS
-from exprl_jax.reward.verifiers.grading import Graders, Verdicts, check_answers
+from exprl_jax.reward.verifiers.grading import Graders, Verdicts, check_answers, open_graders
 from exprl_jax.reward.verifiers.verdict import Verdict
-from exprl_jax.rollout.waves import describe_problem, make_prompts, texts_of
-from exprl_jax.stopping import StopRequest
-from exprl_jax.train import kinds_of, load_frozen, open_graders, policy_prompts
-from exprl_jax.workdir import check_workdir, open_workdir, write_atomically
+from exprl_jax.rollout.call import describe_problem, make_prompts, texts_of
+from exprl_jax.run.stopping import StopRequest
+from exprl_jax.run.workdir import check_workdir, open_workdir
+from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
 
 _SAY_EVERY_S = 10.0
 
@@ -54,7 +57,9 @@ def evaluate(config: Evaluate, workdir_path: str) -> None:
     check_same_problems(problems)
     policy, mesh, how = open_model(config.policy), make_mesh(config.mesh), config.sampling
     prompts = checked_prompts(config, policy, problems)
-    opening = Opening(config.judge, scored=[], verified=[p for p in problems if p.kind == "science"], unit=_no_unit)
+    opening = JudgeBuilder(
+        config.judge, scored=[], verified=[p for p in problems if p.kind == "science"], unit=_no_unit
+    )
     with contextlib.ExitStack() as held:
         check_layout(config, mesh.shape[DATA])
         opened = open_workdir(
@@ -63,12 +68,13 @@ def evaluate(config: Evaluate, workdir_path: str) -> None:
         workdir = held.enter_context(opened)
         say(f"policy {config.policy.weights}; {len(problems)} problems in {len(sets)} sets, {how.samples} samples each")
         graders = held.enter_context(open_graders(config.grader, config.code, kinds_of(problems)))
-        params = load_frozen(policy, mesh, config.seed)
+        params = load_params(policy, mesh, config.seed)
         # Judge and policy may be one model; then they are one set of buffers.
         judge = opening.open(
             mesh,
             held,
-            lambda model: params if model.how == config.policy else load_frozen(model, mesh, config.seed),
+            lambda model: params if model.config == config.policy else load_params(model, mesh, config.seed),
+            programs_room.build_judge,
             problems,
             wave=how.wave,
             group=how.group,
@@ -110,7 +116,7 @@ def evaluate(config: Evaluate, workdir_path: str) -> None:
                 if jax.process_index() == 0:
                     sampled = [i for i, (_, live) in enumerate(before) if live]
                     made = [sample_rows(before[i][0], its_part, how.group, policy, rows, i) for i in sampled]
-                    append(path, [row for of_problem in made for row in of_problem])
+                    append_jsonl(path, [row for of_problem in made for row in of_problem])
                 done += sum(live for _, live in before)
                 seconds = time.monotonic() - start
                 if seconds - said >= _SAY_EVERY_S or done == groups:
@@ -119,8 +125,8 @@ def evaluate(config: Evaluate, workdir_path: str) -> None:
         busy = graders.throughput.report()
         if busy["time/graded_rows"]:
             say(
-                f"graded {busy['time/graded_rows']} samples in {busy['time/grading_seconds']:.1f} s beside "
-                f"the sampling, which waited {waiting_s:.1f} s for it"
+                f"graded {busy['time/graded_rows']} samples in {busy['time/grading_seconds']:.1f} s beside the sampling, which "
+                f"waited {waiting_s:.1f} s for it"
             )
         if jax.process_index() == 0:
             _report(config, workdir.path, sets)
@@ -142,8 +148,8 @@ def read_sets(config: Evaluate) -> dict[str, list[Problem]]:
         for problem in sets[name]:
             if known.setdefault(problem.id, problem) != problem:
                 raise ValueError(
-                    f"config.data.source: {problem.id!r} is another problem in {name!r} than in a set before it; "
-                    "rename it, or evaluate the sets apart"
+                    f"config.data.source: {problem.id!r} is another problem in {name!r} than in a set before it; rename it, or "
+                    "evaluate the sets apart"
                 )
     return sets
 
@@ -159,8 +165,7 @@ def _check_same_problems(path: pathlib.Path, sets: Mapping[str, Sequence[Problem
         write_atomically(path, json.dumps(prints, indent=1) + "\n")
     elif json.loads(path.read_text(encoding="utf-8")) != prints:
         raise ValueError(
-            f"{path.parent}: its samples are of other problems than config.data.source has now; choose "
-            "another --workdir"
+            f"{path.parent}: its samples are of other problems than config.data.source has now; choose another --workdir"
         )
 
 
@@ -174,31 +179,18 @@ def set_name(source: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name).strip("_")
 
 
-def check_layout(config: Evaluate, shards: int) -> None:
-    """Checks that every device gets a whole part of every wave.
-
-    Raises:
-      ValueError: names the key to change.
-    """
-    if config.sampling.wave % shards:
-        raise ValueError(
-            f"config.sampling.wave: got {config.sampling.wave}, expected a multiple of mesh.data = {shards}, so that "
-            "every device has a problem"
-        )
-
-
 def checked_prompts(config: Evaluate, policy: LanguageModel, problems: Sequence[Problem]):
     """The policy's prompts.
 
     Raises:
-      ValueError: one is over the budget (nothing is left out of an evaluation), or budgets exceed the model's context.
+      ValueError: one is over the budget (nothing is left out of an evaluation), or budgets are over the model's context.
     """
-    ids = policy_prompts(config, policy, problems)
+    ids = policy_prompts(config, policy.tokenizer, problems)
     longest = max(ids, key=lambda name: len(ids[name]))
     if len(ids[longest]) > config.data.max_prompt_tokens:
         raise ValueError(
-            f"config.data.max_prompt_tokens: got {config.data.max_prompt_tokens}, expected at least "
-            f"{len(ids[longest])}, the prompt of problem {longest!r}; an evaluation leaves no problem out"
+            f"config.data.max_prompt_tokens: got {config.data.max_prompt_tokens}, expected at least {len(ids[longest])}, the "
+            f"prompt of problem {longest!r}; an evaluation leaves no problem out"
         )
     tokens = config.data.max_prompt_tokens + config.sampling.max_tokens
     if tokens > policy.arch.max_positions:
@@ -216,7 +208,7 @@ def unfinished(path: pathlib.Path, problems: Sequence[Problem], samples: int, gr
       ValueError: a row that is none.
     """
     kept, seen = [], {}
-    for row in read_samples(path):
+    for row in read_jsonl(path):
         seen.setdefault((row["id"], row["sample"] // group), []).append(row)
     whole = {key: rows for key, rows in seen.items() if len(rows) == group}
     for rows in whole.values():
@@ -227,24 +219,6 @@ def unfinished(path: pathlib.Path, problems: Sequence[Problem], samples: int, gr
         os.replace(partial, path)
     barrier()
     return {part: [p for p in problems if (p.id, part) not in whole] for part in range(samples // group)}
-
-
-def read_samples(path: pathlib.Path) -> Iterator[dict[str, Any]]:
-    """The whole rows of a samples file; a last line that a kill has torn is left out.
-
-    Raises:
-      ValueError: another line that is none.
-    """
-    if not path.exists():
-        return
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines[:-1], 1):  # what follows the last newline is torn, or nothing
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {number}: not a sample ({error}); delete the line to draw it again"
-            ) from error
 
 
 def _waves(waiting: Mapping[int, Sequence[Problem]], size: int) -> Iterator[tuple[list[tuple[Problem, bool]], int]]:
@@ -316,17 +290,9 @@ def sample_rows(
     ]
 
 
-def append(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Adds rows to a JSONL file; they are on disk when this returns."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _report(config: Evaluate, folder: pathlib.Path, sets: Mapping[str, Sequence[Problem]]) -> None:
     summaries = tuple(
-        summarise(name, problems, read_samples(folder / "samples" / f"{name}.jsonl"), seed=config.seed)
+        summarise(name, problems, read_jsonl(folder / "samples" / f"{name}.jsonl"), seed=config.seed)
         for name, problems in sets.items()
     )
     run = Run(config.label, config.policy.weights, summaries)

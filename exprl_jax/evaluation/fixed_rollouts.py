@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 
 from exprl_jax import config
 from exprl_jax.data.problems import Problem, read_problems
-from exprl_jax.evaluation.evaluate import append, read_samples
+from exprl_jax.files import append_jsonl, read_jsonl, write_atomically
 from exprl_jax.reward.verifiers.verdict import Verdict
-from exprl_jax.workdir import write_atomically
 
 
 class Rollout(NamedTuple):
@@ -54,7 +53,7 @@ def read_rollouts(source: str, data: config.Source, *, references: bool) -> list
     rollouts: list[Rollout] = []
     numbers: dict[str, int] = {}
     for path in _files(source):
-        for place, row in enumerate(read_samples(path), 1):
+        for place, row in enumerate(read_jsonl(path), 1):
             where = f"{path}, row {place}"
             try:
                 _check_texts(row)
@@ -123,7 +122,7 @@ class Ledger:
           ValueError: a line that is none, or has not the keys.
         """
         self.path, self._key, self.rows = path, tuple(key), {}
-        read = list(read_samples(path))
+        read = list(read_jsonl(path))
         try:
             self.rows = {self.key_of(row): row for row in read}
         except (KeyError, TypeError) as error:
@@ -141,7 +140,7 @@ class Ledger:
     def add(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes answers."""
         new = {self.key_of(row): row for row in rows}
-        append(self.path, list(new.values()))
+        append_jsonl(self.path, list(new.values()))
         self.rows |= new
 
     def check_unchanged(self, rollouts: Sequence[Rollout]) -> None:

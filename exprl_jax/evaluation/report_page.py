@@ -19,11 +19,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from exprl_jax.config import differences
 from exprl_jax.evaluation.tables import read_results
 from exprl_jax.learning import distillation, supervised, update
-from exprl_jax.metrics import read_metrics
+from exprl_jax.resolve import differences
 from exprl_jax.reward import statistics
+from exprl_jax.run.metrics import read_metrics
 
 _TEMPLATE = pathlib.Path(__file__).with_name("report.html")
 

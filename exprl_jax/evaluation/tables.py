@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from exprl_jax.evaluation.pass_at_k import Summary
-from exprl_jax.workdir import write_atomically
+from exprl_jax.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
 """From scores to advantages.  Host side: numpy in, float32 out, computed in float64.
 
 Scores are normalised to [0, 1].  A score that the judge did not give is a False in a mask, whatever number stands in
-its place (D2 of the README's decisions).  N pads the segments of the longest rollout; a rollout has `count` of them.
+its place (D2 in docs/method.md).  N pads the segments of the longest rollout; a rollout has `count` of them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float32, Int
 from exprl_jax import config
 
 
-class Assigned(NamedTuple):
+class SegmentAdvantages(NamedTuple):
     """Advantages of a batch's segments.
 
     Attributes:
@@ -102,17 +102,17 @@ def group_norm(
     return _where_defined(above - baseline_P[:, None, None], valid)
 
 
-def assign(
+def assign_advantages(
     score_PGN: Float[np.ndarray, "P G N"],
     valid_PGN: Bool[np.ndarray, "P G N"],
     count_PG: Int[np.ndarray, "P G"],
     overlong_PG: Bool[np.ndarray, "P G"],
     process_P: Bool[np.ndarray, "P"],
-    how: config.Advantage,
-) -> Assigned:
-    """Advantages of a batch under `how`, with the rules for missing scores (D2) and overlong rollouts (D3).
+    rules: config.Advantage,
+) -> SegmentAdvantages:
+    """Advantages of a batch under `rules`, with the rules for missing scores (D2) and overlong rollouts (D3).
 
-    Each problem keeps its own estimator in a mixed batch: `how.estimator` where `process_P`, and group-normalised
+    Each problem keeps its own estimator in a mixed batch: `rules.estimator` where `process_P`, and group-normalised
     scores of whole rollouts, one a rollout, elsewhere.
 
     `missing`: `drop_segment` leaves out the segments whose equation lacks a score; `drop_rollout` leaves out rollouts
@@ -129,7 +129,7 @@ def assign(
       count_PG: segments of each rollout, 0 ≤ count ≤ N.
       overlong_PG: rollouts that reached the token limit without EOS.
       process_P: problems whose rollouts have a score a segment.
-      how: estimator and rules.
+      rules: estimator, and what becomes of missing scores and overlong rollouts.
 
     Raises:
       ValueError: counts that do not fit, or a valid score that is not finite.
@@ -145,23 +145,23 @@ def assign(
     valid, overlong = valid & real, overlong[..., None]
     if not np.isfinite(score[valid]).all():
         raise ValueError("assign: a score marked valid is not finite; mark scores that were not given as not valid")
-    if how.overlong == "zero_score":
+    if rules.overlong == "zero_score":
         score, valid = np.where(overlong, 0.0, score), valid | (overlong & real)
-    elif how.overlong != "keep":
+    elif rules.overlong != "keep":
         valid = valid & ~overlong
-    if how.missing == "drop_rollout":
+    if rules.missing == "drop_rollout":
         valid = valid & (valid | ~real).all(-1, keepdims=True)
 
-    estimate = {"delta_norm": delta_norm, "end_norm": end_norm, "group_norm": group_norm}[how.estimator]
+    estimate = {"delta_norm": delta_norm, "end_norm": end_norm, "group_norm": group_norm}[rules.estimator]
     advantage, counted = estimate(score, valid, count)
-    whole, _ = grpo(score[..., 0], valid[..., 0], std_normalise=how.std_normalise, min_spread=how.min_spread)
+    whole, _ = grpo(score[..., 0], valid[..., 0], std_normalise=rules.std_normalise, min_spread=rules.min_spread)
     first = np.arange(N) == 0
     advantage = np.where(process[:, None, None], advantage, np.where(first, whole[..., None], np.float32(0)))
     counted = np.where(process[:, None, None], counted, valid & first)
-    if how.overlong == "penalty":
-        advantage = np.where(overlong & real, np.float32(how.overlong_penalty), advantage)
+    if rules.overlong == "penalty":
+        advantage = np.where(overlong & real, np.float32(rules.overlong_penalty), advantage)
         counted = counted | (overlong & real)
-    return Assigned(advantage, counted, (advantage != 0).any((1, 2)))
+    return SegmentAdvantages(advantage, counted, (advantage != 0).any((1, 2)))
 
 
 def to_tokens(
@@ -215,9 +215,9 @@ def _above_lowest(score, valid):
 
 def _segments(score_PGN, valid_PGN, count_PG):
     """(score with 0 where there is none, valid within the count, last segment)."""
-    place = np.arange(np.shape(score_PGN)[-1])
-    valid = np.asarray(valid_PGN, bool) & (place < np.asarray(count_PG)[..., None])
-    return np.where(valid, np.asarray(score_PGN, np.float64), 0.0), valid, place == np.asarray(count_PG)[..., None] - 1
+    index = np.arange(np.shape(score_PGN)[-1])
+    valid = np.asarray(valid_PGN, bool) & (index < np.asarray(count_PG)[..., None])
+    return np.where(valid, np.asarray(score_PGN, np.float64), 0.0), valid, index == np.asarray(count_PG)[..., None] - 1
 
 
 def _final(x_PGN, count_PG):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float32
 
@@ -197,3 +198,22 @@ def _reduce(summaries, tokens):
     count = jnp.maximum(tokens, 1).astype(jnp.float32)
     means = {name: x if name == "loss/policy" else x / count for name, x in sums.items()}
     return means | maxima | {"update/tokens": tokens.astype(jnp.float32)}
+
+
+def over_updates(updates: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """One row from a step's updates: means, but maxima of maxima and sums of counts; null if all were skipped."""
+    joined = {}
+    for name in updates[0]:
+        values = [float(update[name]) for update in updates]
+        # What is not finite in a skipped update was counted there; anywhere else it ends the run.
+        values = [v for v, update in zip(values, updates) if np.isfinite(v) or not update["update/skipped"]]
+        if not values:
+            joined[name] = None
+            continue
+        if name.endswith("_max"):
+            joined[name] = max(values)
+        elif name in ("update/skipped", "update/tokens"):
+            joined[name] = sum(values)
+        else:
+            joined[name] = sum(values) / len(values)
+    return joined

@@ -17,9 +17,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jaxtyping import Array, Float, Int
 
+from exprl_jax.architecture import Architecture
 from exprl_jax.mesh import MODEL, ONE_DEVICE, Placement
 from exprl_jax.model.cache import KV
-from exprl_jax.model.config import Architecture
 
 # Scores (query × key × head × row; one head of the mask is all that cuDNN needs) that exist at once on a device, in
 # forward and backward; queries are cut to fit.

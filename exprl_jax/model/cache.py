@@ -12,7 +12,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from exprl_jax.model.config import Architecture, Execution
+from exprl_jax.architecture import Architecture
+from exprl_jax.config import Execution
 
 
 @flax.struct.dataclass

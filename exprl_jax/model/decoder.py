@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from exprl_jax.architecture import Architecture
+from exprl_jax.config import Execution
 from exprl_jax.mesh import ONE_DEVICE, Placement
 from exprl_jax.model import attention, paged
 from exprl_jax.model.cache import KV, empty_cache, empty_context, row_to_context
-from exprl_jax.model.config import Architecture, Execution
 from exprl_jax.records import Context, Packed, Prefix, Rows
 
 Params = dict[str, Any]

@@ -20,8 +20,9 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
 from jaxtyping import Array, Float, Int
 
+from exprl_jax.architecture import Architecture
+from exprl_jax.config import Execution
 from exprl_jax.mesh import Placement
-from exprl_jax.model.config import Architecture, Execution
 from exprl_jax.records import Prefix
 
 PAGE = 128

@@ -26,7 +26,7 @@ import numpy as np
 from exprl_jax import config
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.tokenizer import Message
-from exprl_jax.mesh import sum_over_processes
+from exprl_jax.hosts import sum_over_processes
 from exprl_jax.reward.judge import Judgements, Query, needed_reference
 from exprl_jax.reward.judge_prompts import Unit, judge_messages, normalise, parse_score
 from exprl_jax.reward.verifiers.open_ended import parse_verdict, verify_messages

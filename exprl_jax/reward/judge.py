@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
-from exprl_jax import config
+from exprl_jax import config as schema
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.tokenizer import SplitPrompt, Tokenizer
-from exprl_jax.mesh import fetch_rows, largest_over_processes, put_rows
+from exprl_jax.hosts import fetch_rows, largest_over_processes, put_rows
 from exprl_jax.model.decoder import Params
-from exprl_jax.programs import JudgePrograms
 from exprl_jax.records import Draw, Rows
 from exprl_jax.reward.judge_prompts import CONTINUATION, Unit, judge_messages, normalise, parse_score
 from exprl_jax.reward.verifiers import open_ended
 from exprl_jax.reward.verifiers.open_ended import parse_verdict, verdict_from_digits, verify_messages
 from exprl_jax.reward.verifiers.verdict import Verdict
-from exprl_jax.rollout.waves import pad_contexts
+from exprl_jax.rollout.call import pad_contexts
 
 # Stands for the trace in a prompt; nobody can guess it, so no problem contains it.
 _MARKER = f"trace{secrets.token_hex(16)}"
@@ -58,6 +57,11 @@ class Judgements(NamedTuple):
     text: Mapping[tuple[int, int, int], str]
     tokens: int
 
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays by name."""
+        return {name: getattr(self, name) for name in ("score_PGN", "valid_PGN", "asked_PGN", "cut_PGN")}
+
 
 class _Answer(NamedTuple):
     """The judge's answer about one text: what it wrote (`text`), or the digits' probabilities (`logits`)."""
@@ -87,22 +91,22 @@ class JudgePrompts:
         return [prompts[problem] for prompts in (self.score, self.verify) if problem in prompts]
 
 
-def score_prompt(how: config.Judge, tokenizer: Tokenizer, problem: Problem, unit: Unit) -> SplitPrompt:
+def score_prompt(judge_config: schema.Judge, tokenizer: Tokenizer, problem: Problem, unit: Unit) -> SplitPrompt:
     """The judge's prompt for a problem, with a hole for the trace.
 
     Raises:
       ValueError: the problem has no reference.
     """
     messages = judge_messages(
-        problem.problem, problem.choices, needed_reference(problem), problem.domain, unit, how.readout, _MARKER
+        problem.problem, problem.choices, needed_reference(problem), problem.domain, unit, judge_config.readout, _MARKER
     )
-    return tokenizer.render_split(messages, _MARKER, CONTINUATION[how.readout])
+    return tokenizer.render_split(messages, _MARKER, CONTINUATION[judge_config.readout])
 
 
-def verify_prompt(how: config.Judge, tokenizer: Tokenizer, problem: Problem) -> SplitPrompt:
+def verify_prompt(judge_config: schema.Judge, tokenizer: Tokenizer, problem: Problem) -> SplitPrompt:
     """The judge's prompt for saying whether a response's answer is the problem's, with a hole for the response."""
-    messages = verify_messages(problem.problem, problem.answer, how.readout, _MARKER)
-    return tokenizer.render_split(messages, _MARKER, open_ended.CONTINUATION[how.readout])
+    messages = verify_messages(problem.problem, problem.answer, judge_config.readout, _MARKER)
+    return tokenizer.render_split(messages, _MARKER, open_ended.CONTINUATION[judge_config.readout])
 
 
 def needed_reference(problem: Problem) -> str:
@@ -126,7 +130,7 @@ class Judge:
       group: queries of one problem scored together (J).
     """
 
-    how: config.Judge
+    config: schema.Judge
     tokenizer: Tokenizer
     params: Params
     programs: JudgePrograms
@@ -158,7 +162,7 @@ class Judge:
             query = queries[answer.problem][answer.query]
             at = answer.problem, query.g, query.n
             tokens, cut[at] = tokens + answer.tokens, answer.cut
-            if self.how.readout == "logits":
+            if self.config.readout == "logits":
                 score[at], valid[at] = normalise(self._likert(answer.probability_5)), True
                 continue
             text[at] = answer.text
@@ -176,12 +180,12 @@ class Judge:
         prompts = _prompts_of(self.prompts.verify, problems, responses)
         verdicts = [[Verdict.missing] * len(of_problem) for of_problem in responses]
         for answer in self._ask(prompts, responses):
-            said = (
+            verdict = (
                 verdict_from_digits(answer.probability_5)
-                if self.how.readout == "logits"
+                if self.config.readout == "logits"
                 else parse_verdict(answer.text)
             )
-            verdicts[answer.problem][answer.query] = said
+            verdicts[answer.problem][answer.query] = verdict
         return verdicts
 
     def report(self) -> dict[str, float]:
@@ -203,27 +207,27 @@ class Judge:
         for call in range(calls):
             batch = [of_problem[call * self.group : (call + 1) * self.group] for of_problem in waiting]
             rows = self._rows(batch)
-            if self.how.readout == "logits":
+            if self.config.readout == "logits":
                 probability_PJ5 = fetch_rows(self.programs.judge(self.params, prefix, rows))
                 for i, of_problem in enumerate(batch):
-                    for place, (j, tail) in enumerate(of_problem):
-                        yield _Answer(i, j, "", probability_PJ5[i, place], False, len(tail))
+                    for row, (j, tail) in enumerate(of_problem):
+                        yield _Answer(i, j, "", probability_PJ5[i, row], False, len(tail))
                 continue
             answers = fetch_rows(self.programs.judge(self.params, prefix, rows, self._greedy(batch)))
             for i, of_problem in enumerate(batch):
-                for place, (j, tail) in enumerate(of_problem):
-                    written = answers.mask_PGR[i, place]
-                    text = self.tokenizer.decode(answers.tokens_PGR[i, place][written].tolist())
-                    ended = bool(answers.ended_PG[i, place])
+                for row, (j, tail) in enumerate(of_problem):
+                    written = answers.mask_PGR[i, row]
+                    text = self.tokenizer.decode(answers.tokens_PGR[i, row][written].tolist())
+                    ended = bool(answers.ended_PG[i, row])
                     yield _Answer(i, j, text, np.zeros(0), not ended, len(tail) + int(written.sum()))
 
     def _rows(self, batch: Sequence[Sequence[tuple[int, list[int]]]]) -> Rows:
         tokens = np.full((len(batch), self.group, self.row_width), self.tokenizer.pad_id, np.int32)
         start = np.full((len(batch), self.group), self.row_width - 1, np.int32)
         for i, of_problem in enumerate(batch):
-            for place, (_, tail) in enumerate(of_problem):
-                start[i, place] = self.row_width - len(tail)
-                tokens[i, place, start[i, place] :] = tail
+            for row, (_, tail) in enumerate(of_problem):
+                start[i, row] = self.row_width - len(tail)
+                tokens[i, row, start[i, row] :] = tail
         return put_rows(self.mesh, Rows(tokens, start), self.problems)
 
     def _greedy(self, batch: Sequence[Sequence[Any]]) -> Draw:
@@ -236,7 +240,7 @@ class Judge:
 
     def _likert(self, probability_5: np.ndarray) -> float:
         digits = np.arange(1, 6)
-        if self.how.logits_value == "argmax":
+        if self.config.logits_value == "argmax":
             return digits[probability_5.argmax()]
         return probability_5.astype(np.float64) @ digits
 
@@ -276,3 +280,16 @@ def _prompts_of(
 ) -> list[SplitPrompt]:
     """The prompt of each problem; an empty one where nothing is asked, for there may be none."""
     return [prompts[p.id] if of_problem else _NOTHING for p, of_problem in zip(problems, asked, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgePrograms:
+    """What a judge model is asked with.  P is a wave's problems.
+
+    Attributes:
+      prefill: judge params, Context → Prefix.
+      judge: judge params, Prefix, Rows → probabilities [P, J, 5] (`logits`); with a Draw more → Rollouts (`text`).
+    """
+
+    prefill: Callable
+    judge: Callable

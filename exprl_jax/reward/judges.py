@@ -8,22 +8,21 @@ from collections.abc import Callable, Sequence
 from jax.sharding import Mesh
 
 from exprl_jax import config
+from exprl_jax.architecture import Architecture
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.tokenizer import Tokenizer
-from exprl_jax.model.config import Architecture
 from exprl_jax.model.decoder import Params
-from exprl_jax.model.language_model import LanguageModel, open_model
-from exprl_jax.programs import build_judge
 from exprl_jax.reward.endpoint import ChatClient, EndpointJudge, judge_prompt
-from exprl_jax.reward.judge import Judge, JudgePrompts, NoJudge, score_prompt, verify_prompt
+from exprl_jax.reward.judge import Judge, JudgePrograms, JudgePrompts, NoJudge, score_prompt, verify_prompt
 from exprl_jax.reward.judge_prompts import DIGITS, Unit, digit_token_ids
 from exprl_jax.reward.verifiers import open_ended
-from exprl_jax.rollout.waves import padded_width
+from exprl_jax.rollout.call import padded_width
+from exprl_jax.weights.language_model import LanguageModel, open_model
 
 AnyJudge = Judge | EndpointJudge | NoJudge
 
 
-class Opening:
+class JudgeBuilder:
     """A judge whose prompts are made and whose parameters are not loaded.
 
     Attributes:
@@ -33,7 +32,7 @@ class Opening:
 
     def __init__(
         self,
-        how: config.Judge,
+        judge_config: config.Judge,
         *,
         scored: Sequence[Problem],
         verified: Sequence[Problem],
@@ -49,19 +48,19 @@ class Opening:
         Raises:
           ValueError: a problem to score has no reference, or the model cannot be opened or has too short a context.
         """
-        self._how, self._scored, self._unit = how, scored, unit
+        self._config, self._scored, self._unit = judge_config, scored, unit
         self._asked = {p.id for p in (*scored, *verified)}
-        self.local = bool(self._asked) and how.backend == "local"
+        self.local = bool(self._asked) and judge_config.backend == "local"
         self._prompts = JudgePrompts({}, {})
         if self.local:
-            self._model = open_model(how.model)
-            check_judge_lengths(how, self._model.arch)
+            self._model = open_model(judge_config.model)
+            check_judge_lengths(judge_config, self._model.arch)
             tokenizer = self._model.tokenizer
-            if verified and how.readout == "logits":
+            if verified and judge_config.readout == "logits":
                 _check_digits(tokenizer)
             self._prompts = JudgePrompts(
-                {p.id: score_prompt(how, tokenizer, p, unit(p)) for p in scored},
-                {p.id: verify_prompt(how, tokenizer, p) for p in verified},
+                {p.id: score_prompt(judge_config, tokenizer, p, unit(p)) for p in scored},
+                {p.id: verify_prompt(judge_config, tokenizer, p) for p in verified},
             )
 
     def lengths(self, problems: Sequence[Problem]) -> dict[str, int]:
@@ -71,8 +70,9 @@ class Opening:
     def open(
         self,
         mesh: Mesh,
-        held: contextlib.ExitStack,
+        stack: contextlib.ExitStack,
         load: Callable[[LanguageModel], Params],
+        build: Callable[[config.Judge, Mesh, LanguageModel], JudgePrograms],
         problems: Sequence[Problem],
         *,
         wave: int,
@@ -81,30 +81,33 @@ class Opening:
         """The judge.
 
         Args:
-          held: closes what it holds open.
+          stack: closes what it holds open.
           load: a model's parameters on the mesh.
+          build: the programs of a judge on the mesh (`programs.build_judge`).
           problems: those that are left, by which the widths are made.
           wave, group: problems of a call, and queries of one problem in it.
 
         Raises:
           ValueError: the endpoint's key is not there.
         """
-        how, kept = self._how, {p.id for p in problems}
+        judge_config, kept = self._config, {p.id for p in problems}
         if not kept & self._asked:
             return NoJudge(group)
         if not self.local:
             prompts = {p.id: judge_prompt(p, self._unit(p)) for p in self._scored if p.id in kept}
-            return EndpointJudge(held.enter_context(ChatClient(how.endpoint)), prompts, group, how.max_tokens)
+            return EndpointJudge(
+                stack.enter_context(ChatClient(judge_config.endpoint)), prompts, group, judge_config.max_tokens
+            )
         used = [prompt for p in problems for prompt in self._prompts.of(p.id)]
         return Judge(
-            how=how,
+            config=judge_config,
             tokenizer=self._model.tokenizer,
             params=load(self._model),
-            programs=build_judge(how, mesh, self._model),
+            programs=build(judge_config, mesh, self._model),
             mesh=mesh,
             prompts=self._prompts,
             context_width=padded_width(max(len(prompt.head) for prompt in used)),
-            row_width=padded_width(how.max_trace_tokens + max(len(prompt.suffix) for prompt in used)),
+            row_width=padded_width(judge_config.max_trace_tokens + max(len(prompt.suffix) for prompt in used)),
             problems=wave,
             group=group,
         )
@@ -112,23 +115,23 @@ class Opening:
 
 def _check_digits(tokenizer: Tokenizer) -> None:
     """Scores and verdicts are read from the same five tokens, each after its own continuation."""
-    begun = open_ended.CONTINUATION["logits"]
+    start = open_ended.CONTINUATION["logits"]
     ids = digit_token_ids(tokenizer)
-    if any(list(tokenizer.encode(f"{begun}{digit}"))[-1] != i for digit, i in zip(DIGITS, ids)):
+    if any(list(tokenizer.encode(f"{start}{digit}"))[-1] != i for digit, i in zip(DIGITS, ids)):
         raise ValueError(
-            f"tokenizer {tokenizer.name} encodes digits after {begun!r} in another way than after a score's beginning; set "
+            f"tokenizer {tokenizer.name} encodes digits after {start!r} in another way than after a score's beginning; set "
             "judge.readout to 'text' for this model"
         )
 
 
-def check_judge_lengths(how: config.Judge, arch: Architecture) -> None:
+def check_judge_lengths(judge_config: config.Judge, arch: Architecture) -> None:
     """Checks that prompt, trace and answer within their budgets are within a local judge's context length.
 
     Raises:
       ValueError: names the budgets to lower.
     """
-    answer = how.max_tokens if how.readout == "text" else 0
-    tokens = how.max_context_tokens + how.max_trace_tokens + answer
+    answer = judge_config.max_tokens if judge_config.readout == "text" else 0
+    tokens = judge_config.max_context_tokens + judge_config.max_trace_tokens + answer
     if tokens > arch.max_positions:
         raise ValueError(
             f"config.judge.max_context_tokens + max_trace_tokens + max_tokens: got {tokens} tokens, expected at most "

@@ -8,9 +8,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
+from exprl_jax.architecture import Architecture
+from exprl_jax.config import Execution
 from exprl_jax.mesh import DATA, ONE_DEVICE, Placement
 from exprl_jax.model import decoder
-from exprl_jax.model.config import Architecture, Execution
 from exprl_jax.records import Prefix, Rows
 
 

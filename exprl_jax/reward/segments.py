@@ -20,6 +20,9 @@ from typing import Literal
 
 import numpy as np
 
+from exprl_jax.config import Config, Segments
+from exprl_jax.reward.routes import ROUTES
+
 # Both are searched in b"\n" + text, so that one literal byte leads the pattern and the scan runs at memchr speed.
 _HEADING_OR_FENCE = re.compile(rb"\n {0,3}(?:###(?!#)|(`{3,})(?=[^`\n]*(?:\n|\Z))|(~{3,}))")
 _CLOSING_FENCE = re.compile(rb"\n {0,3}(`{3,}|~{3,})[ \t\r]*(?=\n|\Z)")
@@ -174,3 +177,28 @@ def _after_fence(lines: bytes, position: int, fence: bytes) -> int:
         if match[1][:1] == fence[:1] and len(match[1]) >= len(fence):
             return match.end()
     return len(lines)
+
+
+def segment_rule(config: Config) -> SegmentRule:
+    """The config's rule; one segment a rollout where only whole rollouts are scored."""
+    whole_only = not any(ROUTES[name].per_segment for name in config.routes.all)
+    return parse_rule(dataclasses.replace(config.segments, max_segments=1) if whole_only else config.segments)
+
+
+def parse_rule(segments: Segments) -> SegmentRule:
+    """The rule that a config's words stand for.
+
+    Raises:
+      ValueError: they stand for none.
+    """
+    kind, _, argument = segments.rule.partition(":")
+    limit = segments.max_segments
+    if kind == "stride":
+        if not argument.isdecimal():
+            raise ValueError(f"config.segments.rule: got {segments.rule!r}, expected stride:<tokens>")
+        return SegmentRule("stride", limit, stride=int(argument))
+    if kind == "regex":
+        return SegmentRule("regex", limit, pattern=argument)
+    if argument:
+        raise ValueError(f"config.segments.rule: got {segments.rule!r}; only stride: and regex: take an argument")
+    return SegmentRule(kind, limit)

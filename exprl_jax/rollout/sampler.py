@@ -8,9 +8,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from exprl_jax.architecture import Architecture
+from exprl_jax.config import Execution
 from exprl_jax.mesh import ONE_DEVICE, Placement
 from exprl_jax.model import decoder
-from exprl_jax.model.config import Architecture, Execution
 from exprl_jax.records import Array, Draw, Prefix, Rollouts, Rows
 from exprl_jax.rollout.sampling import draw_tokens, row_keys
 

@@ -415,8 +415,7 @@ def test_loading_without_torch_says_nothing():
 
 
 @pytest.mark.parametrize(
-    ("messages", "match"),
-    [([], "empty chat"), ([Message("tool", "x")], "role"), ([Message("user", "")], None)],
+    ("messages", "match"), [([], "empty chat"), ([Message("tool", "x")], "role"), ([Message("user", "")], None)]
 )
 def test_render_refuses_what_it_cannot_render(load, messages, match):
     ours, _ = load("chatml")

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from stub_endpoint import Answer, StubEndpoint
 from tiny_runs import ROOT, config_dict, read_jsonl
 
-from exprl_jax.config import resolve
 from exprl_jax.evaluation.annotate import annotate
 from exprl_jax.evaluation.behaviour import (
     ARCHETYPES,
@@ -27,6 +26,7 @@ from exprl_jax.evaluation.behaviour import (
 )
 from exprl_jax.evaluation.fixed_rollouts import Ledger
 from exprl_jax.evaluation.pass_at_k import bootstrap
+from exprl_jax.resolve import resolve
 
 GOOD = dict.fromkeys(FIELDS, 0) | {"verification": 1, "self_correction": 7}
 

@@ -18,10 +18,10 @@ from sklearn.metrics import cohen_kappa_score, confusion_matrix, roc_auc_score
 from stub_endpoint import Answer, StubEndpoint
 from tiny_runs import ROOT, config_dict, read_jsonl
 
-from exprl_jax.config import resolve
 from exprl_jax.data.problems import Problem
 from exprl_jax.evaluation import calibrate as calibrate_room
-from exprl_jax.evaluation.calibrate import calibrate, says_something, wrong_references
+from exprl_jax.evaluation.asking import says_something
+from exprl_jax.evaluation.calibrate import calibrate, wrong_references
 from exprl_jax.evaluation.calibration import (
     agreement,
     auroc,
@@ -35,6 +35,7 @@ from exprl_jax.evaluation.calibration import (
 )
 from exprl_jax.evaluation.calibration_tables import calibration_lines, prefix_pairs, repeated_scores
 from exprl_jax.evaluation.fixed_rollouts import Ledger, Rollout, read_rollouts
+from exprl_jax.resolve import resolve
 from exprl_jax.reward.judge_prompts import (
     CONTINUATION,
     blind_messages,

@@ -13,12 +13,12 @@ import time
 import pytest
 from tiny_runs import ROOT, config_dict, environment, tiny
 
-from exprl_jax.config import resolve, to_dict
 from exprl_jax.evaluation import evaluate as room
 from exprl_jax.evaluation.tables import read_results
-from exprl_jax.model.language_model import pin_checkpoints
 from exprl_jax.report import main as report
+from exprl_jax.resolve import resolve, to_dict
 from exprl_jax.train import train
+from exprl_jax.weights.language_model import pin_checkpoints
 
 SMALL = {
     "data.source": str(ROOT / "configs/data/mixed.jsonl"),

@@ -13,10 +13,10 @@ import pytest
 from tiny_runs import run, tiny
 
 from exprl_jax import report
-from exprl_jax.config import to_dict
 from exprl_jax.evaluation.pass_at_k import Summary
 from exprl_jax.evaluation.report_page import read_workdirs, render
 from exprl_jax.evaluation.tables import Run, write_results
+from exprl_jax.resolve import to_dict
 from exprl_jax.reward import statistics
 
 CONFIG = to_dict(tiny("process"))

@@ -30,7 +30,7 @@ def how(estimator="delta_norm", **changes):
 def assigned(packed, overlong_PG, process_P, how):
     """`assign` where every problem has the same route, or each its own."""
     process_P = np.broadcast_to(process_P, len(packed[0]))
-    return advantages.assign(*packed, overlong_PG, process_P, how)
+    return advantages.assign_advantages(*packed, overlong_PG, process_P, how)
 
 
 def pack(groups):

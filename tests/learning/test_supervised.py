@@ -11,14 +11,15 @@ import transformers
 
 from exprl_jax import config, programs
 from exprl_jax.data.packing import Example, assign_rows, fill_rows
+from exprl_jax.hosts import put_microbatches
 from exprl_jax.learning.supervised import METRICS, sft_step
 from exprl_jax.learning.update import learning_rate, make_optimizer
-from exprl_jax.mesh import make_mesh, put_microbatches, replicated
-from exprl_jax.model import weights
+from exprl_jax.mesh import make_mesh, replicated
 from exprl_jax.model.decoder import abstract_params
-from exprl_jax.model.language_model import LanguageModel
-from exprl_jax.model.sources import resolve_model
 from exprl_jax.records import Lesson, TrainState
+from exprl_jax.weights import folder as weights
+from exprl_jax.weights.language_model import LanguageModel
+from exprl_jax.weights.sources import resolve_model
 from tests.oracles import learning_numpy as oracle
 from tests.oracles import torch_models
 from tests.oracles.tiny_decoder import QWEN3, execution, random_params

@@ -11,13 +11,14 @@ from jax.sharding import Mesh
 
 from exprl_jax import config, programs
 from exprl_jax.data.packing import Example, assign_rows, fill_rows
+from exprl_jax.hosts import put_microbatches
 from exprl_jax.learning import advantages
 from exprl_jax.learning.logprobs import token_logprobs
 from exprl_jax.learning.losses import normaliser
 from exprl_jax.learning.update import METRICS, make_optimizer, train_step
-from exprl_jax.mesh import DATA, MODEL, ONE_DEVICE, Placement, put_microbatches, replicated
-from exprl_jax.model.language_model import LanguageModel
+from exprl_jax.mesh import DATA, MODEL, ONE_DEVICE, Placement, replicated
 from exprl_jax.records import Experience, TrainState
+from exprl_jax.weights.language_model import LanguageModel
 from tests.oracles import learning_numpy as oracle
 from tests.oracles.tiny_decoder import QWEN3, execution, random_params
 

@@ -14,12 +14,14 @@ from configs import tiny
 from exprl_jax import config, mesh, programs
 from exprl_jax.config import Lora
 from exprl_jax.data.tokenizer import load_tokenizer
-from exprl_jax.model import hf_layout, weights
 from exprl_jax.model.decoder import LORA_A, LORA_B, abstract_params, forward_logits, packed_hidden_states
-from exprl_jax.model.language_model import LanguageModel
-from exprl_jax.model.lora import abstract_adapters, adapt, attached, fetch_merged, init_adapters, save_adapters
-from exprl_jax.model.sources import resolve_model
+from exprl_jax.model.lora import abstract_adapters, adapt, attached, init_adapters
 from exprl_jax.records import Context, Draw, Packed, Rows
+from exprl_jax.weights import folder as weights
+from exprl_jax.weights import hf_layout
+from exprl_jax.weights.adapters import fetch_merged, save_adapters
+from exprl_jax.weights.language_model import LanguageModel
+from exprl_jax.weights.sources import resolve_model
 from tests.oracles import torch_models
 from tests.oracles.tiny_decoder import QWEN3, architecture, execution, random_params, stack_layers
 

@@ -11,11 +11,12 @@ import torch
 from exprl_jax import config, mesh
 from exprl_jax.data.packing import Example, fill_rows
 from exprl_jax.mesh import ONE_DEVICE, Placement
-from exprl_jax.model import attention, weights
+from exprl_jax.model import attention
 from exprl_jax.model.cache import empty_context
 from exprl_jax.model.decoder import abstract_params, hidden_states, logits, packed_hidden_states, unembedding
-from exprl_jax.model.sources import resolve_model
 from exprl_jax.records import Packed, Prefix, Rows
+from exprl_jax.weights import folder as weights
+from exprl_jax.weights.sources import resolve_model
 from tests.oracles import torch_models
 from tests.oracles.tiny_decoder import QWEN3, TpuWay, architecture, execution, random_params
 

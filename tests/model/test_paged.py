@@ -17,14 +17,7 @@ from exprl_jax.mesh import ONE_DEVICE, Placement
 from exprl_jax.model import paged
 from exprl_jax.model.attention import attend
 from exprl_jax.model.cache import KV
-from exprl_jax.model.decoder import (
-    continue_rows,
-    hidden_states,
-    logits,
-    open_cache,
-    prefill,
-    unembedding,
-)
+from exprl_jax.model.decoder import continue_rows, hidden_states, logits, open_cache, prefill, unembedding
 from exprl_jax.records import Context, Prefix, Rows
 from tests.oracles import pages_numpy
 from tests.oracles.tiny_decoder import QWEN3, TpuWay, execution, random_params

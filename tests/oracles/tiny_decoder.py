@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from exprl_jax.architecture import Architecture
+from exprl_jax.config import Execution
 from exprl_jax.mesh import Placement
-from exprl_jax.model.config import Architecture, Execution
 from exprl_jax.model.decoder import abstract_params
 
 FAMILIES = ("llama", "qwen2", "qwen3")

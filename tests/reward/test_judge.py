@@ -10,14 +10,14 @@ from configs import tiny
 from exprl_jax import config, programs
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.tokenizer import load_tokenizer
-from exprl_jax.mesh import put_rows
+from exprl_jax.hosts import put_rows
 from exprl_jax.model.decoder import forward_logits
-from exprl_jax.model.language_model import LanguageModel
 from exprl_jax.records import Rollouts
 from exprl_jax.reward.judge import Judge, JudgePrompts, NoJudge, Query, score_prompt, verify_prompt
 from exprl_jax.reward.judge_prompts import digit_token_ids
 from exprl_jax.reward.verifiers.verdict import Verdict
-from exprl_jax.rollout.waves import pad_contexts
+from exprl_jax.rollout.call import pad_contexts
+from exprl_jax.weights.language_model import LanguageModel
 from tests.oracles.tiny_decoder import QWEN3, execution, random_params
 
 GROUP, SEGMENTS, TRACE, ANSWER = 2, 3, 24, 12
@@ -57,7 +57,7 @@ def judging(**changes):
 def built():
     """The judge's programs by read-out, on two devices, compiled once for all tests here."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]).reshape(2, 1), ("data", "model"))
-    model = LanguageModel(how=judging().model, arch=ARCH, tokenizer=TOKENIZER, source=None)
+    model = LanguageModel(config=judging().model, arch=ARCH, tokenizer=TOKENIZER, source=None)
     return mesh, {
         readout: programs.build_judge(judging(readout=readout), mesh, model) for readout in ("logits", "text")
     }
@@ -70,7 +70,7 @@ def make_judge(built, how, unit="prefix", **replaced):
         verify={problem.id: verify_prompt(how, TOKENIZER, problem) for problem in PROBLEMS},
     )
     return Judge(
-        how=how,
+        config=how,
         tokenizer=TOKENIZER,
         params=PARAMS,
         programs=dataclasses.replace(of_readout[how.readout], **replaced),

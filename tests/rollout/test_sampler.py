@@ -13,10 +13,10 @@ from exprl_jax import config, mesh, programs
 from exprl_jax.mesh import ONE_DEVICE, Placement
 from exprl_jax.model import paged
 from exprl_jax.model.decoder import forward_logits, prefill
-from exprl_jax.model.language_model import LanguageModel
 from exprl_jax.records import Context, Draw, Packed, Rows
 from exprl_jax.rollout import sampler
 from exprl_jax.rollout.sampler import sample
+from exprl_jax.weights.language_model import LanguageModel
 from tests.oracles import pages_numpy
 from tests.oracles.tiny_decoder import QWEN3, TpuWay, execution, random_params
 

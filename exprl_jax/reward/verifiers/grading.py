@@ -7,12 +7,15 @@ judge model, so it is not graded here but by the judge's `verify`, on the mesh o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Collection, Sequence
+from typing import Any
 
 from exprl_jax import config
 from exprl_jax.data.problems import Kind, Problem
+from exprl_jax.hosts import processes_here, say
 from exprl_jax.reward.verifiers.choice import correct_label, grade_choice
 from exprl_jax.reward.verifiers.code import CodeGrader, parse_tests
 from exprl_jax.reward.verifiers.math import Grading, MathGrader
@@ -130,3 +133,19 @@ def check_answers(problems: Sequence[Problem]) -> None:
                 parse_tests(problem.answer)
         except ValueError as error:
             raise ValueError(f"problem {problem.id!r}: {error}") from error
+
+
+def open_graders(grader: Any, code: Any, kinds: Sequence[Kind], grades: bool = True) -> Graders:
+    """The verifiers of these kinds; says what isolates the programs of rollouts, where there are any.
+
+    Every process must call this: those of a host share its `grader.workers`, and each has one at least.
+
+    Args:
+      grades: whether this process grades any rows.
+    """
+    sharing = processes_here(grades)
+    workers = max(1, grader.workers // sharing) if grades else 1
+    graders = Graders(dataclasses.replace(grader, workers=workers), code, kinds)
+    if graders.isolation:
+        say(graders.isolation)
+    return graders

@@ -1,0 +1,90 @@
+"""The problems that a run trains on: read, checked against what is held out, put to the policy, and within budget."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jax.experimental import multihost_utils
+
+from exprl_jax.config import Data
+from exprl_jax.data.problems import Kind, Problem, check_held_out, drop_overlong, read_problems
+from exprl_jax.data.prompts import PromptStyle, policy_prompt, worked_examples
+from exprl_jax.data.tokenizer import Tokenizer
+from exprl_jax.hosts import say
+
+
+def read_training_problems(data: Data, references: bool) -> list[Problem]:
+    """The problems, with references only where something is to be learned from them.
+
+    Raises:
+      ValueError: nothing there, or a problem that is held out.
+    """
+    problems = read_problems(data.source, split=data.split, references=references)
+    if data.held_out and not data.allow_held_out:
+        check_held_out(problems, read_problems(data.held_out, split="test", references=False))
+    return problems
+
+
+def kinds_of(problems: Sequence[Problem]) -> list[Kind]:
+    """The kinds among them, in a fixed order."""
+    return sorted({problem.kind for problem in problems})
+
+
+def policy_prompts(config: Any, tokenizer: Tokenizer, problems: Sequence[Problem]) -> dict[str, list[int]]:
+    """The bare prompt of each problem, by its id (D11)."""
+    examples = read_problems(config.data.worked_examples) if config.data.worked_examples else []
+    style = PromptStyle(examples=worked_examples(examples))
+    return {p.id: policy_prompt(tokenizer, p.question, style) for p in problems}
+
+
+def within_budget(key: str, limit: int, problems: Sequence[Problem], lengths: Mapping[str, int]) -> list[Problem]:
+    """The problems within a budget; says how many are not.
+
+    Raises:
+      ValueError: none is left.
+    """
+    try:
+        kept, dropped = drop_overlong(problems, [lengths[p.id] for p in problems], limit)
+    except ValueError as error:
+        raise ValueError(f"config.{key}: {error}") from error
+    say(f"{len(kept)} problems; dropped {dropped} over config.{key} = {limit}")
+    return kept
+
+
+def fingerprint(problems: Sequence[Problem]) -> str:
+    """Of the problems and their order in the source: what a position in the data refers to."""
+    texts = "\0".join(f"{p.id}\0{p.problem}\0{p.choices}\0{p.reference}\0{p.answer}" for p in problems)
+    return hashlib.blake2b(texts.encode(), digest_size=16).hexdigest()
+
+
+def check_position(position: Mapping[str, Any], problems: Sequence[Problem]) -> None:
+    """Refuses to go on in other data than a checkpoint was made with.
+
+    Raises:
+      ValueError: the problems have changed.
+    """
+    if position["problems"] != fingerprint(problems):
+        raise ValueError(
+            f"config.data.source: its problems are not those of the run's first {position['next_batch']} steps; restore "
+            "the data, or choose another --workdir"
+        )
+
+
+def check_same_problems(problems: Sequence[Problem]) -> None:
+    """Refuses to start where processes have read different problems: each would sample and grade rows of its own data.
+
+    Every process must call this.
+
+    Raises:
+      ValueError: in every process; names those that differ from process 0.
+    """
+    mine = np.frombuffer(bytes.fromhex(fingerprint(problems)), np.uint8)
+    theirs = np.atleast_2d(multihost_utils.process_allgather(mine))
+    if other := np.flatnonzero((theirs != theirs[0]).any(-1)).tolist():
+        raise ValueError(
+            f"config.data.source: processes {', '.join(map(str, other))} have read other problems than process 0; give all "
+            "hosts the same files"
+        )

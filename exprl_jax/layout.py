@@ -1,0 +1,51 @@
+"""What only devices and models can check of a config: whole parts for every device, and room in the context."""
+
+from __future__ import annotations
+
+from exprl_jax.architecture import Architecture
+from exprl_jax.config import Config, Evaluate, Sft
+
+
+def check_layout(config: Config | Sft | Evaluate, shards: int) -> None:
+    """Checks that every device gets a whole part of every wave and of every microbatch.
+
+    Args:
+      shards: devices along the mesh's `data` axis.
+
+    Raises:
+      ValueError: names the key to change.
+    """
+    if isinstance(config, Sft):
+        sizes = {"microbatch": config.microbatch}
+    elif isinstance(config, Evaluate):
+        sizes = {"sampling.wave": config.sampling.wave}
+    else:
+        sizes = {"rollout.wave": config.rollout.wave, "updates.microbatch": config.updates.microbatch}
+    for key, size in sizes.items():
+        if size % shards:
+            part = "problem of every wave" if key.endswith("wave") else "row of every microbatch"
+            raise ValueError(
+                f"config.{key}: got {size}, expected a multiple of mesh.data = {shards}, so that every device has a {part}"
+            )
+
+
+def check_lengths(config: Config, policy: Architecture) -> None:
+    """Checks that prompt and response within their budgets are within the policy's context length.
+
+    Raises:
+      ValueError: names the budgets to lower.
+    """
+    tokens = config.data.max_prompt_tokens + config.rollout.max_tokens
+    if tokens > policy.max_positions:
+        raise ValueError(
+            f"config.data.max_prompt_tokens + rollout.max_tokens: got {tokens} tokens, expected at most "
+            f"{policy.max_positions}, the policy's context length"
+        )
+
+
+def packed_shape(config: Config | Sft) -> tuple[int, int, int]:
+    """[M, B, T] of an update's arrays: a row for every sequence would be enough."""
+    if isinstance(config, Sft):
+        return -(-config.batch // config.microbatch), config.microbatch, config.row_tokens
+    rows = config.rollout.prompts // config.updates.per_batch * config.rollout.group
+    return -(-rows // config.updates.microbatch), config.updates.microbatch, config.updates.row_tokens

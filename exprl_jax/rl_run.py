@@ -1,0 +1,187 @@
+"""What a run on the policy's own rollouts opens before its first step: models, data, judge, verifiers and programs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from exprl_jax import programs as programs_room
+from exprl_jax.config import Config, Model
+from exprl_jax.data.problems import Kind, Problem
+from exprl_jax.data.training import kinds_of, policy_prompts, read_training_problems, within_budget
+from exprl_jax.hosts import owned_problems, say
+from exprl_jax.layout import check_layout, check_lengths
+from exprl_jax.mesh import DATA, make_mesh
+from exprl_jax.model import decoder
+from exprl_jax.model.lora import adapt
+from exprl_jax.records import TrainState
+from exprl_jax.reward.judges import AnyJudge, JudgeBuilder
+from exprl_jax.reward.routes import ROUTES, RewardRoute
+from exprl_jax.reward.segments import Splitter, segment_rule
+from exprl_jax.reward.verifiers.grading import Graders, check_answers, open_graders
+from exprl_jax.rollout.call import Prompts, Sampler, make_prompts
+from exprl_jax.run.loop import Task
+from exprl_jax.weights.adapters import export_policy
+from exprl_jax.weights.language_model import LanguageModel, load_params, open_model, save_description
+
+
+@dataclasses.dataclass(frozen=True)
+class RLRun:
+    """What stays the same through a run.
+
+    Attributes:
+      problems: those whose prompts are within budget.
+      kinds: of the problems, in a fixed order.
+      frozen: parameters that never change, by the model they are of; equal models share one entry.
+    """
+
+    config: Config
+    mesh: Mesh
+    policy: LanguageModel
+    judge: AnyJudge
+    graders: Graders
+    sampler: Sampler
+    programs: programs_room.Programs
+    problems: Sequence[Problem]
+    kinds: Sequence[Kind]
+    prompts: Prompts
+    splitter: Splitter
+    frozen: Mapping[Model, decoder.Params]
+
+    @property
+    def base(self) -> Any:
+        """What the policy's adapters stand on; nothing where it has none."""
+        return self.frozen[self.config.policy] if self.config.lora.rank else ()
+
+    def model(self, state: TrainState) -> Any:
+        """The policy as it stands."""
+        return adapt(self.config.lora, self.base, state.params)
+
+    def route(self, problem: Problem) -> RewardRoute:
+        """What scores the problem's rollouts."""
+        return route_of(self.config, problem)
+
+
+def route_of(config: Config, problem: Problem) -> RewardRoute:
+    """What scores the problem's rollouts."""
+    return ROUTES[config.routes.of(problem.kind)]
+
+
+def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
+    """Opens models and data, and checks that they fit the config and one another.
+
+    Args:
+      stack: closes what stays open through the run.
+
+    Raises:
+      ValueError: anything about config, data or models that cannot work, in one line.
+    """
+    mesh = make_mesh(config.mesh)
+    check_layout(config, mesh.shape[DATA])
+    rule = segment_rule(config)
+    policy = open_model(config.policy)
+    problems = read_training_problems(config.data, config.reads_references)
+    check_answers(problems)
+    kinds = kinds_of(problems)
+    builder = _judge_builder(config, problems)
+    programs = programs_room.build(config, mesh, policy)
+    check_lengths(config, policy.arch)
+    ids = policy_prompts(config, policy.tokenizer, problems)
+    lengths = {name: len(prompt) for name, prompt in ids.items()}
+    problems = within_budget("data.max_prompt_tokens", config.data.max_prompt_tokens, problems, lengths)
+    lengths = builder.lengths(problems)
+    problems = within_budget("judge.max_context_tokens", config.judge.max_context_tokens, problems, lengths)
+    if len(problems) < config.rollout.prompts:
+        raise ValueError(
+            f"config.rollout.prompts: got {config.rollout.prompts}, expected at most {len(problems)}, the problems that "
+            "are left"
+        )
+    # In one order on every process: loading may run programs over the whole mesh.
+    frozen = _load_frozen(config, mesh, policy)
+
+    def load_judge(model: LanguageModel) -> decoder.Params:
+        say(f"judge {model.config.weights}")
+        if model.config not in frozen:
+            frozen[model.config] = load_params(model, mesh, config.seed)
+        return frozen[model.config]
+
+    rollout = config.rollout
+    judge = builder.open(
+        mesh, stack, load_judge, programs_room.build_judge, problems, wave=rollout.wave, group=rollout.group
+    )
+    grades = bool(owned_problems(mesh, rollout.wave).any())
+    return RLRun(
+        config=config,
+        mesh=mesh,
+        policy=policy,
+        judge=judge,
+        graders=stack.enter_context(open_graders(config.grader, config.code, kinds, grades)),
+        sampler=programs_room.build_sampler(policy, mesh, max_tokens=rollout.max_tokens, wave=rollout.wave),
+        programs=programs,
+        problems=problems,
+        kinds=kinds,
+        prompts=make_prompts({p.id: ids[p.id] for p in problems}),
+        splitter=Splitter(policy.tokenizer.token_bytes, rule),
+        frozen=frozen,
+    )
+
+
+def _judge_builder(config: Config, problems: Sequence[Problem]) -> JudgeBuilder:
+    """The judge of the routes that want one, and of open-ended answers; self-distillation has no rewards."""
+    rewarded = problems if config.task == "rl" else []
+    return JudgeBuilder(
+        config.judge,
+        scored=[p for p in rewarded if route_of(config, p).judged],
+        verified=[p for p in rewarded if p.kind == "science"],
+        unit=lambda p: config.judge.unit if route_of(config, p).per_segment else "outcome",
+    )
+
+
+def _load_frozen(config: Config, mesh: Mesh, policy: LanguageModel) -> dict[Model, decoder.Params]:
+    """The reference model and the base of adapters, where the run has them."""
+    frozen = {}
+    say(f"policy {config.policy.weights}")
+    if config.has_reference_model:
+        reference = open_model(config.reference)
+        if reference.arch != policy.arch or reference.execution != policy.execution:
+            raise ValueError(
+                "config.reference: expected the policy's architecture and execution; one program serves both"
+            )
+        frozen[config.reference] = load_params(reference, mesh, config.seed)
+        say(f"reference {config.reference.weights}")
+    if config.lora.rank and config.policy not in frozen:
+        frozen[config.policy] = load_params(policy, mesh, config.seed)
+    return frozen
+
+
+def task_of(run: RLRun, *, collect: Callable, learn: Callable) -> Task:
+    """The run as the loop sees it; `collect` and `learn` as in `run.loop.Task`."""
+    config, policy = run.config, run.policy
+    return Task(
+        config=config,
+        checkpoint=config.checkpoint,
+        steps=config.steps,
+        parameter_bytes=policy.parameter_bytes,
+        abstract=programs_room.abstract_state(config, policy.arch),
+        shardings=programs_room.shard_state(config, run.mesh, policy),
+        first_state=functools.partial(first_state, run),
+        problems=run.problems,
+        collect=collect,
+        learn=learn,
+        describe=functools.partial(save_description, policy),
+        export=functools.partial(export_policy, config.lora, policy, run.base),
+        headline="reward" if config.task == "rl" else "accuracy",
+    )
+
+
+def first_state(run: RLRun) -> TrainState:
+    """The state before the first step; a frozen copy of the policy's start is read once, not twice."""
+    params = run.frozen.get(run.config.policy)
+    if params is None:
+        params = load_params(run.policy, run.mesh, run.config.seed)
+    return run.programs.init_state(params)

@@ -1,0 +1,123 @@
+"""A wave: G rollouts of each of some problems, from their bare prompts.  Text on the host, sampling on the mesh."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from jax.sharding import Mesh
+
+from exprl_jax.data.problems import Problem
+from exprl_jax.hosts import fetch_rows, put_rows
+from exprl_jax.model.decoder import Params
+from exprl_jax.records import Context, Draw, Rollouts, Rows
+
+# Widths are rounded up to this, so that a data set's next version rarely means other shapes.
+_WIDTH = 16
+# A row's identity has 32 bits for step and attempt: the attempt stands above the step (`config.resolve` checks both).
+_ATTEMPT_BIT = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompts:
+    """Prompts of a data set.
+
+    Attributes:
+      ids: token ids by problem id.
+      width: context slots for the longest, its last token left out.
+    """
+
+    ids: Mapping[str, Sequence[int]]
+    width: int
+
+    def context(self, problems: Sequence[Problem]) -> tuple[Context, np.ndarray]:
+        """The problems' contexts, and the last token of each prompt, with which its rows start."""
+        prompts = [self.ids[problem.id] for problem in problems]
+        last_P = np.array([prompt[-1] for prompt in prompts], np.int32)
+        return pad_contexts([prompt[:-1] for prompt in prompts], self.width), last_P
+
+
+def make_prompts(ids: Mapping[str, Sequence[int]]) -> Prompts:
+    """Prompts with the width that they need."""
+    return Prompts(ids, padded_width(max(len(prompt) for prompt in ids.values()) - 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """What sampling needs besides parameters.
+
+    Attributes:
+      prefill, sample: see `programs.build_sampler`.
+      wave: problems of a call, over all processes.
+    """
+
+    prefill: Callable
+    sample: Callable
+    mesh: Mesh
+    wave: int
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: Prompts,
+        problems: Sequence[Problem],
+        *,
+        group: int,
+        temperature: float,
+        seed: int,
+        step: int,
+        attempt: int,
+        live_P: np.ndarray,
+    ) -> Rollouts:
+        """G rollouts of each problem; a prompt is prefilled once.
+
+        Args:
+          problems: this process's problems of the wave.
+          step, attempt: with seed, problem and index in the group, the identity of a rollout's random numbers.
+          live_P: problems to sample; the rollouts of the others are empty.
+        """
+        P = len(problems)
+        context, last_P = prompts.context(problems)
+        rows = Rows(np.broadcast_to(last_P[:, None, None], (P, group, 1)).copy(), np.zeros((P, group), np.int32))
+        draw = Draw(
+            seed=np.uint32(seed),
+            step=np.int32(step + (attempt << _ATTEMPT_BIT)),
+            problem_P=np.array([problem.uid for problem in problems], np.uint32),
+            temperature_PG=np.full((P, group), temperature, np.float32),
+            live_PG=np.broadcast_to(live_P[:, None], (P, group)).copy(),
+        )
+        context, rows, draw = put_rows(self.mesh, (context, rows, draw), self.wave)
+        return fetch_rows(self.sample(params, self.prefill(params, context), rows, draw))
+
+
+def describe_problem(problem: Problem) -> dict[str, str | None]:
+    """A problem as records of rollouts hold it.  Of code the answer is left out: its tests are megabytes."""
+    return {
+        "id": problem.id,
+        "domain": problem.domain,
+        "kind": problem.kind,
+        "problem": problem.problem,
+        "reference": problem.reference,
+        "answer": None if problem.kind == "code" else problem.answer,
+    }
+
+
+def pad_contexts(contexts: Sequence[Sequence[int]], width: int) -> Context:
+    """Right-pads token lists to [P, width]; the padding is never attended to."""
+    tokens = np.zeros((len(contexts), width), np.int32)
+    for row, context in zip(tokens, contexts, strict=True):
+        row[: len(context)] = context
+    return Context(tokens, np.array([len(context) for context in contexts], np.int32))
+
+
+def padded_width(tokens: int) -> int:
+    """Slots for so many tokens, rounded up."""
+    return -(-max(tokens, 1) // _WIDTH) * _WIDTH
+
+
+def texts_of(rollouts: Rollouts, decode: Callable[[list[int]], str]) -> tuple[list[list[np.ndarray]], list[list[str]]]:
+    """Token ids and text of each rollout, by problem and index within the group."""
+    lengths_PG = rollouts.mask_PGR.sum(-1)
+    ids = [[row[:n] for row, n in zip(group, ns)] for group, ns in zip(rollouts.tokens_PGR, lengths_PG)]
+    return ids, [[decode(row.tolist()) for row in group] for group in ids]

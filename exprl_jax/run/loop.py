@@ -1,0 +1,146 @@
+"""A run's life: its folder, its state, its steps, its checkpoints and its end.  What a step does is the task's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from exprl_jax.config import Checkpoint
+from exprl_jax.data.problems import Problem
+from exprl_jax.data.training import check_position, check_same_problems, fingerprint
+from exprl_jax.hosts import barrier, say
+from exprl_jax.records import TrainState
+from exprl_jax.resolve import to_dict
+from exprl_jax.run.checkpoint import Checkpoints
+from exprl_jax.run.clock import Clock, CompileLedger, Progress
+from exprl_jax.run.metrics import Metrics, truncate_after, write_rollouts
+from exprl_jax.run.stopping import StopRequest
+from exprl_jax.run.workdir import Workdir, open_workdir
+
+
+class StepResult(NamedTuple):
+    """What a step leaves behind.
+
+    Attributes:
+      state: after the step's updates; the loop counts the step itself.
+      row: metrics.
+      tokens: that each phase of the clock has worked on, `train` among them.
+      headline: the number that progress shows, or None where it is not defined.
+      samples: rows of `rollouts/step_N.jsonl`.
+    """
+
+    state: TrainState
+    row: Mapping[str, float | None]
+    tokens: Mapping[str, int]
+    headline: float | None
+    samples: Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What the loop has to know of a task.  A step is two verbs, between which a save that holds the state must end.
+
+    Attributes:
+      steps: of the whole run.
+      parameter_bytes: of an export.
+      abstract: the state's shapes and dtypes.
+      shardings: where each of its arrays lies.
+      first_state: makes the state before the first step.
+      problems: what a position in the data refers to.
+      collect: (state, step, clock) → a batch to learn from, of the task's own type; `step` counts from 0.
+      learn: (state, batch, clock) → StepResult; donates the state.
+      describe: writes what the policy is, its parameters left out, to a folder.
+      export: writes a model from parameters to a workdir; every process calls it.
+      headline: what the number that progress shows is called.
+    """
+
+    config: Any
+    checkpoint: Checkpoint
+    steps: int
+    parameter_bytes: int
+    abstract: TrainState
+    shardings: TrainState
+    first_state: Callable[[], TrainState]
+    problems: Sequence[Problem]
+    collect: Callable[[TrainState, int, Clock], Any]
+    learn: Callable[[TrainState, Any, Clock], StepResult]
+    describe: Callable[[pathlib.Path], None]
+    export: Callable[[Any, Workdir], None]
+    headline: str
+
+
+def run_task(task: Task, workdir_path: str) -> None:
+    """Takes a run from where its folder stands to its last step, and exports the policy.
+
+    Raises:
+      ValueError: the folder is another run's, the data have changed, the disk is too small.
+      FloatingPointError: a metric is not finite (names step and metric).
+    """
+    abstract = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), task.abstract, task.shardings
+    )
+    state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+    needed = (task.checkpoint.keep + 1) * state_bytes + task.parameter_bytes
+    config = to_dict(task.config)
+    with (
+        open_workdir(
+            workdir_path, config, needed_bytes=needed, process=jax.process_index(), barrier=barrier
+        ) as workdir,
+        Checkpoints(workdir.checkpoints, task.checkpoint.keep, config) as checkpoints,
+        CompileLedger() as ledger,
+        StopRequest() as stop,
+    ):
+        check_same_problems(task.problems)
+        if jax.process_index() == 0:
+            task.describe(workdir.model)
+        state, done = _restore_or_start(task, checkpoints, abstract)
+        truncate_after(workdir, done)
+        with Metrics(workdir) as metrics, Progress(task.steps, done, task.headline) as progress:
+            clock = Clock()
+            for step in range(done, task.steps):
+                batch = task.collect(state, step, clock)
+                # A save that still holds the state would keep it from being donated: there would be two of it.
+                checkpoints.wait()
+                result = task.learn(state, batch, clock)
+                state = result.state.replace(step=result.state.step + 1)
+                row = {**result.row, "update/skipped_total": int(state.skipped)}
+                row |= clock.report(result.tokens) | ledger.report()
+                if result.samples:
+                    write_rollouts(workdir, step + 1, result.samples)
+                metrics.write(step + 1, row)
+                progress.show(step + 1, result.headline, result.tokens["train"] / row["time/step_seconds"])
+                stopping = stop.agreed()
+                if stopping or (step + 1) % task.checkpoint.every == 0 or step + 1 == task.steps:
+                    position = {"next_batch": step + 1, "problems": fingerprint(task.problems)}
+                    checkpoints.save(step + 1, state, position)
+                if stopping:
+                    break
+        checkpoints.wait()
+        if int(state.step) < task.steps:
+            say(f"stopped after step {int(state.step)} of {task.steps}; start again with the same command to go on")
+            return
+        task.export(state.params, workdir)
+        _print_summary(workdir)
+
+
+def _restore_or_start(task: Task, checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState, int]:
+    """The state as it was left, or a new one; and the steps that it has taken."""
+    restored = checkpoints.restore(abstract)
+    if restored is None:
+        return task.first_state(), 0
+    check_position(restored.position, task.problems)
+    say(f"resuming after step {restored.step} of {task.steps}")
+    return restored.state, restored.step
+
+
+def _print_summary(workdir: Workdir) -> None:
+    if jax.process_index() == 0:
+        print(
+            f"done\n  checkpoints  {workdir.checkpoints}\n  metrics      {workdir.metrics}\n"
+            f"  TensorBoard  {workdir.tensorboard}\n  rollouts     {workdir.rollouts}\n  export       {workdir.export}",
+            flush=True,
+        )

@@ -1,0 +1,68 @@
+"""A check of the first judged batch, before anything is learned from it: silent failures said aloud, with their cure."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+
+import jax
+
+from exprl_jax.config import Config
+
+
+def probe_batch(row: Mapping[str, float | None], config: Config) -> None:
+    """Warns on stderr about a batch that has little to learn from.
+
+    Args:
+      row: the first step's `reward.statistics.summarise`.
+
+    Raises:
+      ValueError: there is something to warn of and `probe.strict` is set.
+    """
+    problems = warnings(row, config)
+    if problems and config.probe.strict:
+        raise ValueError(f"probe: {'; '.join(problems)} (config.probe.strict is set)")
+    if jax.process_index() == 0:
+        for warning in problems:
+            print(f"warning: probe: {warning}", file=sys.stderr, flush=True)
+
+
+def warnings(row: Mapping[str, float | None], config: Config) -> list[str]:
+    """One line for each fault of the batch, naming the cure."""
+
+    def value(name: str) -> float:
+        return row[name] if row[name] is not None else 0.0
+
+    problems, routes = [], set(dataclasses.astuple(config.routes))
+    sparse = routes == {"verifier"}
+    if value("response/overlong") > 0.5:
+        scored = "" if config.advantage.overlong == "keep" else " and are not scored"
+        problems.append(
+            f"{value('response/overlong'):.0%} of the rollouts were cut at rollout.max_tokens = {config.rollout.max_tokens}"
+            f"{scored}: raise it, or show shorter solutions in data.worked_examples"
+        )
+    # Sparse rewards leave many groups without any; that is what the first stage is for.
+    if value("advantage/live_groups") < (0.1 if sparse else 0.5):
+        if "process" in routes:
+            cure = "choose a segments.rule that cuts these rollouts, set judge.logits_value to 'expected'"
+        else:
+            cure = "raise rollout.group or rollout.max_resample, lower advantage.min_spread"
+            cure += ", start from a primed policy" if sparse else ", set judge.logits_value to 'expected'"
+        problems.append(
+            f"only {value('advantage/live_groups'):.0%} of the groups have any advantage: {cure}, or take problems of "
+            "another difficulty"
+        )
+    if value("judge/asked") and value("judge/parsed") < 0.5:
+        cure = (
+            "raise judge.max_tokens, set judge.readout to 'logits', or take a larger judge"
+            if config.judge.readout == "text"
+            else "raise judge.max_trace_tokens"
+        )
+        problems.append(f"only {value('judge/parsed'):.0%} of the judge's answers held a score: {cure}")
+    if row["reward/std"] == 0 and not sparse:
+        problems.append(
+            "all scores are equal: look at rollouts/step_000001.jsonl, and take a judge that tells these rollouts apart "
+            "or set judge.logits_value to 'expected'"
+        )
+    return problems

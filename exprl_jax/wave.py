@@ -1,0 +1,283 @@
+"""A wave's life: sampled, given to verifiers and judge, agreed on between processes, turned into advantages.
+
+A wave is as many problems as are sampled and judged at a time; a step has `rollout.prompts / rollout.wave` of them.
+
+    WaveRequest ─ sample ─→ Wave ─ verify, judge ─→ PendingWave ─ advantages ─→ ScoredWave
+         ↑                                                                          │
+         └──────────────── groups without any advantage, sampled again ─────────────┘
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from exprl_jax.data.problems import Problem
+from exprl_jax.hosts import agree_rows, largest_over_processes, local_problems, owned_problems
+from exprl_jax.learning.advantages import SegmentAdvantages, assign_advantages
+from exprl_jax.model import decoder
+from exprl_jax.records import Rollouts
+from exprl_jax.reward.judge import Judgements, Query
+from exprl_jax.reward.statistics import VERDICTS
+from exprl_jax.reward.verifiers.grading import Verdicts
+from exprl_jax.reward.verifiers.verdict import Verdict
+from exprl_jax.rl_run import RLRun
+from exprl_jax.rollout.call import texts_of
+from exprl_jax.run.clock import Clock
+
+
+class WaveRequest(NamedTuple):
+    """What to sample, of this process's problems only.
+
+    Attributes:
+      index_P: of the problems in the step's batch.
+      step, attempt: with problem and index in the group, the identity of a rollout's random numbers.
+      live_P: problems to sample; the rollouts of the others are empty.
+    """
+
+    problems: Sequence[Problem]
+    index_P: np.ndarray
+    step: int
+    attempt: int
+    live_P: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Wave:
+    """Rollouts of one wave, on the host, this process's problems only.
+
+    Attributes:
+      problems: in row order.
+      ends: exclusive token ends of each rollout's segments, by problem and index within the group.
+      responses: text of each rollout.
+    """
+
+    problems: Sequence[Problem]
+    rollouts: Rollouts
+    ends: Sequence[Sequence[np.ndarray]]
+    responses: Sequence[Sequence[str]]
+
+    @property
+    def count_PG(self) -> np.ndarray:
+        """Segments of each rollout."""
+        return np.array([[len(ends) for ends in group] for group in self.ends])
+
+
+class PendingWave(NamedTuple):
+    """A wave that is sampled and judged, while its verifiers are still at work.
+
+    Attributes:
+      owned_P: problems whose verifiers are at work in this process.
+      judge_verdicts: on open-ended answers; none for other problems.
+      grading: what the verifiers are working out.
+    """
+
+    request: WaveRequest
+    wave: Wave
+    owned_P: np.ndarray
+    judgements: Judgements
+    judge_verdicts: Sequence[Sequence[Verdict]]
+    grading: Verdicts
+
+
+class ScoredWave(NamedTuple):
+    """A wave with its scores and advantages.
+
+    Attributes:
+      index_P: of its problems in the step's batch.
+      verdicts: by problem and index within the group.
+      resampled_P: times that the group was sampled again.
+      sampled: tokens drawn for it, those of groups that were thrown away included.
+    """
+
+    index_P: np.ndarray
+    wave: Wave
+    judgements: Judgements
+    advantages: SegmentAdvantages
+    verdicts: Sequence[Sequence[Verdict]]
+    resampled_P: np.ndarray
+    sampled: int
+
+
+def wave_requests(run: RLRun, problems: Sequence[Problem], step: int) -> list[WaveRequest]:
+    """The waves of a step's batch: of each, this process's problems."""
+    size = run.config.rollout.wave
+    mine = local_problems(run.mesh, size)
+    indices = [index[mine] for index in np.arange(len(problems)).reshape(-1, size)]
+    return [WaveRequest([problems[i] for i in index], index, step, 0, np.ones(len(index), bool)) for index in indices]
+
+
+def start_wave(run: RLRun, policy: decoder.Params, request: WaveRequest, clock: Clock) -> PendingWave:
+    """Samples a wave, gives it to the verifiers, and asks the judge meanwhile."""
+    with clock.phase("sample"):
+        wave = sample_wave(run, policy, request)
+    owned_P = owned_problems(run.mesh, run.config.rollout.wave)
+    owned = [(p, group) for p, group, mine in zip(wave.problems, wave.responses, owned_P) if mine]
+    grading = run.graders.submit([(p, text) for p, group in owned for text in group])
+    with clock.phase("judge"):
+        # A judge on the mesh is asked by all processes, for a program is the whole mesh's.
+        asks_P = owned_P | run.judge.on_mesh
+        judgements = judge_wave(run, wave, asks_P)
+        verdicts = verify_wave(run, wave, asks_P)
+    return PendingWave(request, wave, owned_P, judgements, verdicts, grading)
+
+
+def finish_wave(run: RLRun, policy: decoder.Params, pending: PendingWave, clock: Clock) -> ScoredWave:
+    """Advantages of a wave; groups without any are sampled again, up to `max_resample` times."""
+    scored = score_wave(run, pending, clock)
+    for attempt in range(1, run.config.rollout.max_resample + 1):
+        dead_P = ~scored.advantages.live_P
+        # Every process makes the same number of attempts: sampling is one program over the whole mesh.
+        if not largest_over_processes(int(dead_P.sum())):
+            break
+        request = pending.request._replace(attempt=attempt, live_P=dead_P)
+        again = score_wave(run, start_wave(run, policy, request, clock), clock)
+        scored = replace_groups(scored, again, dead_P)
+    return scored
+
+
+def sample_wave(run: RLRun, policy: decoder.Params, request: WaveRequest) -> Wave:
+    """G rollouts of each problem from the bare prompt, with their text, cut where the judge is to score."""
+    rollout = run.config.rollout
+    rollouts = run.sampler(
+        policy,
+        run.prompts,
+        request.problems,
+        group=rollout.group,
+        temperature=rollout.temperature,
+        seed=run.config.seed,
+        step=request.step,
+        attempt=request.attempt,
+        live_P=request.live_P,
+    )
+    ids, responses = texts_of(rollouts, run.policy.tokenizer.decode)
+    ends = [
+        [run.splitter.segment_ends(row) if run.route(problem).per_segment else _whole(row) for row in group]
+        for problem, group in zip(request.problems, ids)
+    ]
+    return Wave(request.problems, rollouts, ends, responses)
+
+
+def judge_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Judgements:
+    """A score for each rollout, or for each of its prefixes or segments.  Where overlong rollouts' scores follow from
+    the config's rule (D3), they are not asked for.
+
+    Args:
+      asks_P: problems of which this process asks.
+    """
+    queries = []
+    for i, problem in enumerate(wave.problems):
+        of_problem = []
+        for g, ends in enumerate(wave.ends[i]):
+            wanted = wave.rollouts.ended_PG[i, g] or run.config.advantage.overlong == "keep"
+            if asks_P[i] and wanted and run.route(problem).judged:
+                of_problem += [Query(g, n, _trace(run, wave, i, g, n)) for n in range(len(ends))]
+        queries.append(of_problem)
+    return run.judge.score(wave.problems, queries, run.splitter.rule.max_segments)
+
+
+def verify_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> list[list[Verdict]]:
+    """Verdicts on open-ended answers, which only a judge can give; none for other problems, where nothing was sampled and
+    where this process does not ask."""
+    sampled_P = (wave.count_PG > 0).any(-1) & asks_P
+    asked = [
+        group if p.kind == "science" and sampled else []
+        for p, group, sampled in zip(wave.problems, wave.responses, sampled_P)
+    ]
+    return run.judge.verify(wave.problems, asked)
+
+
+def score_wave(run: RLRun, pending: PendingWave, clock: Clock) -> ScoredWave:
+    """Waits for the verifiers, agrees with the other processes, and turns scores into advantages."""
+    wave, G = pending.wave, run.config.rollout.group
+    with clock.phase("grade"):
+        graded = iter(pending.grading.result())
+    of_verifiers = [[next(graded) for _ in range(G)] if mine else [Verdict.missing] * G for mine in pending.owned_P]
+    verdicts = [judged or graded for judged, graded in zip(pending.judge_verdicts, of_verifiers)]
+    judgements, verdicts = _agree(pending.request.index_P, pending.judgements, verdicts)
+    judgements = add_verdict_rewards(run, wave, judgements, verdicts)
+    advantages = assign_advantages(
+        judgements.score_PGN,
+        judgements.valid_PGN,
+        wave.count_PG,
+        overlong_PG=~wave.rollouts.ended_PG,
+        process_P=np.array([run.route(problem).per_segment for problem in wave.problems]),
+        rules=run.config.advantage,
+    )
+    resampled_P = (pending.request.live_P & (pending.request.attempt > 0)).astype(np.int32)
+    sampled = int(wave.rollouts.mask_PGR.sum())
+    return ScoredWave(pending.request.index_P, wave, judgements, advantages, verdicts, resampled_P, sampled)
+
+
+def add_verdict_rewards(
+    run: RLRun, wave: Wave, judgements: Judgements, verdicts: Sequence[Sequence[Verdict]]
+) -> Judgements:
+    """Puts the rewards of routes that take them from verdicts in the place of scores; none where the verifier failed."""
+    score_PGN, valid_PGN = judgements.score_PGN.copy(), judgements.valid_PGN.copy()
+    sampled_PG = wave.count_PG > 0
+    for i, (problem, group) in enumerate(zip(wave.problems, verdicts, strict=True)):
+        if (reward_of := run.route(problem).verdict_reward) is None:
+            continue
+        rewards = [reward_of(verdict) for verdict in group]
+        score_PGN[i], valid_PGN[i] = 0.0, False
+        score_PGN[i, :, 0] = [0.0 if reward is None else reward for reward in rewards]
+        valid_PGN[i, :, 0] = sampled_PG[i] & [reward is not None for reward in rewards]
+    return judgements._replace(score_PGN=score_PGN, valid_PGN=valid_PGN)
+
+
+def replace_groups(old: ScoredWave, new: ScoredWave, replaced_P: np.ndarray) -> ScoredWave:
+    """`old` with some of its groups from `new`; tokens and attempts of both are counted."""
+
+    def arrays(a, b):
+        return np.where(replaced_P.reshape(-1, *[1] * (np.ndim(a) - 1)), b, a)
+
+    def lists(a, b):
+        return [y if replaced else x for x, y, replaced in zip(a, b, replaced_P)]
+
+    kept_text = {key: text for key, text in old.judgements.text.items() if not replaced_P[key[0]]}
+    judgements = jax.tree.map(arrays, old.judgements.arrays, new.judgements.arrays)
+    return ScoredWave(
+        index_P=old.index_P,
+        wave=Wave(
+            problems=old.wave.problems,
+            rollouts=jax.tree.map(arrays, old.wave.rollouts, new.wave.rollouts),
+            ends=lists(old.wave.ends, new.wave.ends),
+            responses=lists(old.wave.responses, new.wave.responses),
+        ),
+        judgements=Judgements(
+            **judgements,
+            text=kept_text | dict(new.judgements.text),
+            tokens=old.judgements.tokens + new.judgements.tokens,
+        ),
+        advantages=SegmentAdvantages(*map(arrays, old.advantages, new.advantages)),
+        verdicts=lists(old.verdicts, new.verdicts),
+        resampled_P=old.resampled_P + new.resampled_P,
+        sampled=old.sampled + new.sampled,
+    )
+
+
+def _agree(
+    index_P: np.ndarray, judgements: Judgements, verdicts: Sequence[Sequence[Verdict]]
+) -> tuple[Judgements, Sequence[Sequence[Verdict]]]:
+    """The same scores and verdicts of a problem on every process that holds it: rewards must not differ by a clock."""
+    verdict_PG = np.array([[VERDICTS.index(v) for v in group] for group in verdicts])
+    arrays = agree_rows(judgements.arrays | {"verdict_PG": verdict_PG}, index_P)
+    verdicts = [[VERDICTS[v] for v in group] for group in arrays.pop("verdict_PG")]
+    return judgements._replace(**arrays), verdicts
+
+
+def _trace(run: RLRun, wave: Wave, i: int, g: int, n: int) -> str:
+    """What the judge reads of rollout (i, g) for its n-th score: the prefix y_≤n, or segment n alone (D1)."""
+    ends = wave.ends[i][g]
+    alone = run.config.judge.unit == "step" and run.route(wave.problems[i]).per_segment
+    start = ends[n - 1] if alone and n > 0 else 0
+    return run.policy.tokenizer.decode(wave.rollouts.tokens_PGR[i, g, start : ends[n]].tolist())
+
+
+def _whole(row: np.ndarray) -> np.ndarray:
+    """The ends of the one segment of a rollout that is not cut; none where nothing was sampled."""
+    return np.array([len(row)] if len(row) else [], np.int64)

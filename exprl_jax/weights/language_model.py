@@ -1,0 +1,235 @@
+"""A language model of the config: its architecture, its tokenizer, and, when asked for, its parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from exprl_jax.architecture import Architecture
+from exprl_jax.config import Execution, Model
+from exprl_jax.data.tokenizer import Tokenizer, load_tokenizer
+from exprl_jax.mesh import shard_parameters
+from exprl_jax.model.decoder import Params, abstract_params, init_params
+from exprl_jax.run.checkpoint import newest_step, restore_params
+from exprl_jax.weights import folder as weights
+from exprl_jax.weights.sources import ModelSource, resolve_model
+
+# Architectures of `random:<family>`; the vocabulary is the byte tokenizer's.
+RANDOM = "random:"
+_TINY = dict(
+    width=64,
+    ffn=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=16,
+    rope_theta=10_000.0,
+    rope_scaling=None,
+    norm_eps=1e-6,
+    tied=True,
+    max_positions=4096,
+)
+
+# Published architectures, so that a dry run needs no network.  A real run reads the model's own config.json.
+_QWEN3 = dict(
+    family="qwen3", vocab_size=151_936, layers=36, heads=32, kv_heads=8, head_size=128, rope_scaling=None, norm_eps=1e-6
+)
+PUBLISHED = {
+    "Qwen/Qwen3-4B-Instruct-2507": Architecture(
+        width=2560, ffn=9728, rope_theta=5e6, tied=True, max_positions=262_144, **_QWEN3
+    ),
+    "Qwen/Qwen3-0.6B": Architecture(
+        **_QWEN3 | dict(layers=28, heads=16), width=1024, ffn=3072, rope_theta=1e6, tied=True, max_positions=40_960
+    ),
+    "Qwen/Qwen3-8B": Architecture(width=4096, ffn=12_288, rope_theta=1e6, tied=False, max_positions=40_960, **_QWEN3),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of one of our runs.
+
+    Attributes:
+      path: `checkpoints/N` of its workdir.
+      saved: how the run held its parameters.
+    """
+
+    path: pathlib.Path
+    saved: Model
+
+    @property
+    def description(self) -> ModelSource:
+        """Where the run wrote down the model's architecture and tokenizer."""
+        return ModelSource(str(self.path), self.path.parent.parent / "model")
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A model that is known but not loaded.
+
+    Attributes:
+      config: where its weights come from and how it runs.
+      source: its files; None for `random:`.
+    """
+
+    config: Model
+    arch: Architecture
+    tokenizer: Tokenizer
+    source: ModelSource | Checkpoint | None
+
+    @property
+    def execution(self) -> Execution:
+        return self.config.execution
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Of its parameters, in the dtype that they are held in."""
+        return self.arch.parameters * jnp.dtype(self.config.param_dtype).itemsize
+
+
+def open_model(config: Model) -> LanguageModel:
+    """Finds the model's files (fetching them if need be) and reads architecture and tokenizer.
+
+    Raises:
+      ValueError: nothing there, an unsupported architecture, or a tokenizer that does not fit.
+    """
+    if config.weights.startswith(RANDOM):
+        family, tokenizer = config.weights.removeprefix(RANDOM), load_tokenizer("byte")
+        if family not in ("llama", "qwen2", "qwen3"):
+            raise ValueError(f"model {config.weights!r}: expected random:llama, random:qwen2 or random:qwen3")
+        return LanguageModel(config, Architecture(family, tokenizer.vocab_size, **_TINY), tokenizer, None)
+    if (checkpoint := find_checkpoint(config.weights)) is not None:
+        return LanguageModel(config, *_read_description(checkpoint.description), checkpoint)
+    source = resolve_model(config.weights)
+    arch, tokenizer = _read_description(source)
+    weights.check_tensors(source, arch)
+    return LanguageModel(config, arch, tokenizer, source)
+
+
+def _read_description(source: ModelSource) -> tuple[Architecture, Tokenizer]:
+    arch, tokenizer = weights.read_architecture(source), load_tokenizer(source.path)
+    weights.check_vocabulary(arch, tokenizer)
+    # An embedding may have more rows than the tokenizer has ids; one of those sampled stands for no text.
+    padding = (b"",) * (arch.vocab_size - tokenizer.vocab_size)
+    return arch, dataclasses.replace(tokenizer, token_bytes=tokenizer.token_bytes + padding)
+
+
+def save_description(model: LanguageModel, folder: pathlib.Path) -> None:
+    """Writes down architecture and tokenizer, as a Hugging Face folder without weights, unless that is done already."""
+    if folder.exists():
+        return
+    scratch = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
+    scratch.mkdir()
+    weights.write_description(scratch, model.arch, model.tokenizer, model.config.param_dtype)
+    os.replace(scratch, folder)
+
+
+def pin_checkpoints(section: Any, recorded: Mapping[str, Any]) -> Any:
+    """The config with every workdir that it names as a model replaced by one of its checkpoints: the one that
+    `recorded` has there, for a run that goes on, else the newest.  A run must not change models midway.
+
+    Args:
+      section: a config, or a part of one.
+      recorded: the same part of the config of the run that is in the folder already; empty for a new run.
+    """
+    if isinstance(section, Model):
+        checkpoint = find_checkpoint(section.weights)
+        if checkpoint is None:
+            return section
+        before = str(recorded["weights"]) if recorded else ""
+        kept = pathlib.Path(before).parent == checkpoint.path.parent and str(checkpoint.path) != section.weights
+        return dataclasses.replace(section, weights=before if kept else str(checkpoint.path))
+    changed = {}
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        below = recorded.get(field.name, {})
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = pin_checkpoints(value, below)
+        elif isinstance(value, dict):
+            changed[field.name] = {name: pin_checkpoints(each, below.get(name, {})) for name, each in value.items()}
+    return dataclasses.replace(section, **changed)
+
+
+def find_checkpoint(weights: str) -> Checkpoint | None:
+    """The checkpoint that a workdir (its newest), or `<workdir>/checkpoints/<step>`, stands for; None for other models.
+
+    Raises:
+      ValueError: a workdir without a checkpoint, or a step that it does not have.
+    """
+    path = pathlib.Path(weights).expanduser().absolute()
+    workdir = path.parent.parent if path.parent.name == "checkpoints" else path
+    if not (workdir / "checkpoints").is_dir() or not (workdir / "config.json").is_file():
+        return None
+    recorded = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
+    if "task" not in recorded or "policy" not in recorded:
+        return None
+    if recorded.get("lora", {}).get("rank"):
+        raise ValueError(
+            f"model {weights}: its run trained adapters, which stand on another model; name {workdir}/export"
+        )
+    if workdir == path:
+        step = newest_step(workdir / "checkpoints")
+        if step is None:
+            raise ValueError(
+                f"model {weights}: a workdir without a checkpoint; wait for its run's first, or name another"
+            )
+        path = workdir / "checkpoints" / str(step)
+    elif not path.is_dir():
+        raise ValueError(
+            f"model {weights}: its workdir has no such checkpoint; its newest is {newest_step(path.parent)}"
+        )
+    policy = recorded["policy"]
+    execution = Execution(**policy["execution"])
+    return Checkpoint(path, Model(policy["weights"], execution, policy["param_dtype"]))
+
+
+def published_architecture(config: Model) -> Architecture:
+    """The architecture without fetching anything, where that is possible (dry runs)."""
+    if config.weights in PUBLISHED:
+        return PUBLISHED[config.weights]
+    return open_model(config).arch
+
+
+def load_params(model: LanguageModel, mesh: Mesh, seed: int) -> Params:
+    """The model's parameters on the mesh; `random:` ones depend on the seed alone."""
+    dtype = model.config.param_dtype
+    abstract = abstract_params(model.arch, model.execution, dtype)
+    shardings = shard_parameters(abstract, model.arch, model.execution, mesh)
+    if model.source is None:
+        initialise = jax.jit(
+            lambda: init_params(model.arch, model.execution, dtype, jax.random.key(seed)), out_shardings=shardings
+        )
+        return initialise()
+    if isinstance(model.source, Checkpoint):
+        return _load_checkpoint(model, model.source, shardings, mesh)
+    return weights.load_params(model.source, model.arch, model.execution, dtype, shardings)
+
+
+def _load_checkpoint(model: LanguageModel, checkpoint: Checkpoint, shardings: Any, mesh: Mesh) -> Params:
+    """Restores what the run saved as it saved it; the model's own dtype and arrangement of layers are made of that."""
+    start, execution, layers = checkpoint.saved, model.execution, model.arch.layers
+    saved = abstract_params(model.arch, start.execution, start.param_dtype)
+    placed = shard_parameters(saved, model.arch, start.execution, mesh)
+    saved = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), saved, placed)
+    params = restore_params(checkpoint.path, saved)
+    if start.execution.scan_layers == execution.scan_layers and start.param_dtype == model.config.param_dtype:
+        return params
+
+    def rearrange(params):
+        params = jax.tree.map(lambda x: x.astype(model.config.param_dtype), params)
+        if start.execution.scan_layers and not execution.scan_layers:
+            stacked = params.pop("layers")
+            params |= {f"layer_{i}": jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers)}
+        elif execution.scan_layers and not start.execution.scan_layers:
+            params["layers"] = jax.tree.map(lambda *x: jnp.stack(x), *[params.pop(f"layer_{i}") for i in range(layers)])
+        return params
+
+    return jax.jit(rearrange, out_shardings=shardings)(params)
