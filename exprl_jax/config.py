@@ -20,9 +20,9 @@ class Source:
     Attributes:
       source: JSONL or parquet paths and globs, `hf:<dataset id>[:<config>]`, `tfds:<name>` or a benchmark's name
         (`data.benchmarks`); several with commas between.
-      split: for `hf:` and `tfds:` sources.
+      split: the split that is read of `hf:` and `tfds:` sources.
       worked_examples: JSONL of solved problems shown to the policy as earlier turns; empty for none.
-      max_prompt_tokens: budget of a prompt; training drops longer ones and counts them.
+      max_prompt_tokens: longest prompt; training drops longer ones and counts them.
     """
 
     source: str
@@ -37,7 +37,7 @@ class Data(Source):
 
     Attributes:
       held_out: sources, written as in `source`, whose problems must not be among these; empty for none.
-      allow_held_out: train on them all the same.
+      allow_held_out: train on such problems all the same.
     """
 
     held_out: str
@@ -46,11 +46,11 @@ class Data(Source):
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """Devices along each axis; `data` −1 takes all that `model` leaves.
+    """Devices along each axis.
 
     Attributes:
-      data: batch rows and parameter shards (FSDP).
-      model: heads, feed-forward and vocabulary shards (tensor parallelism).
+      data: parts of the batch and of each parameter (FSDP); −1 for all devices that `model` leaves.
+      model: parts of the heads, the feed-forward and the vocabulary (tensor parallelism).
     """
 
     data: int
@@ -64,10 +64,10 @@ class Execution:
     Attributes:
       scan_layers: True stacks the layers' parameters in one array each and scans over them (one layer is compiled,
         for accelerators); False keeps a subtree a layer (no copy of a layer's weights a step, for CPUs).
-      compute_dtype: dtype of the matrix products; norms, softmax and log-probabilities are float32 in any case.
+      compute_dtype: dtype of matrix products; norms, softmax and log-probabilities are float32 in any case.
       remat: what the backward pass computes again instead of keeping it: `none`; a `full` layer from its input;
         `but_attention`, a layer with the result of its attention kept.
-      kv_dtype: of the keys and values that rows are decoded with: `compute_dtype`'s, or `int8`.
+      kv_dtype: dtype of the keys and values that rows are decoded with: `compute`, as `compute_dtype`, or `int8`.
     """
 
     scan_layers: bool
@@ -81,9 +81,9 @@ class Model:
     """A language model: where its weights come from and how it runs.
 
     Attributes:
-      weights: a Hugging Face folder, a `.gguf` file, `pip:<package>==<version>`, a hub id, or `random:<name>`
-        (a named tiny architecture with byte tokenizer).
-      execution: see `Execution`.
+      weights: a Hugging Face folder, a `.gguf` file, `pip:<package>==<version>`, a hub id, a run's workdir or one of
+        its checkpoints, or `random:<family>` (a tiny architecture with a byte tokenizer).
+      execution: how it runs.
       param_dtype: dtype the parameters are held in.
     """
 
@@ -97,9 +97,9 @@ class Lora:
     """Training low-rank adapters of a frozen policy, instead of all its parameters.
 
     Attributes:
-      rank: of the adapters; 0 trains the parameters themselves.
-      alpha: adapters count alpha / rank times.
-      targets: of `q,k,v,o,gate,up,down`, with commas between.
+      rank: rank of the adapters; 0 trains the parameters themselves.
+      alpha: the adapters' product is scaled by alpha / rank.
+      targets: the matrices that get adapters: some of `q,k,v,o,gate,up,down`, with commas between.
     """
 
     rank: int
@@ -119,10 +119,10 @@ class Rollout:
     Attributes:
       prompts: problems a step (P), over all hosts.
       group: rollouts a problem (G).
-      max_tokens: response budget (R); a rollout that reaches it without EOS is overlong.
-      temperature: of the policy; every log-probability in training is of logits / temperature.
+      max_tokens: longest response (R); a rollout that reaches it without EOS is overlong.
+      temperature: the policy's; every log-probability in training is of logits / temperature.
       wave: problems sampled and judged at a time; bounds the KV cache.
-      max_resample: times that a group without any advantage is sampled again, whatever its route.
+      max_resample: how often a group without any advantage is sampled again, on any route.
     """
 
     prompts: int
@@ -138,8 +138,9 @@ class Segments:
     """How a rollout is cut into the prefixes that a process judge scores.
 
     Attributes:
-      rule: `heading` (line-start `###`), `paragraph`, `line`, `stride:<tokens>` or `regex:<pattern>`.
-      max_segments: later segments are merged into the last.
+      rule: where segments end: `heading` (line-start `###`), `paragraph`, `line`, `stride:<tokens>` or
+        `regex:<pattern>`.
+      max_segments: most segments of a rollout; later ones are merged into the last.
     """
 
     rule: str
@@ -153,6 +154,12 @@ class Routes:
     `process`: the judge scores every prefix or step of a rollout; advantages by `advantage.estimator`.
     `outcome`: the judge scores the whole rollout; advantages are group-normalised.
     `verifier`: 1 for a correct answer and 0 for any other; group-normalised (sparse GRPO).
+
+    Attributes:
+      math: route of math problems.
+      choice: route of problems with answer choices.
+      science: route of open-ended science problems.
+      code: route of programming problems.
     """
 
     math: Route
@@ -175,12 +182,12 @@ class Endpoint:
     """An OpenAI-compatible chat-completions endpoint.
 
     Attributes:
-      base_url: up to and including `/v1`.
-      model: its name there.
-      api_key_variable: environment variable that holds the key; empty for none.
-      concurrency: requests under way at a time, of one process.
+      base_url: its URL, up to and including `/v1`.
+      model: the model's name there.
+      api_key_variable: the environment variable that holds the key; empty for none.
+      concurrency: most requests of one process at a time.
       seconds: time limit of one request.
-      retries: of a request that failed in a way that may pass.
+      retries: how often a request is sent again after a failure that may pass.
       max_missing: a batch with a larger fraction of failed requests ends the run.
     """
 
@@ -200,15 +207,15 @@ class Judge:
     Attributes:
       backend: `local`, the `model` on this run's mesh, or `openai`, the `endpoint`.
       model: the judge; equal weights to the reference's are one set of buffers.
-      endpoint: for `openai`.
+      endpoint: where an `openai` judge is.
       unit: what is scored on the route `process`: every `prefix` y_≤t (the paper), or every `step` on its own (the
         released code).
       readout: `text` generates an analysis and parses its last score line; `logits` reads the next-token
         distribution over the digits 1..5 after one forward pass.
-      logits_value: for `logits`: the `expected` digit or the `argmax`.
-      max_tokens: budget of a `text` judgement.
-      max_context_tokens: budget of rubric + problem + reference; problems beyond it are dropped and counted.
-      max_trace_tokens: budget of a trace in the judge's own tokens; a longer one gets no score.
+      logits_value: the score of `logits`: the `expected` digit or the `argmax`.
+      max_tokens: longest `text` judgement.
+      max_context_tokens: longest rubric + problem + reference; problems beyond it are dropped and counted.
+      max_trace_tokens: longest trace, in the judge's own tokens; a longer one gets no score.
     """
 
     backend: Literal["local", "openai"]
@@ -224,18 +231,18 @@ class Judge:
 
 @dataclasses.dataclass(frozen=True)
 class Advantage:
-    """From scores to advantages (paper §3; decisions where the released code differs are in the README).
+    """From scores to advantages (paper §3; docs/method.md says where the released code differs).
 
     Attributes:
-      estimator: on the route `process`: `delta_norm` (Eq. 2/5), `end_norm` (Eq. 4) or `group_norm` (Eq. 6).  The
-        other routes have one score a rollout, normalised within its group.
-      std_normalise: other routes: divide by the group's standard deviation.
-      min_spread: other routes: a group whose standard deviation is below this gets advantage 0.
-      overlong: rollouts that never ended: `zero_score` (every score 0), `mask` (no loss), `penalty`, or `keep`
-        (scored like any other, as in the released sparse runs).
+      estimator: advantages on the route `process`: `delta_norm` (Eq. 2/5), `end_norm` (Eq. 4) or `group_norm` (Eq. 6).
+        The other routes have one score a rollout, normalised within its group.
+      std_normalise: on the other routes, divide by the group's standard deviation.
+      min_spread: on the other routes, a group whose standard deviation is below this gets advantage 0.
+      overlong: what happens to rollouts that never ended: `zero_score` (every score 0), `mask` (no loss), `penalty`, or
+        `keep` (scored like any other, as in the released sparse runs).
       overlong_penalty: the advantage of every token of an overlong rollout under `penalty`; negative.
-      missing: a score the judge did not give: `drop_segment` leaves out the segments whose advantage needs it,
-        `drop_rollout` the whole rollout.
+      missing: what follows from a score that the judge did not give: `drop_segment` leaves out the segments
+        whose advantage needs it, `drop_rollout` the whole rollout.
     """
 
     estimator: Literal["delta_norm", "end_norm", "group_norm"]
@@ -301,8 +308,14 @@ class Optimizer:
     """AdamW after a global-norm clip.
 
     Attributes:
+      learning_rate: the highest that the schedule reaches.
       schedule: of the learning rate: `constant`, or `cosine` to 0 at the run's last update.
       warmup: fraction of the updates over which the rate first rises from 0.
+      b1: decay of Adam's mean of gradients.
+      b2: decay of Adam's mean of squared gradients.
+      eps: added to the root of that mean.
+      weight_decay: AdamW's; it is multiplied by the learning rate.
+      clip_norm: a gradient with a larger global norm is scaled down to it.
     """
 
     learning_rate: float
@@ -333,7 +346,7 @@ class Log:
     """What people read of a step.
 
     Attributes:
-      rollouts: rows a step written to `rollouts/step_N.jsonl`.
+      rollouts: rollouts of a step that are written to `rollouts/step_N.jsonl`.
     """
 
     rollouts: int
@@ -345,7 +358,7 @@ class Grader:
 
     Attributes:
       seconds: wall-clock limit for one answer.
-      workers: processes a host.
+      workers: grader processes a host.
     """
 
     seconds: float
@@ -358,8 +371,8 @@ class Code:
 
     Attributes:
       seconds: wall-clock limit of one test.
-      memory_mb: of one program.
-      allow_unsandboxed: run them even where the system offers no isolation.
+      memory_mb: memory limit of one program, in MB.
+      allow_unsandboxed: run programs even where the system offers no isolation.
     """
 
     seconds: float
@@ -372,7 +385,7 @@ class Probe:
     """The look at one sampled and judged batch before the first update.
 
     Attributes:
-      strict: a warning of the probe ends the run.
+      strict: end the run where the probe has a warning.
     """
 
     strict: bool
@@ -386,9 +399,28 @@ class Config:
     as `distillation` says nothing to `rl`.  They stand in one record so that arms differ from one base by a few keys.
 
     Attributes:
+      task: `rl`, with rewards, or `distill`, with a teacher.
       seed: all randomness derives from it.
       steps: RL steps (batches).
+      data: problems to train on.
+      mesh: how devices are divided.
+      policy: the model that is trained.
+      lora: whether adapters are trained instead of all its parameters.
       reference: the KL reference's, or the teacher's, weights; usually the policy's own start.
+      routes: where the reward of each kind of problem comes from.
+      judge: what scores rollouts, and how its score is read.
+      rollout: sampling from the policy.
+      segments: where a rollout is cut for a process judge.
+      advantage: from scores to advantages.
+      loss: the policy's loss.
+      distillation: the loss of self-distillation.
+      updates: how a batch of rollouts becomes optimizer updates.
+      optimizer: AdamW, its schedule and its clip.
+      checkpoint: what is saved, and when.
+      log: what people read of a step.
+      grader: the grader of math answers.
+      code: running the programs of rollouts.
+      probe: the check of the first batch, before the first update.
     """
 
     task: Literal["rl", "distill"]
@@ -435,10 +467,19 @@ class Sft:
     """Supervised training on the reference solutions.
 
     Attributes:
+      task: `sft`.
+      seed: all randomness derives from it.
+      epochs: passes over the data.
+      data: problems whose references are trained on.
+      mesh: how devices are divided.
+      policy: the model that is trained.
+      lora: whether adapters are trained instead of all its parameters.
       batch: examples an update.
       microbatch: packed rows a gradient-accumulation step, over all devices.
       row_tokens: width of a packed row; longer examples are dropped and counted.
       logp_chunk: rows × tokens whose [.., V] logits exist at once.
+      optimizer: AdamW, its schedule and its clip.
+      checkpoint: what is saved, and when.
     """
 
     task: Literal["sft"]
@@ -461,11 +502,11 @@ class Sampling:
     """Samples for an evaluation.
 
     Attributes:
-      samples: a problem (n).
+      samples: samples a problem (n).
       group: samples of a problem drawn at a time, a divisor of `samples`.
       wave: problems sampled at a time.
-      max_tokens: response budget.
-      temperature: of the policy; 0 is greedy.
+      max_tokens: longest response.
+      temperature: the policy's; 0 is greedy.
     """
 
     samples: int
@@ -480,10 +521,16 @@ class Evaluate:
     """pass@k of a model on problem sets.
 
     Attributes:
+      task: `evaluate`.
+      seed: all randomness derives from it.
       label: what plots and tables call the model.
       data: each part of `source` is a set of its own.
+      mesh: how devices are divided.
       policy: any model, a run's workdir among them.
+      sampling: how many samples a problem, and how they are drawn.
       judge: says yes or no to open-ended answers.
+      grader: the grader of math answers.
+      code: running the programs of samples.
     """
 
     task: Literal["evaluate"]
@@ -503,9 +550,9 @@ class Repeats:
     """Asking a `text` judge about the same rollout several times.
 
     Attributes:
-      rollouts: that are asked about, drawn at random; 0 for none.
-      count: times each.
-      temperature: of the judge; more than 0.
+      rollouts: how many rollouts are asked about, drawn at random; 0 for none.
+      count: how often the judge is asked about each.
+      temperature: the judge's; more than 0.
     """
 
     rollouts: int
@@ -518,9 +565,9 @@ class Prefixes:
     """Prefix scores against the success of continuations (paper Fig. 11b).
 
     Attributes:
-      rollouts: that are cut into prefixes, drawn at random; 0 for none.
+      rollouts: how many rollouts are cut into prefixes, drawn at random; 0 for none.
       segments: where they are cut.
-      sampling: of the continuations, `samples` a prefix.
+      sampling: how continuations are sampled, `samples` a prefix.
     """
 
     rollouts: int
@@ -533,11 +580,19 @@ class Calibrate:
     """Judges against verifiers on fixed rollouts.
 
     Attributes:
+      task: `calibrate`.
+      seed: all randomness derives from it.
       rollouts: JSONL files or globs with commas between, of a run (`rollouts/`) or an evaluation (`samples/`).
       data: the problems of the rollouts; an empty `source` where the files hold references and no choices.
-      judges: by the name that tables and figures give them.
-      wave, group: problems of a call to a judge, and rollouts of a problem in it.
+      mesh: how devices are divided.
+      judges: the judges, by the names that tables and figures give them.
+      wave: problems of a call to a judge.
+      group: rollouts of a problem in that call.
+      repeats: asking a judge about the same rollout several times.
+      prefixes: prefix scores against the success of continuations.
       policy: writes the continuations of prefixes.
+      grader: the grader of math answers.
+      code: running the programs of rollouts.
     """
 
     task: Literal["calibrate"]
@@ -560,11 +615,14 @@ class Annotate:
     """Solution archetypes and reasoning behaviours in fixed rollouts.
 
     Attributes:
-      rollouts: as in `Calibrate`.
+      task: `annotate`.
+      seed: all randomness derives from it.
+      rollouts: JSONL files or globs with commas between, of a run (`rollouts/`) or an evaluation (`samples/`).
       base: workdir of another annotation, to which this one is compared; empty for none.
       data: the problems of the rollouts; an empty `source` where the files hold all that is needed.
-      annotator: its `text` is read as JSON.
-      wave: rollouts of a call.
+      mesh: how devices are divided.
+      annotator: the model that annotates; its `text` is read as JSON.
+      wave: rollouts of a call to it.
     """
 
     task: Literal["annotate"]
