@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from exprl_jax.packaged import define_config
 
@@ -22,16 +22,24 @@ _DISTRIBUTED = flags.DEFINE_enum(
 )
 _COORDINATOR = flags.DEFINE_string("coordinator", None, "host:port of process 0, where there is no such launcher.")
 _PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.", lower_bound=1)
-_PROCESS = flags.DEFINE_integer("process", None, "This process's index.", lower_bound=0)
+_PROCESS = flags.DEFINE_integer("process", None, "This process's index, from 0.", lower_bound=0)
 _HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_seconds", 100, "A process not heard of for so long is taken for dead, and the others end.", lower_bound=1
+    "heartbeat_seconds",
+    100,
+    "A process that is silent for so long (100 by default) is taken for dead, and the others end.",
+    lower_bound=1,
 )
+_OPTIONS = (_CONFIG, _WORKDIR, _DIFF, _DRY_RUN, _DISTRIBUTED, _COORDINATOR, _PROCESSES, _PROCESS, _HEARTBEAT)
 
 
 def main(argv: list[str]) -> int:
     """Parses the command line, runs the experiment and returns the exit status."""
     try:
-        app.define_help_flags()
+        if (topic := _help_topic(argv)) is not None:
+            from exprl_jax.help import describe
+
+            print(describe(topic, {option.name: flags.FLAGS[option.name].help for option in _OPTIONS}))
+            return 0
         rest = flags.FLAGS(argv)[1:]
         if rest:
             raise ValueError(f"unexpected argument {rest[0]!r}; every option is --name=value")
@@ -90,6 +98,15 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted; the last checkpoint stands", 130)
     return 0
+
+
+def _help_topic(argv: list[str]) -> str | None:
+    """What help is asked for: a section, a key, a task, or everything (an empty topic); None where it is not."""
+    for argument in argv[1:]:
+        name, _, topic = argument.partition("=")
+        if name in ("--help", "-help", "-h"):
+            return topic
+    return None
 
 
 def _run(config: Any, workdir: str) -> None:
