@@ -1,15 +1,17 @@
 """`--help`: every key has a meaning, and it is found at once."""
 
 import dataclasses
+import pathlib
 import subprocess
 import sys
 
 import pytest
-from tiny_runs import ROOT
 
 from exprl_jax import config, main
 from exprl_jax.config import TASKS
 from exprl_jax.help import describe, keys, meanings
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def records():
@@ -152,7 +154,8 @@ def test_help_goes_before_all_else(arguments, capfd):
     assert main.main(["exprl_jax", *arguments]) == 0
     captured = capfd.readouterr()
     assert captured.err == "" and captured.out.startswith("python -m exprl_jax.main --config=FILE")
-    assert all(f"  --{name} " in captured.out for name in ("config", "workdir", "diff", "dry_run", "processes", "help"))
+    names = ("config", "workdir", "diff", "dry_run", "distributed", "coordinator", "processes", "process", "help")
+    assert all(f"  --{name} " in captured.out for name in (*names, "heartbeat_seconds"))
 
 
 def test_help_is_there_at_once():

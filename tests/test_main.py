@@ -141,22 +141,6 @@ def test_a_config_file_that_does_not_load_is_one_line(text, said, tmp_path):
     assert (done.returncode, done.stdout, done.stderr) == (2, "", f"exprl_jax: {said}\n")
 
 
-def test_help_names_every_option():
-    done = command("--help")
-    for name in (
-        "--config",
-        "--diff",
-        "--workdir",
-        "--[no]dry_run",
-        "--distributed",
-        "--coordinator",
-        "--processes",
-        "--process",
-        "--heartbeat_seconds",
-    ):
-        assert name in done.stdout
-
-
 def test_processes_that_nothing_tells_of_one_another_are_refused(tmp_path):
     launched = ("SLURM_", "OMPI_", "TPU_", "KUBERNETES_", "JAX_COORDINATOR")
     alone = {name: value for name, value in os.environ.items() if not name.startswith(launched)}

@@ -9,9 +9,10 @@ import venv
 import zipfile
 
 import pytest
-from tiny_runs import ROOT
 
 from exprl_jax.packaged import locate
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 PROBLEMS = "from exprl_jax.data.problems import read_problems; print(len(read_problems('configs/data/*ic.jsonl')))"
 MINE = "from configs.tiny import ARMS, get_config as tiny\n\ndef get_config():\n    return tiny('sparse')\n"
