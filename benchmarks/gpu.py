@@ -30,11 +30,10 @@ from exprl_jax.config import Execution, Mesh, Model
 from exprl_jax.data.packing import Example, fill_rows
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.hosts import put_microbatches, put_rows
-from exprl_jax.mesh import make_mesh, shard_parameters
-from exprl_jax.model import decoder
+from exprl_jax.mesh import make_mesh
 from exprl_jax.records import Context, Draw, Experience, Rows
 from exprl_jax.resolve import resolve
-from exprl_jax.weights.language_model import PUBLISHED, LanguageModel, load
+from exprl_jax.weights.language_model import PUBLISHED, LanguageModel, load_params
 
 GROUP, PROMPT, RUNS = 16, 512, 3
 TINY = Architecture("qwen3", 512, 64, 128, 2, 4, 2, 16, 1e4, None, 1e-6, True, 4096)
@@ -77,7 +76,7 @@ def random_model(arch: Architecture) -> LanguageModel:
 def decoding(name: str, arch: Architecture, problems: int, new: int, bandwidth: float) -> str:
     """A line of the first table."""
     model, mesh = random_model(arch), make_mesh(Mesh(1, 1))
-    params = load(model, _shardings(model, mesh), 0)
+    params = load_params(model, mesh, 0)
     sampler = programs.build_sampler(model, mesh, max_tokens=new, wave=problems)
     random = np.random.default_rng(0)
     context = Context(
@@ -120,7 +119,7 @@ def updating(name: str, arch: Architecture, width: int, flops: float) -> str:
     experience = put_microbatches(
         mesh, Experience(filled.packed, mask, mask / mask.sum(dtype=np.float32), normal, *[normal * 0] * 3, filled.used)
     )
-    holder = [bound.init_state(load(model, _shardings(model, mesh), 0))]
+    holder = [bound.init_state(load_params(model, mesh, 0))]
 
     def update():
         holder[0], _ = bound.train_step(holder[0], (), experience)
@@ -149,11 +148,6 @@ def typical(run: Callable[[], object], runs: int = RUNS) -> float:
         jax.block_until_ready(run())
         seconds.append(time.perf_counter() - start)
     return statistics.median(seconds[1:])
-
-
-def _shardings(model: LanguageModel, mesh):
-    abstract = decoder.abstract_params(model.arch, model.execution, model.config.param_dtype)
-    return shard_parameters(abstract, model.arch, model.execution, mesh)
 
 
 if __name__ == "__main__":

@@ -29,12 +29,11 @@ from exprl_jax import programs
 from exprl_jax.config import Config
 from exprl_jax.data.packing import Example, fill_rows
 from exprl_jax.hosts import put_microbatches, put_rows
-from exprl_jax.mesh import make_mesh, shard_parameters
-from exprl_jax.model import decoder
+from exprl_jax.mesh import make_mesh
 from exprl_jax.records import Context, Draw, Experience, Rows
 from exprl_jax.resolve import resolve
 from exprl_jax.weights.folder import export_folder
-from exprl_jax.weights.language_model import LanguageModel, load, open_model
+from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
 
 GROUP = 8
 PROMPT, RESPONSE = 64, 64
@@ -48,8 +47,7 @@ def main() -> None:
     # No token ends a row, so that every row has exactly RESPONSE tokens.
     model = dataclasses.replace(model, tokenizer=dataclasses.replace(model.tokenizer, eos_ids=(-1,)))
     mesh = make_mesh(config.mesh)
-    abstract = decoder.abstract_params(model.arch, model.execution, model.config.param_dtype)
-    params = load(model, shard_parameters(abstract, model.arch, model.execution, mesh), config.seed)
+    params = load_params(model, mesh, config.seed)
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = open_model(config.policy).tokenizer

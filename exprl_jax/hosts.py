@@ -66,12 +66,12 @@ def owned_problems(mesh: Mesh, problems: int) -> np.ndarray:
     return np.array([first[problem] == jax.process_index() for problem in local_problems(mesh, problems)])
 
 
-def agree_rows(table: dict[str, np.ndarray], place_P: np.ndarray) -> dict[str, np.ndarray]:
+def agree_rows(table: dict[str, np.ndarray], index_P: np.ndarray) -> dict[str, np.ndarray]:
     """This process's rows as the first process that has them sees them; arguments as of `gather_rows`."""
     if jax.process_count() == 1:
         return table
-    joined = gather_rows({"places_P": place_P, **table}, place_P)
-    mine = np.searchsorted(joined.pop("places_P"), place_P)
+    joined = gather_rows({"index_P": index_P, **table}, index_P)
+    mine = np.searchsorted(joined.pop("index_P"), index_P)
     return {name: x[mine] for name, x in joined.items()}
 
 
@@ -111,17 +111,17 @@ def fetch_rows(tree: Any) -> Any:
     return jax.tree.map(fetch, tree)
 
 
-def gather_rows(table: dict[str, np.ndarray], place_P: np.ndarray) -> dict[str, np.ndarray]:
+def gather_rows(table: dict[str, np.ndarray], index_P: np.ndarray) -> dict[str, np.ndarray]:
     """Joins every process's rows of host arrays into the whole batch, in the batch's order.
 
     Args:
       table: arrays whose first dimension is this process's problems.
-      place_P: where those problems stand in the batch; processes that share devices' rows pass the same places.
+      index_P: where those problems stand in the batch; processes that share devices' rows pass the same indices.
     """
     if jax.process_count() == 1:
         return table
-    joined = multihost_utils.process_allgather({"place": place_P, **table}, tiled=True)
-    _, first = np.unique(joined.pop("place"), return_index=True)
+    joined = multihost_utils.process_allgather({"index": index_P, **table}, tiled=True)
+    _, first = np.unique(joined.pop("index"), return_index=True)
     return {name: np.asarray(x)[first] for name, x in joined.items()}
 
 

@@ -26,31 +26,31 @@ DATA, MODEL = "data", "model"
 Axes = tuple[str | None, ...]
 
 
-def fit_mesh(how: config.Mesh, devices: int | None = None) -> tuple[int, int]:
+def fit_mesh(mesh_config: config.Mesh, devices: int | None = None) -> tuple[int, int]:
     """The sizes of `data` and `model`; `devices` None takes the config's word, or this machine's count for data −1.
 
     Raises:
       ValueError: the axes' product is not the number of devices.
     """
-    if how.data != -1 and devices is None:
-        return how.data, how.model
+    if mesh_config.data != -1 and devices is None:
+        return mesh_config.data, mesh_config.model
     devices = jax.device_count() if devices is None else devices
-    data = devices // how.model if how.data == -1 else how.data
-    if data * how.model != devices:
+    data = devices // mesh_config.model if mesh_config.data == -1 else mesh_config.data
+    if data * mesh_config.model != devices:
         raise ValueError(
-            f"config.mesh: got data {how.data} x model {how.model}, expected a product of {devices}, the number of "
+            f"config.mesh: got data {mesh_config.data} x model {mesh_config.model}, expected a product of {devices}, the number of "
             "devices; use data=-1 to take all that model leaves"
         )
-    return data, how.model
+    return data, mesh_config.model
 
 
-def make_mesh(how: config.Mesh) -> Mesh:
+def make_mesh(mesh_config: config.Mesh) -> Mesh:
     """A `data` × `model` mesh over all devices of all processes.
 
     Raises:
       ValueError: the axes' product is not the number of devices.
     """
-    return mesh_over(jax.devices(), *fit_mesh(how, jax.device_count()))
+    return mesh_over(jax.devices(), *fit_mesh(mesh_config, jax.device_count()))
 
 
 def mesh_over(devices: Sequence[Any], data: int, model: int) -> Mesh:
@@ -89,7 +89,7 @@ _ADAPTER_RULES = (
 )
 
 
-def shard_parameters(tree: Any, arch: Architecture, how: Execution, mesh: Mesh) -> Any:
+def shard_parameters(tree: Any, arch: Architecture, execution: Execution, mesh: Mesh) -> Any:
     """Shardings for a tree of parameters, or for any tree that mirrors it (gradients, Adam's moments, a TrainState), with
     adapters or of adapters alone.
 
@@ -102,18 +102,18 @@ def shard_parameters(tree: Any, arch: Architecture, how: Execution, mesh: Mesh) 
     own, used = parameter_rules(arch), set()
     rules = (*own, *_ADAPTER_RULES)
 
-    def place(path, leaf):
+    def sharding_of(path, leaf):
         if leaf.ndim == 0:
             return NamedSharding(mesh, PartitionSpec())
         keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         for pattern, spec in rules:
             if keys and re.fullmatch(pattern, keys[-1]):
                 used.add(pattern)
-                stacked = (None,) if "layers" in keys and how.scan_layers else ()
+                stacked = (None,) if "layers" in keys and execution.scan_layers else ()
                 return NamedSharding(mesh, _fit((*stacked, *spec), leaf.shape, mesh))
         raise ValueError(f"no parameter rule matches {jax.tree_util.keystr(path)} of shape {leaf.shape}")
 
-    shardings = jax.tree_util.tree_map_with_path(place, tree)
+    shardings = jax.tree_util.tree_map_with_path(sharding_of, tree)
     unused = [pattern for pattern, _ in own if pattern not in used]
     if unused and used - {pattern for pattern, _ in _ADAPTER_RULES}:
         raise ValueError(f"parameter rule {unused[0]!r} matches no parameter of this {arch.family} model")
@@ -208,23 +208,18 @@ class Placement:
         tokens = self.axis_of(x_PGTD.shape[2]) if x_PGTD.shape[2] > 1 else None
         return NamedSharding(self.mesh, PartitionSpec(self.data, None, tokens))
 
-    def decoding(self, params: Any, arch: Architecture, how: Execution) -> Any:
-        """Parameters in the layout in which tokens are sampled: whole along `data`, so that no decode step gathers."""
-        if self.mesh is None:
-            return params
-        shardings = shard_parameters(params, arch, how, self.mesh)
+    def whole_along_data(self, params: Any, shardings: Any) -> Any:
+        """Parameters in the layout in which tokens are sampled: whole along `data`, so that no decode step gathers.
+
+        Args:
+          shardings: of the parameters, as `shard_parameters` gives them.
+        """
 
         def gather(x, sharding):
             spec = PartitionSpec(*(None if axis == DATA else axis for axis in sharding.spec))
             return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
 
         return jax.tree.map(gather, params, shardings)
-
-    def like_parameters(self, tree: Any, arch: Architecture, how: Execution) -> Any:
-        """Keeps a tree of parameters, or of their gradients, sharded as parameters are."""
-        if self.mesh is None:
-            return tree
-        return jax.lax.with_sharding_constraint(tree, shard_parameters(tree, arch, how, self.mesh))
 
     def split(self, function: Callable, takes: Sequence[Axes], gives: Any) -> Callable:
         """The function of each device's part, with explicit collectives (`jax.shard_map`).

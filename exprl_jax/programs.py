@@ -18,8 +18,8 @@ from exprl_jax.learning.distillation import distill_step
 from exprl_jax.learning.logprobs import token_logprobs
 from exprl_jax.learning.supervised import sft_step
 from exprl_jax.learning.update import learning_rate, make_optimizer, train_step
-from exprl_jax.mesh import Placement, microbatches_sharding, replicated, rows_sharding, shard_parameters
-from exprl_jax.model import decoder
+from exprl_jax.mesh import Placement, microbatches_sharding, replicated, rows_sharding
+from exprl_jax.model.decoder import Params, Transformer
 from exprl_jax.model.lora import adapt, attached, init_adapters
 from exprl_jax.records import Array, Packed, TrainState
 from exprl_jax.reward.judge import JudgePrograms
@@ -79,7 +79,7 @@ class SftPrograms:
 
 def build(config: Config, mesh: Mesh, policy: LanguageModel) -> Programs:
     """Binds a config's static choices to the programs; compiles nothing yet."""
-    optimizer, logp = _optimizer(config), _logp_of(config, mesh, policy)
+    optimizer, logp = _optimizer(config), _policy_logp(config, mesh, policy)
 
     def updating(state, base, experience):
         return train_step(
@@ -89,7 +89,7 @@ def build(config: Config, mesh: Mesh, policy: LanguageModel) -> Programs:
             optimizer=optimizer,
             loss=config.loss,
             on_policy=config.updates.per_batch == 1,
-            keep_sharded=_keep_sharded(mesh, policy),
+            keep_sharded=policy.on(mesh).keep_sharded,
         )
 
     state_shardings = shard_state(config, mesh, policy)
@@ -106,33 +106,24 @@ def build_sampler(model: LanguageModel, mesh: Mesh, *, max_tokens: int, wave: in
     return Sampler(_jit("prefill", prefill), _jit("sample", sampling, rows_sharding(mesh)), mesh, wave)
 
 
-def build_judge(how: Judge, mesh: Mesh, judge: LanguageModel) -> JudgePrograms:
+def build_judge(judge_config: Judge, mesh: Mesh, judge: LanguageModel) -> JudgePrograms:
     """The programs of a local judge."""
-    if how.readout == "logits":
-        scoring = functools.partial(
-            score,
-            arch=judge.arch,
-            how=judge.execution,
-            digit_ids=digit_token_ids(judge.tokenizer),
-            place=Placement(mesh),
-        )
-
-        def judging(params, prefix, rows):
-            return scoring(params, prefix=prefix, rows=rows)
+    if judge_config.readout == "logits":
+        judging = functools.partial(score, judge.on(mesh), digit_ids=digit_token_ids(judge.tokenizer))
     else:
-        judging = _sample(judge, mesh, how.max_tokens)
+        judging = _sample(judge, mesh, judge_config.max_tokens)
     return JudgePrograms(_jit("judge_prefill", _prefill(judge, mesh)), _jit("judge", judging, rows_sharding(mesh)))
 
 
 def build_teacher(config: Config, mesh: Mesh, policy: LanguageModel) -> TeacherPrograms:
     """The programs of a teacher of the policy's own architecture."""
-    logp = functools.partial(every_logp, logp_fn=_logp_of(config, mesh, policy))
-
-    optimizer, states = _optimizer(config), functools.partial(packed_states, mesh=mesh, policy=policy)
+    logp = functools.partial(every_logp, logp_fn=_policy_logp(config, mesh, policy))
+    optimizer, states = _optimizer(config), functools.partial(packed_states, policy.on(mesh))
 
     def signal(params, teacher, teaching, experience):
-        shown = logp(teacher, teaching.packed, experience.used)
-        gap = jnp.take_along_axis(shown, teaching.at_MBT, axis=2) - logp(params, experience.packed, experience.used)
+        teacher_logp = logp(teacher, teaching.packed, experience.used)
+        own_logp = logp(params, experience.packed, experience.used)
+        gap = jnp.take_along_axis(teacher_logp, teaching.at_MBT, axis=2) - own_logp
         return gap, -jnp.where(experience.mask_MBT, gap, 0.0).sum() / jnp.maximum(experience.mask_MBT.sum(), 1)
 
     def distilling(state, base, teacher, teaching, experience):
@@ -146,8 +137,8 @@ def build_teacher(config: Config, mesh: Mesh, policy: LanguageModel) -> TeacherP
             teacher_fn=states,
             temperature=config.rollout.temperature,
             chunk=config.updates.logp_chunk,
-            place=Placement(mesh),
-            keep_sharded=_keep_sharded(mesh, policy),
+            placement=Placement(mesh),
+            keep_sharded=policy.on(mesh).keep_sharded,
         )
 
     state_shardings = shard_state(config, mesh, policy)
@@ -160,9 +151,7 @@ def build_teacher(config: Config, mesh: Mesh, policy: LanguageModel) -> TeacherP
 def build_sft(config: Sft, mesh: Mesh, policy: LanguageModel, updates: int) -> SftPrograms:
     """The programs of a supervised run of so many updates."""
     optimizer, rate = make_optimizer(config.optimizer, updates), learning_rate(config.optimizer, updates)
-    logp = functools.partial(
-        packed_logp_and_entropy, mesh=mesh, policy=policy, temperature=1.0, chunk=config.logp_chunk
-    )
+    logp = functools.partial(packed_logp_and_entropy, policy.on(mesh), temperature=1.0, chunk=config.logp_chunk)
 
     def updating(state, base, lesson):
         return sft_step(
@@ -171,12 +160,12 @@ def build_sft(config: Sft, mesh: Mesh, policy: LanguageModel, updates: int) -> S
             logp_fn=lambda params, packed: logp(adapt(config.lora, base, params), packed),
             optimizer=optimizer,
             rate=rate if callable(rate) else optax.constant_schedule(rate),
-            keep_sharded=_keep_sharded(mesh, policy),
+            keep_sharded=policy.on(mesh).keep_sharded,
         )
 
     initialise = _init_state(config, policy, optimizer)
     abstract = _abstract(config.lora, policy.config, policy.arch, optimizer)
-    shardings = shard_parameters(abstract, policy.arch, policy.execution, mesh)
+    shardings = policy.on(mesh).shard(abstract)
     return SftPrograms(
         abstract=abstract,
         shardings=shardings,
@@ -186,31 +175,19 @@ def build_sft(config: Sft, mesh: Mesh, policy: LanguageModel, updates: int) -> S
 
 
 def _prefill(model: LanguageModel, mesh: Mesh) -> Callable:
-    return lambda params, context: decoder.prefill(
-        attached(params), model.arch, model.execution, context, Placement(mesh)
-    )
+    transformer = model.on(mesh)
+    return lambda params, context: transformer.prefill(attached(params), context)
 
 
 def _sample(model: LanguageModel, mesh: Mesh, max_tokens: int) -> Callable:
-    sampling = functools.partial(
-        sample,
-        arch=model.arch,
-        how=model.execution,
-        max_tokens=max_tokens,
-        eos_ids=model.tokenizer.eos_ids,
-        pad_id=model.tokenizer.pad_id,
-        place=Placement(mesh),
-    )
-    return lambda params, prefix, rows, draw: sampling(attached(params), prefix=prefix, rows=rows, draw=draw)
+    tokenizer = model.tokenizer
+    sampling = functools.partial(sample, max_tokens=max_tokens, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+    return lambda params, prefix, rows, draw: sampling(model.on(mesh), attached(params), prefix, rows, draw)
 
 
-def _logp_of(config: Config, mesh: Mesh, policy: LanguageModel) -> Callable:
+def _policy_logp(config: Config, mesh: Mesh, policy: LanguageModel) -> Callable:
     temperature, chunk = config.rollout.temperature, config.updates.logp_chunk
-    return functools.partial(packed_logp_and_entropy, mesh=mesh, policy=policy, temperature=temperature, chunk=chunk)
-
-
-def _keep_sharded(mesh: Mesh, policy: LanguageModel) -> Callable:
-    return lambda tree: Placement(mesh).like_parameters(tree, policy.arch, policy.execution)
+    return functools.partial(packed_logp_and_entropy, policy.on(mesh), temperature=temperature, chunk=chunk)
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:
@@ -219,18 +196,12 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
 
 def _init_state(config: Config | Sft, policy: LanguageModel, optimizer: optax.GradientTransformation) -> Callable:
     return functools.partial(
-        init_state, lora=config.lora, how=policy.config, arch=policy.arch, optimizer=optimizer, seed=config.seed
+        init_state, lora=config.lora, model=policy.config, arch=policy.arch, optimizer=optimizer, seed=config.seed
     )
 
 
 def init_state(
-    params: decoder.Params,
-    *,
-    lora: Lora,
-    how: Model,
-    arch: Architecture,
-    optimizer: optax.GradientTransformation,
-    seed: int,
+    params: Params, *, lora: Lora, model: Model, arch: Architecture, optimizer: optax.GradientTransformation, seed: int
 ) -> TrainState:
     """The state before the first step.
 
@@ -238,9 +209,9 @@ def init_state(
       params: of the policy; with adapters they are left where they are, and the state is the adapters'.
     """
     if lora.rank:
-        params = init_adapters(arch, how.execution, lora, "float32", fold_in_name(jax.random.key(seed), "lora"))
+        params = init_adapters(arch, model.execution, lora, "float32", fold_in_name(jax.random.key(seed), "lora"))
     else:
-        params = jax.tree.map(lambda x: jnp.array(x, how.param_dtype, copy=True), params)
+        params = jax.tree.map(lambda x: jnp.array(x, model.param_dtype, copy=True), params)
     return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
 
 
@@ -249,41 +220,40 @@ def abstract_state(config: Config, arch: Architecture) -> TrainState:
     return _abstract(config.lora, config.policy, arch, _optimizer(config))
 
 
-def _abstract(lora: Lora, how: Model, arch: Architecture, optimizer: optax.GradientTransformation) -> TrainState:
-    params = decoder.abstract_params(arch, how.execution, how.param_dtype)
-    initialise = functools.partial(init_state, lora=lora, how=how, arch=arch, optimizer=optimizer, seed=0)
+def _abstract(lora: Lora, model: Model, arch: Architecture, optimizer: optax.GradientTransformation) -> TrainState:
+    params = Transformer(arch, model.execution).abstract_params(model.param_dtype)
+    initialise = functools.partial(init_state, lora=lora, model=model, arch=arch, optimizer=optimizer, seed=0)
     return jax.eval_shape(initialise, params)
 
 
 def shard_state(config: Config, mesh: Mesh, policy: LanguageModel) -> Any:
     """Shardings of a run's state: the one parameter table for parameters and moments, scalars everywhere."""
-    return shard_parameters(abstract_state(config, policy.arch), policy.arch, policy.execution, mesh)
+    return policy.on(mesh).shard(abstract_state(config, policy.arch))
 
 
-def packed_states(params: decoder.Params, packed: Packed, *, mesh: Mesh, policy: LanguageModel) -> tuple[Array, Array]:
+def packed_states(transformer: Transformer, params: Params, packed: Packed) -> tuple[Array, Array]:
     """The hidden states of packed rows [B, T, D], and the unembedding."""
     params = attached(params)
-    hidden = decoder.packed_hidden_states(params, policy.arch, policy.execution, packed, Placement(mesh))
-    return hidden, decoder.unembedding(params, policy.arch)
+    return transformer.packed_hidden_states(params, packed), transformer.unembedding(params)
 
 
 def packed_logp_and_entropy(
-    params: decoder.Params, packed: Packed, *, mesh: Mesh, policy: LanguageModel, temperature: float, chunk: int
+    transformer: Transformer, params: Params, packed: Packed, *, temperature: float, chunk: int
 ) -> tuple[Array, Array]:
     """log π of each slot's target given what stands before it in its sequence, and the entropy of that distribution, both
     [B, T]."""
-    hidden, table = packed_states(params, packed, mesh=mesh, policy=policy)
-    return token_logprobs(hidden, table, packed.target_BT, temperature, chunk, Placement(mesh))
+    hidden, table = packed_states(transformer, params, packed)
+    return token_logprobs(hidden, table, packed.target_BT, temperature, chunk, transformer.placement)
 
 
-def every_logp(params: decoder.Params, packed: Packed, used: Array, *, logp_fn: Callable) -> Array:
+def every_logp(params: Params, packed: Packed, used: Array, *, logp_fn: Callable) -> Array:
     """log π of each slot's target, one microbatch [B, T] at a time; 0 in those that are not used."""
 
-    def one(m, logp_MBT):
+    def add_microbatch(m, logp_MBT):
         part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, m, keepdims=False), packed)
         return jax.lax.dynamic_update_index_in_dim(logp_MBT, logp_fn(params, part)[0], m, axis=0)
 
-    return jax.lax.fori_loop(0, used, one, jnp.zeros(packed.tokens_BT.shape, jnp.float32))
+    return jax.lax.fori_loop(0, used, add_microbatch, jnp.zeros(packed.tokens_BT.shape, jnp.float32))
 
 
 def _jit(name: str, function: Callable, out_shardings: Any = None, **options: Any) -> Callable:

@@ -25,12 +25,12 @@ from exprl_jax.batch import pack_update
 from exprl_jax.data.prompts import teacher_prompt
 from exprl_jax.hosts import put_microbatches
 from exprl_jax.learning import distillation, update
-from exprl_jax.model import decoder
 from exprl_jax.reward import statistics
 from exprl_jax.reward.verifiers.grading import open_graders
 from exprl_jax.rl_run import first_state
 from exprl_jax.run import loop as every_loop
 from exprl_jax.run.clock import Clock
+from tests.oracles.tiny_decoder import forward_logits
 
 STEPS = 3
 KL = ("sampled", "full")
@@ -149,7 +149,7 @@ def test_the_exact_divergence_is_that_of_whole_sequences(taught):
         tokens, first = np.zeros((len(prompts), width), np.int32), np.array([[len(prompt) - 1] for prompt in prompts])
         for row, prompt, response in zip(tokens, prompts, responses):
             row[: len(prompt) + len(response)] = [*prompt, *response]
-        logits = decoder.forward_logits(params, arch, how, jnp.asarray(tokens))
+        logits = forward_logits(params, arch, how, jnp.asarray(tokens))
         logits = jnp.take_along_axis(logits, (first + np.arange(mask.shape[1]))[..., None], axis=1)
         return jax.nn.log_softmax(logits / temperature)
 
@@ -177,7 +177,7 @@ def plain_logp(run, params, prompt, response):
     """log π of each distribution, [R, V], by the plain forward of prompt and response."""
     arch, how = run.policy.arch, run.policy.execution
     tokens = jnp.asarray([[*prompt, *response]], jnp.int32)
-    logits = decoder.forward_logits(params, arch, how, tokens)[0, len(prompt) - 1 : -1]
+    logits = forward_logits(params, arch, how, tokens)[0, len(prompt) - 1 : -1]
     return np.asarray(jax.nn.log_softmax(logits / run.config.rollout.temperature), np.float64)
 
 

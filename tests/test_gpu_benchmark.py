@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from tiny_runs import ROOT, environment
 
-from exprl_jax.model import decoder
+from exprl_jax.model.decoder import Transformer
 from exprl_jax.records import Context, Draw, Rows
 from exprl_jax.rollout.sampler import sample
 from tests.oracles.tiny_decoder import QWEN3, execution
@@ -34,11 +34,11 @@ def test_the_benchmark_runs_and_writes_its_tables(tmp_path):
 def test_sampling_lowers_for_cuda(kv_dtype):
     """No TPU kernel is in the way; whether it runs is for a GPU to say."""
     how, P, G, C = execution(scan_layers=True, dtype="bfloat16", kv_dtype=kv_dtype), 2, 3, 5
-    params = decoder.abstract_params(QWEN3, how, "bfloat16")
+    params = Transformer(QWEN3, how).abstract_params("bfloat16")
 
     def sampled(params, context, rows, draw):
-        prefix = decoder.prefill(params, QWEN3, how, context)
-        return sample(params, QWEN3, how, prefix, rows, draw, max_tokens=4, eos_ids=(1,), pad_id=0)
+        prefix = Transformer(QWEN3, how).prefill(params, context)
+        return sample(Transformer(QWEN3, how), params, prefix, rows, draw, max_tokens=4, eos_ids=(1,), pad_id=0)
 
     def shape(*dims, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(dims, dtype)

@@ -16,13 +16,13 @@ from test_diagnostics import FAST, LetterGraders, LetterJudge, letters
 from tiny_runs import assert_same_parameters, assert_same_rows, config_dict, parameters, prepared, rows, run, tiny
 
 from exprl_jax import distill, sft, train
-from exprl_jax.model.decoder import forward_logits
 from exprl_jax.plan.dry_run import describe
 from exprl_jax.resolve import resolve
 from exprl_jax.run import loop as every_loop
 from exprl_jax.run.clock import Clock
 from exprl_jax.weights.folder import export_folder
 from exprl_jax.weights.language_model import open_model
+from tests.oracles.tiny_decoder import forward_logits
 
 STEPS = 3
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")

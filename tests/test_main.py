@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_runs import ROOT, config_dict, prepared, resolve, tiny
 
 from exprl_jax import main as door
-from exprl_jax.model.decoder import init_params
+from exprl_jax.model.decoder import Transformer
 from exprl_jax.resolve import to_dict
 from exprl_jax.run.workdir import open_workdir
 from exprl_jax.weights.folder import export_folder
@@ -265,7 +265,7 @@ def exported(tmp_path_factory):
     """A model folder that loads."""
     policy = prepared(tiny()).policy
     folder = tmp_path_factory.mktemp("model") / "folder"
-    params = init_params(policy.arch, policy.execution, "float32", jax.random.key(0))
+    params = Transformer(policy.arch, policy.execution).init_params(jax.random.key(0), "float32")
     export_folder(params, policy.arch, policy.execution, folder, policy.tokenizer, "float32")
     return folder
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import PartitionSpec as Spec
 
 from exprl_jax import config, mesh
-from exprl_jax.model.decoder import abstract_params
+from exprl_jax.model.decoder import Transformer
 from exprl_jax.records import Context, Draw, TrainState
 from tests.oracles.tiny_decoder import FAMILIES, QWEN3, TpuWay, architecture, execution, random_params
 
@@ -23,7 +23,7 @@ def make(data, model):
 
 
 def specs(arch, how, over):
-    shardings = mesh.shard_parameters(abstract_params(arch, how, "float32"), arch, how, over)
+    shardings = mesh.shard_parameters(Transformer(arch, how).abstract_params("float32"), arch, how, over)
     return jax.tree.map(lambda s: s.spec, shardings, is_leaf=lambda x: isinstance(x, jax.sharding.NamedSharding))
 
 
@@ -60,7 +60,7 @@ def test_dims_that_do_not_divide_are_replicated():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rules_cover_parameters_gradients_and_moments(family, scan):
     arch, how, over = architecture(family), execution(scan), make(2, 4)
-    params = abstract_params(arch, how, "float32")
+    params = Transformer(arch, how).abstract_params("float32")
     zero = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(zero, params, jax.eval_shape(optax.adamw(1.0).init, params), zero)
     shardings = mesh.shard_parameters(state, arch, how, over)
@@ -71,11 +71,11 @@ def test_rules_cover_parameters_gradients_and_moments(family, scan):
 
 def test_a_parameter_without_a_rule_and_a_rule_without_a_parameter_are_errors():
     how, over = execution(), make(2, 4)
-    params = abstract_params(QWEN3, how, "float32")
+    params = Transformer(QWEN3, how).abstract_params("float32")
     params["layer_1"]["router"] = jax.ShapeDtypeStruct((16, 4), jnp.float32)
     with pytest.raises(ValueError, match=re.escape("no parameter rule matches ['layer_1']['router'] of shape (16, 4)")):
         mesh.shard_parameters(params, QWEN3, how, over)
-    params = abstract_params(QWEN3, how, "float32")
+    params = Transformer(QWEN3, how).abstract_params("float32")
     del params["unembed"]
     with pytest.raises(ValueError, match="parameter rule 'unembed' matches no parameter of this qwen3 model"):
         mesh.shard_parameters(params, QWEN3, how, over)
@@ -83,7 +83,7 @@ def test_a_parameter_without_a_rule_and_a_rule_without_a_parameter_are_errors():
 
 def test_bytes_per_device_are_those_that_lie_there():
     how, over = execution(), make(2, 4)
-    abstract = abstract_params(QWEN3, how, "float32")
+    abstract = Transformer(QWEN3, how).abstract_params("float32")
     shardings = mesh.shard_parameters(abstract, QWEN3, how, over)
     params = jax.device_put(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract), shardings)
     lying = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
@@ -166,12 +166,12 @@ def test_parameters_for_decoding_are_whole_along_data_only(scan):
     how, place = execution(scan), mesh.Placement(make(2, 4))
     params = random_params(WIDE, how)
     shardings = mesh.shard_parameters(params, WIDE, how, place.mesh)
-    decoding = jax.jit(lambda p: place.decoding(p, WIDE, how))(jax.device_put(params, shardings))
+    decoding = jax.jit(lambda p: Transformer(WIDE, how, place).decoding_params(p))(jax.device_put(params, shardings))
     for got, x, sharding in zip(*map(jax.tree.leaves, (decoding, params, shardings)), strict=True):
         np.testing.assert_array_equal(got, x)
         parts = [4 if axis == "model" else 1 for axis in [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]]
         assert got.sharding.shard_shape(x.shape) == tuple(n // part for n, part in zip(x.shape, parts))
-    kept = jax.jit(lambda p: place.like_parameters(p, WIDE, how))(params)
+    kept = jax.jit(lambda p: Transformer(WIDE, how, place).keep_sharded(p))(params)
     for got, sharding in zip(*map(jax.tree.leaves, (kept, shardings)), strict=True):
         assert got.sharding.is_equivalent_to(sharding, got.ndim)
 

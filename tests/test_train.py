@@ -34,13 +34,14 @@ from exprl_jax.learning import update
 from exprl_jax.learning.advantages import grpo
 from exprl_jax.learning.losses import normaliser
 from exprl_jax.mesh import DATA, MODEL, Placement
-from exprl_jax.model import decoder
+from exprl_jax.model.decoder import Transformer
 from exprl_jax.reward import judges, statistics
 from exprl_jax.reward.judge import NoJudge
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.run import loop as every_loop
 from exprl_jax.run.clock import Clock, CompileLedger
 from exprl_jax.weights.folder import export_folder
+from tests.oracles.tiny_decoder import forward_logits
 
 # Settings that no committed config has together: several waves, several updates a batch, other estimators.
 OTHER = {
@@ -134,7 +135,7 @@ def other_family(folder):
     tokenizer = load_tokenizer(str(folder.with_name("tokenizer")))
     small = prepared(tiny("outcome", {"policy.weights": "random:llama", "reference.weights": "random:llama"})).policy
     arch = dataclasses.replace(small.arch, vocab_size=tokenizer.vocab_size, layers=1)
-    params = decoder.init_params(arch, small.execution, "float32", jax.random.key(1))
+    params = Transformer(arch, small.execution).init_params(jax.random.key(1), "float32")
     export_folder(params, arch, small.execution, folder, tokenizer, "float32")
     return str(folder)
 
@@ -326,9 +327,9 @@ def test_the_export_is_the_policy_for_transformers(name, done):
         theirs = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
 
     policy = prepared(arm.config).policy
-    start = decoder.init_params(policy.arch, policy.execution, "float32", jax.random.key(arm.config.seed))
+    start = Transformer(policy.arch, policy.execution).init_params(jax.random.key(arm.config.seed), "float32")
     ours, before = (
-        np.asarray(decoder.forward_logits(params, policy.arch, policy.execution, jnp.asarray(tokens)))
+        np.asarray(forward_logits(params, policy.arch, policy.execution, jnp.asarray(tokens)))
         for params in (jax.tree.map(jnp.asarray, arm.params), start)
     )
     np.testing.assert_allclose(ours, theirs, atol=1e-5)

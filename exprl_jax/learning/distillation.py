@@ -39,7 +39,7 @@ def distill_step(
     temperature: float,
     chunk: int,
     optimizer: optax.GradientTransformation,
-    place: Placement,
+    placement: Placement,
     keep_sharded: Callable[[Any], Any],
 ) -> tuple[TrainState, dict[str, Float32[Array, ""]]]:
     """One update by Σ w · KL(π ‖ π_teacher), the KL of each response token's whole distribution at the sampling
@@ -63,7 +63,7 @@ def distill_step(
         hidden_BTD, table_DV = states_fn(params, packed)
         shown_BTD, teacher_table_DV = teacher_fn(teacher, teaching.packed)
         shown_BTD = jnp.take_along_axis(shown_BTD, teaching.at_MBT[..., None], axis=1)
-        kl = reverse_kl(hidden_BTD, table_DV, shown_BTD, teacher_table_DV, temperature, chunk, place)
+        kl = reverse_kl(hidden_BTD, table_DV, shown_BTD, teacher_table_DV, temperature, chunk, placement)
         kl = jnp.where(mask_BT, kl, 0.0)
         return (weight_BT * kl).sum(), ({"distill/kl": kl.sum()}, {})
 

@@ -22,7 +22,7 @@ def token_logprobs(
     targets_BT: Int[Array, "B T"],
     temperature: float,
     chunk: int,
-    place: Placement = ONE_DEVICE,
+    placement: Placement = ONE_DEVICE,
 ) -> tuple[Float32[Array, "B T"], Float32[Array, "B T"]]:
     """log π(target) and the entropy of π, where π = softmax(hidden · table / temperature).
 
@@ -46,7 +46,7 @@ def token_logprobs(
     """
     if temperature <= 0:
         raise ValueError(f"token_logprobs: got temperature {temperature}, expected a number greater than 0")
-    logp_BT, entropy_BT = _token_logprobs(hidden_BTD, table_DV, targets_BT, float(temperature), chunk, place)
+    logp_BT, entropy_BT = _token_logprobs(hidden_BTD, table_DV, targets_BT, float(temperature), chunk, placement)
     known = (targets_BT >= 0) & (targets_BT < table_DV.shape[1])
     return jnp.where(known, logp_BT, jnp.nan), entropy_BT
 
@@ -58,7 +58,7 @@ def reverse_kl(
     teacher_table_WV: Float[Array, "W V"],
     temperature: float,
     chunk: int,
-    place: Placement = ONE_DEVICE,
+    placement: Placement = ONE_DEVICE,
 ) -> Float32[Array, "B T"]:
     """KL(π ‖ π_teacher) over the whole vocabulary, for the next token after each slot.
 
@@ -79,7 +79,7 @@ def reverse_kl(
     """
     if temperature <= 0:
         raise ValueError(f"reverse_kl: got temperature {temperature}, expected a number greater than 0")
-    return _reverse_kl(hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV, float(temperature), chunk, place)
+    return _reverse_kl(hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV, float(temperature), chunk, placement)
 
 
 def slices(rows: int, tokens: int, chunk: int) -> tuple[int, int]:
@@ -139,21 +139,21 @@ class _Part:
         return d_table if self.rows is None else jax.lax.psum(d_table, self.rows)
 
 
-def _split(place, temperature, chunk, table_DV):
+def _split(placement, temperature, chunk, table_DV):
     """(part, axes of rows, axes of a table) on the placement's devices."""
-    rows, vocabulary = place.data, place.axis_of(table_DV.shape[1])
-    shards = place.mesh.shape[rows] if rows else 1
+    rows, vocabulary = placement.data, placement.axis_of(table_DV.shape[1])
+    shards = placement.mesh.shape[rows] if rows else 1
     return _Part(temperature, max(1, chunk // shards), rows, vocabulary), (rows,), (None, vocabulary)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _token_logprobs(hidden_BTD, table_DV, targets_BT, temperature, chunk, place):
-    return _forward(hidden_BTD, table_DV, targets_BT, temperature, chunk, place)[0]
+def _token_logprobs(hidden_BTD, table_DV, targets_BT, temperature, chunk, placement):
+    return _forward(hidden_BTD, table_DV, targets_BT, temperature, chunk, placement)[0]
 
 
-def _forward(hidden_BTD, table_DV, targets_BT, temperature, chunk, place):
-    part, rows, table = _split(place, temperature, chunk, table_DV)
-    score = place.split(functools.partial(_score, part), (rows, table, rows), (rows, rows, rows))
+def _forward(hidden_BTD, table_DV, targets_BT, temperature, chunk, placement):
+    part, rows, table = _split(placement, temperature, chunk, table_DV)
+    score = placement.split(functools.partial(_score, part), (rows, table, rows), (rows, rows, rows))
     logp, entropy, log_normaliser = score(hidden_BTD, table_DV.astype(hidden_BTD.dtype), targets_BT)
     return (logp, entropy), (hidden_BTD, table_DV, targets_BT, log_normaliser, entropy)
 
@@ -175,18 +175,18 @@ def _score(part, hidden_BTD, table_DV, targets_BT):
     return tuple(map(join, results))
 
 
-def _forward_of_primals(hidden, table, targets, temperature, chunk, place):
+def _forward_of_primals(hidden, table, targets, temperature, chunk, placement):
     """`_forward` as `symbolic_zeros` wants it: every array comes with a note of whether it is differentiated."""
-    return _forward(hidden.value, table.value, targets.value, temperature, chunk, place)
+    return _forward(hidden.value, table.value, targets.value, temperature, chunk, placement)
 
 
-def _backward(temperature, chunk, place, saved, cotangent):
+def _backward(temperature, chunk, placement, saved, cotangent):
     hidden_BTD, table_DV, targets_BT, log_normaliser, entropy = saved
-    part, rows, table = _split(place, temperature, chunk, table_DV)
+    part, rows, table = _split(placement, temperature, chunk, table_DV)
     slopes = tuple(x / temperature for x in cotangent if not isinstance(x, SymbolicZero))
     read = tuple(not isinstance(x, SymbolicZero) for x in cotangent)  # known while tracing
     takes = (rows, table, *[rows] * (3 + len(slopes)))
-    pull = place.split(functools.partial(_pull_score, part, read), takes, (rows, table))
+    pull = placement.split(functools.partial(_pull_score, part, read), takes, (rows, table))
     d_hidden, d_table = pull(
         hidden_BTD, table_DV.astype(hidden_BTD.dtype), targets_BT, log_normaliser, entropy, *slopes
     )
@@ -214,13 +214,13 @@ _token_logprobs.defvjp(_forward_of_primals, _backward, symbolic_zeros=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _reverse_kl(hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV, temperature, chunk, place):
-    return _kl_forward(hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV, temperature, chunk, place)[0]
+def _reverse_kl(hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV, temperature, chunk, placement):
+    return _kl_forward(hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV, temperature, chunk, placement)[0]
 
 
-def _kl_forward(hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV, temperature, chunk, place):
-    part, rows, table = _split(place, temperature, chunk, table_DV)
-    compare = place.split(functools.partial(_compare, part), (rows, table, rows, table), (rows, rows, rows))
+def _kl_forward(hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV, temperature, chunk, placement):
+    part, rows, table = _split(placement, temperature, chunk, table_DV)
+    compare = placement.split(functools.partial(_compare, part), (rows, table, rows, table), (rows, rows, rows))
     arrays = (hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV)
     kl, *log_normalisers = compare(*_in_dtype_of_states(arrays))
     return kl, (arrays, kl, log_normalisers)
@@ -244,10 +244,10 @@ def _compare(part, hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV):
     return tuple(map(join, results))
 
 
-def _kl_backward(temperature, chunk, place, saved, cotangent):
+def _kl_backward(temperature, chunk, placement, saved, cotangent):
     arrays, kl, log_normalisers = saved
-    part, rows, table = _split(place, temperature, chunk, arrays[1])
-    pull = place.split(functools.partial(_pull_kl, part), (rows, table, rows, table, *[rows] * 4), (rows, table))
+    part, rows, table = _split(placement, temperature, chunk, arrays[1])
+    pull = placement.split(functools.partial(_pull_kl, part), (rows, table, rows, table, *[rows] * 4), (rows, table))
     d_hidden, d_table = pull(*_in_dtype_of_states(arrays), kl, *log_normalisers, cotangent / temperature)
     return d_hidden, d_table.astype(arrays[1].dtype), None, None
 

@@ -41,7 +41,7 @@ def policy_loss(
     ref_logp_BT: Float32[Array, "*B T"],
     entropy_BT: Float32[Array, "*B T"],
     advantage_BT: Float32[Array, "*B T"],
-    how: config.Loss,
+    coefficients: config.Loss,
 ) -> tuple[Float32[Array, "*B T"], Diagnostics]:
     """PPO clip with dual clip, plus kl_coef · k3 (estimates the KL to the reference), minus entropy_coef · entropy.
 
@@ -61,7 +61,7 @@ def policy_loss(
         kl_coef is 0.
       entropy_BT: of π where the token was sampled, in nats, with its gradient; not read where entropy_coef is 0.
       advantage_BT: A.
-      how: the coefficients.
+      coefficients: clips, and weights of the KL and entropy terms.
 
     Returns:
       (loss, diagnostics), both for each token.
@@ -69,21 +69,21 @@ def policy_loss(
     logratio = jnp.clip(logp_BT - old_logp_BT, -LOGRATIO_BOUND, LOGRATIO_BOUND)
     ratio = jnp.exp(logratio)
     free = -advantage_BT * ratio
-    held = -advantage_BT * jnp.clip(ratio, 1 - how.clip_low, 1 + how.clip_high)
-    clipped = held > free
-    policy = jnp.where(clipped, held, free)
+    bounded = -advantage_BT * jnp.clip(ratio, 1 - coefficients.clip_low, 1 + coefficients.clip_high)
+    clipped = bounded > free
+    policy = jnp.where(clipped, bounded, free)
     # Static choices, here and below: what has no coefficient is neither computed nor read.
     dual_clipped = jnp.zeros_like(clipped)
-    if how.dual_clip:
-        bound = -advantage_BT * how.dual_clip
+    if coefficients.dual_clip:
+        bound = -advantage_BT * coefficients.dual_clip
         dual_clipped = (advantage_BT < 0) & (policy > bound)
         policy = jnp.where(dual_clipped, bound, policy)
     loss, kl = policy, jnp.zeros_like(policy)
-    if how.kl_coef:
+    if coefficients.kl_coef:
         kl = k3(logp_BT, ref_logp_BT)
-        loss += how.kl_coef * kl
-    if how.entropy_coef:
-        loss -= how.entropy_coef * entropy_BT
+        loss += coefficients.kl_coef * kl
+    if coefficients.entropy_coef:
+        loss -= coefficients.entropy_coef * entropy_BT
     diagnostics = Diagnostics(policy, kl, ratio, clipped, dual_clipped, old_logp_BT - logp_BT)
     return loss, jax.lax.stop_gradient(diagnostics)
 

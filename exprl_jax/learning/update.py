@@ -41,26 +41,32 @@ METRICS: Mapping[str, str] = {
 """Every key of `train_step`'s metrics and what it is the value of, for the update's whole batch."""
 
 
-def make_optimizer(how: config.Optimizer, updates: int) -> optax.GradientTransformation:
+def make_optimizer(settings: config.Optimizer, updates: int) -> optax.GradientTransformation:
     """Global-norm clip, then AdamW with weight decay on every parameter (the released settings).
 
     Args:
       updates: optimizer updates of the whole run, over which a `cosine` rate goes to 0.
     """
     return optax.chain(
-        optax.clip_by_global_norm(how.clip_norm),
-        optax.adamw(learning_rate(how, updates), b1=how.b1, b2=how.b2, eps=how.eps, weight_decay=how.weight_decay),
+        optax.clip_by_global_norm(settings.clip_norm),
+        optax.adamw(
+            learning_rate(settings, updates),
+            b1=settings.b1,
+            b2=settings.b2,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        ),
     )
 
 
-def learning_rate(how: config.Optimizer, updates: int) -> optax.ScalarOrSchedule:
+def learning_rate(settings: config.Optimizer, updates: int) -> optax.ScalarOrSchedule:
     """The rate, or its schedule: a linear rise over `warmup` of the updates, then constant, or a cosine to 0."""
-    rise = int(how.warmup * updates)
-    if how.schedule == "cosine":
-        return optax.warmup_cosine_decay_schedule(0.0, how.learning_rate, rise, updates)
+    rise = int(settings.warmup * updates)
+    if settings.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(0.0, settings.learning_rate, rise, updates)
     if rise:
-        return optax.linear_schedule(0.0, how.learning_rate, rise)
-    return how.learning_rate
+        return optax.linear_schedule(0.0, settings.learning_rate, rise)
+    return settings.learning_rate
 
 
 def train_step(

@@ -61,7 +61,7 @@ def attend(
     own: KV,
     start_PG: Int[Array, "P G"],
     slot: Int[Array, ""] | int,
-    place: Placement = ONE_DEVICE,
+    placement: Placement = ONE_DEVICE,
 ) -> Float[Array, "P G T H E"]:
     """Softmax attention over two sets of keys: the problem's context and the row's own slots.
 
@@ -75,15 +75,15 @@ def attend(
       start_PG: first real own slot.
       slot: own slot of the first query; 0 on TPU, where rows with a past have pages (`model.paged`).
     """
-    if place.on_tpu:
-        return _splash_rows(q_PGTHE, context, length_P, own, start_PG, place)
+    if placement.on_tpu:
+        return _splash_rows(q_PGTHE, context, length_P, own, start_PG, placement)
     P, G, T, H, E = q_PGTHE.shape
     C, S = context.k.shape[2], own.k.shape[3]
     slot_T = slot + jnp.arange(T)
-    if place.has_cudnn(q_PGTHE.dtype, E) and (C, S) == (0, T):
+    if placement.has_cudnn(q_PGTHE.dtype, E) and (C, S) == (0, T):
         k, v = (jnp.swapaxes(x.reshape(P * G, -1, S, E), 1, 2) for x in (own.k, own.v))
         segment_BT = (slot_T >= start_PG[..., None]).reshape(P * G, T).astype(jnp.int32)
-        return attend_packed(q_PGTHE.reshape(P * G, T, H, E), k, v, segment_BT, segment_BT, place).reshape(
+        return attend_packed(q_PGTHE.reshape(P * G, T, H, E), k, v, segment_BT, segment_BT, placement).reshape(
             q_PGTHE.shape
         )
     return _in_chunks(
@@ -91,7 +91,7 @@ def attend(
         (q_PGTHE, slot_T[None, None]),
         H,
         C + S,
-        place,
+        placement,
     )
 
 
@@ -101,7 +101,7 @@ def attend_packed(
     v_BTKE: Float[Array, "B T K E"],
     segment_BT: Int[Array, "B T"],
     shared_BT: Int[Array, "B T"],
-    place: Placement = ONE_DEVICE,
+    placement: Placement = ONE_DEVICE,
 ) -> Float[Array, "B T H E"]:
     """Softmax attention within packed rows: a token sees earlier slots of its own segment and of the one it shares.
 
@@ -111,30 +111,30 @@ def attend_packed(
       shared_BT: id of another segment of the row that a slot sees too; its own where there is none.  The splash kernel
         knows only segments, and does not read this.
     """
-    if place.on_tpu:
+    if placement.on_tpu:
         swap = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
-        return swap(_splash(swap(q_BTHE), swap(k_BTKE), swap(v_BTKE), segment_BT, segment_BT, place))
+        return swap(_splash(swap(q_BTHE), swap(k_BTKE), swap(v_BTKE), segment_BT, segment_BT, placement))
     _, T, H, E = q_BTHE.shape
     slot_BT = jnp.broadcast_to(jnp.arange(T), segment_BT.shape)
     queries = [x[:, None] for x in (q_BTHE, segment_BT, shared_BT, slot_BT)]
     attention, heads = _attend_seen, H
-    if place.has_cudnn(q_BTHE.dtype, E):
-        attention, heads = functools.partial(_cudnn, place=place), 1
+    if placement.has_cudnn(q_BTHE.dtype, E):
+        attention, heads = functools.partial(_cudnn, placement=placement), 1
 
     def some(q, *where):
         seen_BTS = _seen(segment_BT, *(x[:, 0] for x in where))
         return attention(q[:, 0], k_BTKE, v_BTKE, seen_BTS)[:, None]
 
-    out = _in_chunks(some, queries, heads, T, place)
+    out = _in_chunks(some, queries, heads, T, placement)
     return checkpoint_name(out[:, 0], KEPT)
 
 
-def _in_chunks(function, queries, heads, keys, place):
+def _in_chunks(function, queries, heads, keys, placement):
     """`function` of some tokens (axis 2) of each of `queries` at a time, recomputed in the backward pass."""
     P, G, T = queries[0].shape[:3]
-    if place.mesh is not None:
-        P = P // place.mesh.shape[place.data] if place.data else P
-        heads = heads // place.mesh.shape[MODEL] if place.axis_of(heads) else heads
+    if placement.mesh is not None:
+        P = P // placement.mesh.shape[placement.data] if placement.data else P
+        heads = heads // placement.mesh.shape[MODEL] if placement.axis_of(heads) else heads
     length = max(1, SCORES // max(1, P * G * heads * keys))
     if T <= length:
         return function(*queries)
@@ -195,22 +195,22 @@ def _attend_seen(q, k, v, seen_BTS):
     return jnp.swapaxes(out.reshape(B, H, T, E), 1, 2)
 
 
-def _cudnn(q, k, v, seen_BTS, place):
+def _cudnn(q, k, v, seen_BTS, placement):
     """The same on each device's rows and heads by cuDNN, or where there is none by XLA behind the same call."""
     T, S = seen_BTS.shape[1:]
     # With a mask, the kernel of the backward pass takes even lengths only.
     q, k, v = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (q, k, v))
     seen_BTS = jnp.pad(seen_BTS, ((0, 0), (0, T % 2), (0, S % 2)))
-    implementation = "cudnn" if place.platform == "gpu" else "xla"
+    implementation = "cudnn" if placement.platform == "gpu" else "xla"
 
-    def each(q, k, v, seen_BTS):
+    def on_device(q, k, v, seen_BTS):
         return jax.nn.dot_product_attention(q, k, v, mask=seen_BTS[:, None], implementation=implementation)
 
-    rows = (place.data, None, place.axis_of(k.shape[2]))
-    return place.split(each, (rows, rows, rows, rows[:1]), rows)(q, k, v, seen_BTS)[:, :T]
+    rows = (placement.data, None, placement.axis_of(k.shape[2]))
+    return placement.split(on_device, (rows, rows, rows, rows[:1]), rows)(q, k, v, seen_BTS)[:, :T]
 
 
-def _splash_rows(q_PGTHE, context: KV, length_P, own: KV, start_PG, place):
+def _splash_rows(q_PGTHE, context: KV, length_P, own: KV, start_PG, placement):
     """Rows without a past: keys are the context's, once for every row, then the row's own."""
     P, G, T, H, E = q_PGTHE.shape
     C = context.k.shape[2]
@@ -223,15 +223,15 @@ def _splash_rows(q_PGTHE, context: KV, length_P, own: KV, start_PG, place):
     real_PGC = jnp.broadcast_to(jnp.where(jnp.arange(C) < length_P[:, None], 1, 2)[:, None], (P, G, C))
     segment_BS = jnp.concatenate([real_PGC, real_PGT], axis=2).reshape(P * G, C + T)
     q = jnp.swapaxes(q_PGTHE.reshape(P * G, T, H, E), 1, 2)
-    out = _splash(q, k, v, real_PGT.reshape(P * G, T), segment_BS, place)
+    out = _splash(q, k, v, real_PGT.reshape(P * G, T), segment_BS, placement)
     return jnp.swapaxes(out, 1, 2).reshape(P, G, T, H, E)
 
 
-def _splash(q_BHTE, k_BKSE, v_BKSE, segment_BT, segment_BS, place):
+def _splash(q_BHTE, k_BKSE, v_BKSE, segment_BT, segment_BS, placement):
     """The splash kernel on each device's rows and heads, interpreted where those are no TPUs; causal, with the last
     query in the last key's slot."""
     (_, H, T, E), (_, K, S, _) = q_BHTE.shape, k_BKSE.shape
-    heads = place.axis_of(K)
+    heads = placement.axis_of(K)
     lanes, block = -E % _LANES, min(_BLOCK, -(-T // _LANES) * _LANES)
     # Queries are padded behind, keys as much behind and, to whole blocks, in front: the two ends stay aligned.
     behind = -T % block
@@ -246,7 +246,7 @@ def _splash(q_BHTE, k_BKSE, v_BKSE, segment_BT, segment_BS, place):
     segment_kv = jnp.pad(
         jnp.pad(segment_BS, ((0, 0), (0, behind)), **nothing), ((0, 0), (front, 0)), constant_values=-2
     )
-    shards = 1 if heads is None else place.mesh.shape[MODEL]
+    shards = 1 if heads is None else placement.mesh.shape[MODEL]
     offset = k.shape[2] - q.shape[2]
     mask = splash_mask.MultiHeadMask([splash_mask.CausalMask((q.shape[2], k.shape[2]), offset)] * (H // shards))
     sizes = splash.BlockSizes(**dict.fromkeys(_SIZES, block))
@@ -258,12 +258,12 @@ def _splash(q_BHTE, k_BKSE, v_BKSE, segment_BT, segment_BS, place):
             q_seq_shards=1,
             block_sizes=sizes,
             residual_checkpoint_name=KEPT,
-            interpret=place.platform != "tpu",
+            interpret=placement.platform != "tpu",
         )
         return jax.vmap(lambda *row: kernel(*row[:3], splash.SegmentIds(*row[3:])))(q, k, v, segment_q, segment_kv)
 
-    rows = (place.data, heads)
-    out = place.split(each_row, (rows, rows, rows, rows[:1], rows[:1]), rows)(q, k, v, segment_q, segment_kv)
+    rows = (placement.data, heads)
+    out = placement.split(each_row, (rows, rows, rows, rows[:1], rows[:1]), rows)(q, k, v, segment_q, segment_kv)
     return out[:, :, :T, :E]
 
 

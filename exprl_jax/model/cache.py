@@ -28,14 +28,14 @@ class KV:
     v: jax.Array
 
 
-def empty_cache(arch: Architecture, how: Execution, problems: int, group: int, slots: int) -> Any:
+def empty_cache(arch: Architecture, execution: Execution, problems: int, group: int, slots: int) -> Any:
     """Zeros for the rows of `problems` × `group` sequences; with 0 slots, a cache that keeps nothing."""
-    return _zeros(arch, how, (problems, group, arch.kv_heads, slots, arch.head_size))
+    return _zeros(arch, execution, (problems, group, arch.kv_heads, slots, arch.head_size))
 
 
-def empty_context(arch: Architecture, how: Execution, problems: int) -> Any:
+def empty_context(arch: Architecture, execution: Execution, problems: int) -> Any:
     """The keys and values of a context of no tokens."""
-    return _zeros(arch, how, (problems, arch.kv_heads, 0, arch.head_size))
+    return _zeros(arch, execution, (problems, arch.kv_heads, 0, arch.head_size))
 
 
 def row_to_context(layers: Any) -> Any:
@@ -43,9 +43,9 @@ def row_to_context(layers: Any) -> Any:
     return jax.tree.map(lambda x: x.squeeze(-4), layers)
 
 
-def _zeros(arch: Architecture, how: Execution, shape: tuple[int, ...]) -> Any:
-    dtype = jnp.dtype(how.compute_dtype)
-    if how.scan_layers:
+def _zeros(arch: Architecture, execution: Execution, shape: tuple[int, ...]) -> Any:
+    dtype = jnp.dtype(execution.compute_dtype)
+    if execution.scan_layers:
         shape = (arch.layers, *shape)
         return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
     return tuple(KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(arch.layers))

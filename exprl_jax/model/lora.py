@@ -33,9 +33,9 @@ class Adapted:
     scale: float = flax.struct.field(pytree_node=False)
 
 
-def adapt(how: Lora, base: Params, params: Params) -> Params | Adapted:
+def adapt(lora: Lora, base: Params, params: Params) -> Params | Adapted:
     """What a run trains, as a model: with adapters, those on their base; without, the parameters themselves."""
-    return Adapted(base, params, how.alpha / how.rank) if how.rank else params
+    return Adapted(base, params, lora.alpha / lora.rank) if lora.rank else params
 
 
 def attached(params: Params | Adapted) -> Params:
@@ -48,7 +48,7 @@ def attached(params: Params | Adapted) -> Params:
     return params.base | {layer: params.base[layer] | own for layer, own in scaled.items()}
 
 
-def init_adapters(arch: Architecture, how: Execution, lora: Lora, dtype: str, key: jax.Array) -> Params:
+def init_adapters(arch: Architecture, execution: Execution, lora: Lora, dtype: str, key: jax.Array) -> Params:
     """A uniform within ±1/√in, as in PEFT; B 0."""
     shapes = _shapes(arch)
 
@@ -63,14 +63,9 @@ def init_adapters(arch: Architecture, how: Execution, lora: Lora, dtype: str, ke
         return made
 
     keys = jax.random.split(key, arch.layers)
-    if how.scan_layers:
+    if execution.scan_layers:
         return {"layers": jax.vmap(layer)(keys)}
     return {f"layer_{i}": layer(keys[i]) for i in range(arch.layers)}
-
-
-def abstract_adapters(arch: Architecture, how: Execution, lora: Lora, dtype: str) -> Params:
-    """Shapes and dtypes; allocates nothing."""
-    return jax.eval_shape(lambda: init_adapters(arch, how, lora, dtype, jax.random.key(0)))
 
 
 def _shapes(arch: Architecture) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:

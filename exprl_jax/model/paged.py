@@ -65,24 +65,29 @@ class PagedCache:
     v_scale: Array
 
 
-def is_paged(how: Execution, place: Placement) -> bool:
+def is_paged(execution: Execution, placement: Placement) -> bool:
     """Whether rows are decoded from pages: on TPU, and wherever keys and values are int8."""
-    return place.on_tpu or how.kv_dtype == "int8"
+    return placement.on_tpu or execution.kv_dtype == "int8"
 
 
 def open_pages(
-    arch: Architecture, how: Execution, place: Placement, prefix: Prefix, start_PG: Int[Array, "P G"], slots: int
+    arch: Architecture,
+    execution: Execution,
+    placement: Placement,
+    prefix: Prefix,
+    start_PG: Int[Array, "P G"],
+    slots: int,
 ) -> PagedCache:
     """A pool that holds the contexts, with room for `slots` tokens of each row."""
     k, v = (
         getattr(prefix.layers, name)
-        if how.scan_layers
+        if execution.scan_layers
         else jnp.stack([getattr(layer, name) for layer in prefix.layers])
         for name in ("k", "v")
     )
-    heads, wide = place.axis_of(arch.kv_heads), jnp.float32
+    heads, wide = placement.axis_of(arch.kv_heads), jnp.float32
     scales = jnp.ones((), wide), jnp.ones((), wide)
-    if how.kv_dtype == "int8":
+    if execution.kv_dtype == "int8":
         real = (jnp.arange(k.shape[3]) < prefix.length_P[:, None])[None, :, None, :, None]
         k_real, v_real = (jnp.where(real, x, 0).astype(wide) for x in (k, v))
         first, second = jnp.split(k_real, 2, axis=-1)
@@ -97,7 +102,7 @@ def open_pages(
         (L, P, _, C, _), G = k_LPKCE.shape, start_PG.shape[1]
         shared, own = C // PAGE, -(-(PAGE - 1 + slots) // PAGE)
         k, v = (jnp.moveaxis(x, 2, 3) for x in (k_LPKCE, v_LPKCE))
-        kv = _combine(k, v, k_scale[:, :, None], v_scale[:, :, None], how, place)
+        kv = _combine(k, v, k_scale[:, :, None], v_scale[:, :, None], execution, placement)
         full_P, pages = length_P // PAGE, P * (shared + G * own)
         pool = jnp.zeros((L * pages, PAGE, *kv.shape[3:]), kv.dtype)
         if C:
@@ -118,9 +123,11 @@ def open_pages(
         table = jnp.where(after < 0, of_context, first_own + jnp.clip(after, 0, own - 1))
         return pool, table.astype(jnp.int32)
 
-    cache, scale = (None, place.data, heads), (None, place.data, heads)
-    fill = place.split(
-        fill, (cache, cache, scale, scale, (place.data,), (place.data,)), ((place.data, None, heads), (place.data,))
+    cache, scale = (None, placement.data, heads), (None, placement.data, heads)
+    fill = placement.split(
+        fill,
+        (cache, cache, scale, scale, (placement.data,), (placement.data,)),
+        ((placement.data, None, heads), (placement.data,)),
     )
     pool, table = fill(k, v, *scales, prefix.length_P, start_PG)
     return PagedCache(pool, Pages(table, prefix.length_P, start_PG), *scales)
@@ -133,8 +140,8 @@ def attend_pages(
     cache: PagedCache,
     layer: Int[Array, ""] | int,
     slot: Int[Array, ""] | int,
-    how: Execution,
-    place: Placement,
+    execution: Execution,
+    placement: Placement,
 ) -> tuple[Float[Array, "P G T H E"], PagedCache]:
     """Writes T more tokens a row into its pages, and attends to all that it has by then, its context included.
 
@@ -143,12 +150,12 @@ def attend_pages(
       layer: whose pages.
       slot: of the first of these tokens; a row's tokens before its start are padding, whose results mean nothing.
     """
-    heads = place.axis_of(k_PGTKE.shape[3])
+    heads = placement.axis_of(k_PGTKE.shape[3])
     layers = cache.k_scale.shape[0]
-    local = functools.partial(_write_and_attend, layers=layers, how=how, place=place)
-    rows, pool, scale = (place.data, None, None, heads), (place.data, None, heads), (place.data, heads)
-    takes = (rows, rows, rows, pool, (place.data,), (place.data,), (place.data,), scale, scale, (), ())
-    out, pool = place.split(local, takes, (rows, pool))(
+    local = functools.partial(_write_and_attend, layers=layers, execution=execution, placement=placement)
+    rows, pool, scale = (placement.data, None, None, heads), (placement.data, None, heads), (placement.data, heads)
+    takes = (rows, rows, rows, pool, (placement.data,), (placement.data,), (placement.data,), scale, scale, (), ())
+    out, pool = placement.split(local, takes, (rows, pool))(
         q_PGTHE,
         k_PGTKE,
         v_PGTKE,
@@ -164,7 +171,9 @@ def attend_pages(
     return out, cache.replace(pool=pool)
 
 
-def _write_and_attend(q, k, v, pool, table, length_P, start_PG, k_scale, v_scale, layer, slot, *, layers, how, place):
+def _write_and_attend(
+    q, k, v, pool, table, length_P, start_PG, k_scale, v_scale, layer, slot, *, layers, execution, placement
+):
     P, G, T, H, E = q.shape
     K, pages = k.shape[3], pool.shape[0] // layers
     slot_T = slot + jnp.arange(T)
@@ -172,19 +181,19 @@ def _write_and_attend(q, k, v, pool, table, length_P, start_PG, k_scale, v_scale
     page_PGT = jnp.take_along_axis(table, jnp.clip(position_PGT // PAGE, 0, table.shape[2] - 1), axis=2)
     # Padding is written nowhere: a number past the pool is dropped.
     page_PGT = jnp.where(slot_T >= start_PG[..., None], page_PGT + layer * pages, pool.shape[0])
-    kv = _combine(k, v, k_scale[:, None, None], v_scale[:, None, None], how, place)
+    kv = _combine(k, v, k_scale[:, None, None], v_scale[:, None, None], execution, placement)
     pool = _put(pool, page_PGT, position_PGT % PAGE, kv)
 
     q = q.reshape(P, G, T, K, H // K, E)
-    if how.kv_dtype == "int8":
+    if execution.kv_dtype == "int8":
         q = (q * k_scale[:, None, None, :, None]).astype(q.dtype)
     # A row that has not begun asks for its context's last token, to no purpose: the kernel wants a query of every row.
     own_PG = slot + T - start_PG
     asked, known = jnp.clip(own_PG, 1, T).ravel(), jnp.maximum(length_P[:, None] + jnp.maximum(own_PG, 0), 1).ravel()
-    attention = _kernel if place.on_tpu else _gathered
+    attention = _kernel if placement.on_tpu else _gathered
     out = attention(q.reshape(P * G, T, K, H // K, E), pool, (table + layer * pages).reshape(P * G, -1), known, asked)
     out = out.reshape(P, G, T, K, H // K, E)
-    if how.kv_dtype == "int8":
+    if execution.kv_dtype == "int8":
         out = (out * v_scale[:, None, None, :, None]).astype(q.dtype)
     return out.reshape(P, G, T, H, E), pool
 
@@ -204,16 +213,16 @@ def _put(pool, page, offset, kv):
     return pool.at[page.ravel(), offset.ravel()].set(kv.reshape(-1, *pool.shape[2:]), mode="drop")
 
 
-def _combine(k, v, k_scale, v_scale, how: Execution, place: Placement):
+def _combine(k, v, k_scale, v_scale, execution: Execution, placement: Placement):
     """[..., K, E] keys and values → [..., 2·K, E], as pages hold them."""
-    if how.kv_dtype == "int8":
+    if execution.kv_dtype == "int8":
         k, v = (
             jnp.clip(jnp.round(x.astype(jnp.float32) / scale), -127, 127).astype(jnp.int8)
             for x, scale in ((k, k_scale), (v, v_scale))
         )
     K, E = k.shape[-2:]
     kv = jnp.stack([k, v], axis=-2)
-    if place.on_tpu:
+    if placement.on_tpu:
         padding = [(0, 0)] * (kv.ndim - 3) + [(0, _tiled(K, kv.dtype) - K), (0, 0), (0, -E % _LANES)]
         kv = jnp.pad(kv, padding)
     return kv.reshape(*kv.shape[:-3], 2 * kv.shape[-3], kv.shape[-1])
@@ -243,9 +252,9 @@ def _kernel(q_BTKmE, pool, table, known_B, asked_B):
     """The ragged paged attention kernel; it wants each row's queries behind one another, without padding."""
     B, T, K, m, E = q_BTKmE.shape
     end = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(asked_B, dtype=jnp.int32)])
-    place = jnp.arange(B * T)
-    row = jnp.minimum(jnp.searchsorted(end[1:], place, side="right"), B - 1)
-    source = jnp.minimum((row + 1) * T - asked_B[row] + place - end[row], B * T - 1)
+    slot = jnp.arange(B * T)
+    row = jnp.minimum(jnp.searchsorted(end[1:], slot, side="right"), B - 1)
+    source = jnp.minimum((row + 1) * T - asked_B[row] + slot - end[row], B * T - 1)
     heads = pool.shape[2] // 2
     q = q_BTKmE.reshape(B * T, K, m, E)[source]
     q = jnp.pad(q, ((0, 0), (0, heads - K), (0, 0), (0, pool.shape[3] - E))).reshape(B * T, heads * m, -1)

@@ -27,7 +27,7 @@ from exprl_jax.mesh import (
     rows_sharding,
     shard_parameters,
 )
-from exprl_jax.model import decoder
+from exprl_jax.model.decoder import Transformer
 from exprl_jax.model.lora import Adapted, adapt
 from exprl_jax.model.paged import open_pages
 from exprl_jax.plan.kernels import KERNELS, Kernel, paged
@@ -379,7 +379,7 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 
 def _parameters(model: LanguageModel, mesh: Mesh) -> Any:
-    abstract = decoder.abstract_params(model.arch, model.execution, model.config.param_dtype)
+    abstract = Transformer(model.arch, model.execution).abstract_params(model.config.param_dtype)
     return _placed(abstract, shard_parameters(abstract, model.arch, model.execution, mesh))
 
 

@@ -14,9 +14,9 @@ from exprl_jax.architecture import Architecture
 from exprl_jax.config import Config, Model
 from exprl_jax.layout import check_layout, check_lengths
 from exprl_jax.mesh import DATA, MODEL, bytes_per_device, fit_mesh, shard_parameters
-from exprl_jax.model import decoder
 from exprl_jax.model.attention import SCORES
 from exprl_jax.model.cache import empty_cache, empty_context
+from exprl_jax.model.decoder import Transformer
 from exprl_jax.programs import abstract_state
 from exprl_jax.resolve import to_dict
 from exprl_jax.reward.judges import check_judge_lengths
@@ -121,7 +121,7 @@ def _memory(
         """The copy that a program makes, in the compute dtype, `shards` ways over `data`; none where it would be the same."""
         if model_how.param_dtype == model_how.execution.compute_dtype and shards == data:
             return 0
-        abstract = decoder.abstract_params(arch, model_how.execution, model_how.execution.compute_dtype)
+        abstract = Transformer(arch, model_how.execution).abstract_params(model_how.execution.compute_dtype)
         over = AbstractMesh((shards, model), (DATA, MODEL))
         return bytes_per_device(abstract, shard_parameters(abstract, arch, model_how.execution, over))
 
@@ -135,7 +135,7 @@ def _memory(
     frozen = 0
     for model_how in _frozen(config):
         arch = archs[model_how]
-        abstract = decoder.abstract_params(arch, model_how.execution, model_how.param_dtype)
+        abstract = Transformer(arch, model_how.execution).abstract_params(model_how.param_dtype)
         frozen += bytes_per_device(abstract, shard_parameters(abstract, arch, model_how.execution, mesh))
     # Of logits that exist at once: forward and backward, and one more for an entropy bonus or a teacher's.
     full = config.task == "distill" and config.distillation.kl == "full"

@@ -8,10 +8,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from exprl_jax.architecture import Architecture
-from exprl_jax.config import Execution
-from exprl_jax.mesh import ONE_DEVICE, Placement
-from exprl_jax.model import decoder
+from exprl_jax.model.decoder import Params, Transformer, logits
 from exprl_jax.records import Array, Draw, Prefix, Rollouts, Rows
 from exprl_jax.rollout.sampling import draw_tokens, row_keys
 
@@ -41,9 +38,8 @@ class Sampling:
 
 
 def sample(
-    params: decoder.Params,
-    arch: Architecture,
-    how: Execution,
+    transformer: Transformer,
+    params: Params,
     prefix: Prefix,
     rows: Rows,
     draw: Draw,
@@ -51,7 +47,6 @@ def sample(
     max_tokens: int,
     eos_ids: tuple[int, ...],
     pad_id: int,
-    place: Placement = ONE_DEVICE,
 ) -> Rollouts:
     """Samples up to `max_tokens` tokens a row; stops early when every row has ended.
 
@@ -66,18 +61,18 @@ def sample(
     rows = _whole_chunks(rows)
     P, G, T = rows.tokens_PGT.shape
     # A copy in the compute dtype and the layout of decoding, made once: no step of the loop casts or gathers.
-    params = place.decoding(decoder.cast_kernels(params, how), arch, how)
-    table_DV, key_PG, eos = decoder.unembedding(params, arch), row_keys(draw), jnp.asarray(eos_ids, jnp.int32)
+    params = transformer.decoding_params(params)
+    table_DV, key_PG, eos = transformer.unembedding(params), row_keys(draw), jnp.asarray(eos_ids, jnp.int32)
 
     def feed(cache, tokens_PGT, slot):
-        return decoder.continue_rows(params, arch, how, prefix, cache, tokens_PGT, rows.start_PG, slot, place)
+        return transformer.continue_rows(params, prefix, cache, tokens_PGT, rows.start_PG, slot)
 
     def more(s: Sampling):
         return (s.step < max_tokens) & ~jnp.all(s.ended_PG)
 
     def advance(s: Sampling) -> Sampling:
         hidden_PG1D, cache = feed(s.cache, s.token_PG[..., None], T - 1 + s.step)
-        logits_PGV = decoder.logits(hidden_PG1D[:, :, 0], table_DV)
+        logits_PGV = logits(hidden_PG1D[:, :, 0], table_DV)
         step_keys = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(0, None)), in_axes=(0, None))(key_PG, s.step)
         token_PG, logp_PG = draw_tokens(step_keys, logits_PGV, draw.temperature_PG)
         live_PG = ~s.ended_PG
@@ -97,7 +92,7 @@ def sample(
         )
 
     # The last slot's token is fed by the loop, so the cache needs no room for the last sampled one.
-    cache = decoder.open_cache(arch, how, prefix, rows.start_PG, T - 1 + max_tokens, own, place)
+    cache = transformer.open_cache(prefix, rows.start_PG, T - 1 + max_tokens, own)
     if T > 1:
         length = min(CHUNK, T - 1)
 

@@ -64,9 +64,9 @@ def _search(mass: Float[Array, "P G N"], goal_PG) -> tuple[Int[Array, "P G"], Fl
     cumulative sum may also step, by a rounding, at an index without mass, so mass is asked for by name.
     """
     through = jnp.cumsum(mass, axis=-1)
-    found = (through > goal_PG[..., None]) & (mass > 0)
+    reached = (through > goal_PG[..., None]) & (mass > 0)
     last_PG = jnp.max(jnp.where(mass > 0, jnp.arange(mass.shape[-1]), 0), axis=-1)
-    index_PG = jnp.where(jnp.any(found, axis=-1), jnp.argmax(found, axis=-1), last_PG)
+    index_PG = jnp.where(jnp.any(reached, axis=-1), jnp.argmax(reached, axis=-1), last_PG)
     index = index_PG[..., None]
     below = jnp.take_along_axis(through, index, axis=-1) - jnp.take_along_axis(mass, index, axis=-1)
     return index_PG, below[..., 0]

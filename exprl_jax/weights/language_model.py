@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from exprl_jax.architecture import Architecture
 from exprl_jax.config import Execution, Model
 from exprl_jax.data.tokenizer import Tokenizer, load_tokenizer
-from exprl_jax.mesh import shard_parameters
-from exprl_jax.model.decoder import Params, abstract_params, init_params
+from exprl_jax.mesh import Placement
+from exprl_jax.model.decoder import Params, Transformer
 from exprl_jax.run.checkpoint import newest_step, restore_params
 from exprl_jax.weights import folder as weights
 from exprl_jax.weights.sources import ModelSource, resolve_model
@@ -88,6 +88,10 @@ class LanguageModel:
     @property
     def execution(self) -> Execution:
         return self.config.execution
+
+    def on(self, mesh: Mesh) -> Transformer:
+        """The model's forward on a mesh."""
+        return Transformer(self.arch, self.execution, Placement(mesh))
 
     @property
     def parameter_bytes(self) -> int:
@@ -200,13 +204,10 @@ def published_architecture(config: Model) -> Architecture:
 
 def load_params(model: LanguageModel, mesh: Mesh, seed: int) -> Params:
     """The model's parameters on the mesh; `random:` ones depend on the seed alone."""
-    dtype = model.config.param_dtype
-    abstract = abstract_params(model.arch, model.execution, dtype)
-    shardings = shard_parameters(abstract, model.arch, model.execution, mesh)
+    dtype, transformer = model.config.param_dtype, model.on(mesh)
+    shardings = transformer.shard(transformer.abstract_params(dtype))
     if model.source is None:
-        initialise = jax.jit(
-            lambda: init_params(model.arch, model.execution, dtype, jax.random.key(seed)), out_shardings=shardings
-        )
+        initialise = jax.jit(lambda: transformer.init_params(jax.random.key(seed), dtype), out_shardings=shardings)
         return initialise()
     if isinstance(model.source, Checkpoint):
         return _load_checkpoint(model, model.source, shardings, mesh)
@@ -216,8 +217,9 @@ def load_params(model: LanguageModel, mesh: Mesh, seed: int) -> Params:
 def _load_checkpoint(model: LanguageModel, checkpoint: Checkpoint, shardings: Any, mesh: Mesh) -> Params:
     """Restores what the run saved as it saved it; the model's own dtype and arrangement of layers are made of that."""
     start, execution, layers = checkpoint.saved, model.execution, model.arch.layers
-    saved = abstract_params(model.arch, start.execution, start.param_dtype)
-    placed = shard_parameters(saved, model.arch, start.execution, mesh)
+    as_saved = Transformer(model.arch, start.execution, Placement(mesh))
+    saved = as_saved.abstract_params(start.param_dtype)
+    placed = as_saved.shard(saved)
     saved = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), saved, placed)
     params = restore_params(checkpoint.path, saved)
     if start.execution.scan_layers == execution.scan_layers and start.param_dtype == model.config.param_dtype:

@@ -15,7 +15,7 @@ from exprl_jax.hosts import put_microbatches
 from exprl_jax.learning.supervised import METRICS, sft_step
 from exprl_jax.learning.update import learning_rate, make_optimizer
 from exprl_jax.mesh import make_mesh, replicated
-from exprl_jax.model.decoder import abstract_params
+from exprl_jax.model.decoder import Transformer
 from exprl_jax.records import Lesson, TrainState
 from exprl_jax.weights import folder as weights
 from exprl_jax.weights.language_model import LanguageModel
@@ -97,7 +97,7 @@ def test_loss_and_gradient_are_those_of_cross_entropy_on_responses(name, tmp_pat
     source = resolve_model(str(torch_models.save(model, tmp_path)))
     arch, how = weights.read_architecture(source), execution()
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: here, abstract_params(arch, how, "float32"))
+    shardings = jax.tree.map(lambda _: here, Transformer(arch, how).abstract_params("float32"))
     params = weights.load_params(source, arch, how, "float32", shardings)
     made = examples(1, 97)
     total, count = torch.zeros(()), 0

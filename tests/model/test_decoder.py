@@ -12,18 +12,9 @@ import pytest
 
 from exprl_jax.mesh import Placement
 from exprl_jax.model.cache import empty_cache
-from exprl_jax.model.decoder import (
-    cast_kernels,
-    continue_rows,
-    forward_logits,
-    hidden_states,
-    logits,
-    packed_hidden_states,
-    prefill,
-    unembedding,
-)
+from exprl_jax.model.decoder import Transformer, logits
 from exprl_jax.records import Context, Packed, Rows
-from tests.oracles.tiny_decoder import QWEN3, TpuWay, architecture, execution, random_params
+from tests.oracles.tiny_decoder import QWEN3, TpuWay, architecture, execution, forward_logits, random_params
 
 P, G, C, T, V = 2, 3, 5, 4, QWEN3.vocab_size
 RANDOM = np.random.default_rng(5)
@@ -35,8 +26,8 @@ LAYOUTS = [("llama", False), ("qwen2", True), ("qwen3", False), ("qwen3", True)]
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def shared_logits(params, arch, how, context, rows):
     """[P, G, T, V] through one prefill a problem."""
-    hidden = hidden_states(params, arch, how, prefill(params, arch, how, context), rows)
-    return logits(hidden, unembedding(params, arch))
+    hidden = Transformer(arch, how).hidden_states(params, Transformer(arch, how).prefill(params, context), rows)
+    return logits(hidden, Transformer(arch, how).unembedding(params))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -79,12 +70,13 @@ def test_context_and_rows_are_the_plain_forward_of_their_concatenation(family, s
 def test_token_by_token_through_a_cache_is_the_forward_at_once(family, scan):
     arch, how = architecture(family), execution(scan)
     params = random_params(arch, how)
-    prefix = jax.jit(prefill, static_argnums=(1, 2))(params, arch, how, CONTEXT)
-    whole = jax.jit(hidden_states, static_argnums=(1, 2))(params, arch, how, prefix, ROWS)
-    step = jax.jit(continue_rows, static_argnums=(1, 2))
+    transformer = Transformer(arch, how)
+    prefix = jax.jit(transformer.prefill)(params, CONTEXT)
+    whole = jax.jit(transformer.hidden_states)(params, prefix, ROWS)
+    step = jax.jit(transformer.continue_rows)
     cache, hidden = empty_cache(arch, how, P, G, T + 2), []
     for t in range(T):
-        out, cache = step(params, arch, how, prefix, cache, ROWS.tokens_PGT[..., t : t + 1], ROWS.start_PG, t)
+        out, cache = step(params, prefix, cache, ROWS.tokens_PGT[..., t : t + 1], ROWS.start_PG, t)
         hidden.append(out)
     real = np.arange(T) >= ROWS.start_PG[..., None]
     np.testing.assert_allclose(np.concatenate(hidden, 2)[real], np.asarray(whole)[real], atol=2e-5)
@@ -103,7 +95,7 @@ def value_and_gradient(scan, remat, separate=False):
     weight *= (np.arange(T) >= ROWS.start_PG[..., None])[..., None]
 
     def objective(params):
-        hidden = hidden_states(params, arch, how, prefill(params, arch, how, context), rows)
+        hidden = Transformer(arch, how).hidden_states(params, Transformer(arch, how).prefill(params, context), rows)
         return (weight * jnp.sin(hidden.reshape(weight.shape))).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(objective))(random_params(arch, how))
@@ -149,8 +141,10 @@ def test_on_splash_contexts_and_rows_are_the_same(scan, remat):
 
 def splash_logits(params, arch, how, context, rows):
     place = TpuWay(None)
-    hidden = hidden_states(params, arch, how, prefill(params, arch, how, context, place), rows, place)
-    return logits(hidden, unembedding(params, arch))
+    hidden = Transformer(arch, how, place).hidden_states(
+        params, Transformer(arch, how, place).prefill(params, context), rows
+    )
+    return logits(hidden, Transformer(arch, how).unembedding(params))
 
 
 @pytest.mark.parametrize(
@@ -165,8 +159,10 @@ def test_what_rematerialisation_keeps(way, line, lines, capsys):
 
     def named(remat):
         how = execution(remat=remat)
-        saved = functools.partial(packed_hidden_states, arch=QWEN3, how=how, packed=packed, place=way(None))
-        jax.ad_checkpoint.print_saved_residuals(lambda params: saved(params).sum(), random_params(QWEN3, how))
+        transformer, params = Transformer(QWEN3, how, way(None)), random_params(QWEN3, how)
+        jax.ad_checkpoint.print_saved_residuals(
+            lambda params: transformer.packed_hidden_states(params, packed).sum(), params
+        )
         return capsys.readouterr().out.count(line)
 
     assert named("full") == 0 and named("but_attention") == lines * QWEN3.layers
@@ -202,7 +198,7 @@ def test_bfloat16_stays_near_float32(scan):
 def test_kernels_cast_early_give_the_same_bits(family, scan):
     arch, how = architecture(family), execution(scan, dtype="bfloat16")
     params = random_params(arch, how)
-    early = cast_kernels(params, how)
+    early = Transformer(arch, how).cast_kernels(params)
     assert {x.dtype for x in jax.tree.leaves(early)} == {jnp.dtype("float32"), jnp.dtype("bfloat16")}
     np.testing.assert_array_equal(
         shared_logits(early, arch, how, CONTEXT, ROWS), shared_logits(params, arch, how, CONTEXT, ROWS)

@@ -14,8 +14,8 @@ from configs import tiny
 from exprl_jax import config, mesh, programs
 from exprl_jax.config import Lora
 from exprl_jax.data.tokenizer import load_tokenizer
-from exprl_jax.model.decoder import LORA_A, LORA_B, abstract_params, forward_logits, packed_hidden_states
-from exprl_jax.model.lora import abstract_adapters, adapt, attached, init_adapters
+from exprl_jax.model.decoder import LORA_A, LORA_B, Transformer
+from exprl_jax.model.lora import adapt, attached, init_adapters
 from exprl_jax.records import Context, Draw, Packed, Rows
 from exprl_jax.weights import folder as weights
 from exprl_jax.weights import hf_layout
@@ -23,13 +23,17 @@ from exprl_jax.weights.adapters import fetch_merged, save_adapters
 from exprl_jax.weights.language_model import LanguageModel
 from exprl_jax.weights.sources import resolve_model
 from tests.oracles import torch_models
-from tests.oracles.tiny_decoder import QWEN3, architecture, execution, random_params, stack_layers
+from tests.oracles.tiny_decoder import QWEN3, architecture, execution, forward_logits, random_params, stack_layers
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # A scale of 2.5, neither 1 nor alpha nor 1 / rank.
 LORA = Lora(rank=3, alpha=7.5, targets=",".join(TARGETS))
 LAYOUTS = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scanned"])
 B, T = 8, 12
+
+
+def abstract_adapters(arch, how, lora):
+    return jax.eval_shape(lambda: init_adapters(arch, how, lora, "float32", jax.random.key(0)))
 
 
 def merged(adapted, how, dtype):
@@ -54,7 +58,7 @@ def _product(a, b):
 
 def random_adapters(arch, how, lora=LORA, seed=1):
     """The same A and B in both layouts, of a size that changes every hidden state."""
-    unrolled = abstract_adapters(arch, dataclasses.replace(how, scan_layers=False), lora, "float32")
+    unrolled = abstract_adapters(arch, dataclasses.replace(how, scan_layers=False), lora)
     random = np.random.default_rng(seed)
     drawn = jax.tree.map(lambda x: jnp.asarray(0.2 * random.standard_normal(x.shape), x.dtype), unrolled)
     return stack_layers(drawn, arch) if how.scan_layers else drawn
@@ -75,7 +79,7 @@ REAL_BT = np.asarray(packed().segment_BT > 0)
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def states(params, arch, how, rows):
-    return packed_hidden_states(attached(params), arch, how, rows)
+    return Transformer(arch, how).packed_hidden_states(attached(params), rows)
 
 
 def by_layer(tree, arch, how):
@@ -250,9 +254,14 @@ def test_gradients_are_those_of_the_merged_model(scan, remat):
     """By the chain rule through W + scale · A·B; every A and B of every target and layer has one."""
     how = execution(scan, remat)
     base, own = random_params(QWEN3, how), random_adapters(QWEN3, how)
-    got = gradient_of(lambda own: packed_hidden_states(attached(adapt(LORA, base, own)), QWEN3, how, packed()), own)
+    got = gradient_of(
+        lambda own: Transformer(QWEN3, how).packed_hidden_states(attached(adapt(LORA, base, own)), packed()), own
+    )
     expected = gradient_of(
-        lambda own: packed_hidden_states(merged(adapt(LORA, base, own), how, "float32"), QWEN3, how, packed()), own
+        lambda own: Transformer(QWEN3, how).packed_hidden_states(
+            merged(adapt(LORA, base, own), how, "float32"), packed()
+        ),
+        own,
     )
     assert jax.tree.structure(got) == jax.tree.structure(own)
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(expected), strict=True):
@@ -263,7 +272,9 @@ def test_gradients_are_those_of_the_merged_model(scan, remat):
 def test_at_the_start_only_b_has_a_gradient():
     how = execution()
     base, own = random_params(QWEN3, how), init_adapters(QWEN3, how, LORA, "float32", jax.random.key(0))
-    got = gradient_of(lambda own: packed_hidden_states(attached(adapt(LORA, base, own)), QWEN3, how, packed()), own)
+    got = gradient_of(
+        lambda own: Transformer(QWEN3, how).packed_hidden_states(attached(adapt(LORA, base, own)), packed()), own
+    )
     for path, x in jax.tree_util.tree_leaves_with_path(got):
         assert np.asarray(x).any() == path[-1].key.endswith("_lora_b"), path
 
@@ -277,8 +288,8 @@ WIDE = dataclasses.replace(QWEN3, vocab_size=64, ffn=32, heads=8, kv_heads=4)
 def test_adapters_lie_as_their_targets_do(scan):
     """A as W along what W takes in, B as W along what it gives; the rank is whole."""
     how, over = execution(scan), make_mesh(2, 4)
-    of_params = mesh.shard_parameters(abstract_params(WIDE, how, "float32"), WIDE, how, over)
-    own = abstract_adapters(WIDE, how, LORA, "float32")
+    of_params = mesh.shard_parameters(Transformer(WIDE, how).abstract_params("float32"), WIDE, how, over)
+    own = abstract_adapters(WIDE, how, LORA)
     shardings = mesh.shard_parameters(own, WIDE, how, over)
     stacked = int(scan)
     for layer in ["layers"] if scan else ["layer_0", "layer_1"]:
@@ -333,7 +344,7 @@ def load(folder, how):
     source = resolve_model(str(folder))
     arch = weights.read_architecture(source)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    where = jax.tree.map(lambda _: one, abstract_params(arch, how, "float32"))
+    where = jax.tree.map(lambda _: one, Transformer(arch, how).abstract_params("float32"))
     return arch, weights.load_params(source, arch, how, "float32", where)
 
 

@@ -13,7 +13,7 @@ from exprl_jax.data.packing import Example, fill_rows
 from exprl_jax.mesh import ONE_DEVICE, Placement
 from exprl_jax.model import attention
 from exprl_jax.model.cache import empty_context
-from exprl_jax.model.decoder import abstract_params, hidden_states, logits, packed_hidden_states, unembedding
+from exprl_jax.model.decoder import Transformer, logits
 from exprl_jax.records import Packed, Prefix, Rows
 from exprl_jax.weights import folder as weights
 from exprl_jax.weights.sources import resolve_model
@@ -53,7 +53,7 @@ REAL_BT = packed().segment_BT > 0
 def forward(params, arch, how, rows, scores=attention.SCORES, place=ONE_DEVICE):
     """Hidden states; `scores` is what SCORES is, so that another one is another program."""
     assert scores == attention.SCORES
-    return packed_hidden_states(params, arch, how, rows, place)
+    return Transformer(arch, how, place).packed_hidden_states(params, rows)
 
 
 def cut_queries(monkeypatch, chunk):
@@ -68,7 +68,9 @@ def plain(params, arch, how, rows):
     """Hidden states of whole sequences; padding to their right is harmless to a causal forward."""
     B = len(rows)
     nothing = Prefix(empty_context(arch, how, B), jnp.zeros(B, jnp.int32))
-    return hidden_states(params, arch, how, nothing, Rows(rows[:, None], jnp.zeros((B, 1), jnp.int32)))[:, 0]
+    return Transformer(arch, how).hidden_states(params, nothing, Rows(rows[:, None], jnp.zeros((B, 1), jnp.int32)))[
+        :, 0
+    ]
 
 
 def apart(x_BT):
@@ -146,8 +148,10 @@ def of_responses(share, scan=False, remat="none", way=Placement):
     slots = [np.arange(first, first + len(e.response)) for first, e in zip(filled.first_N, drawn)]
     row, slot = np.concatenate([[r] * len(s) for r, s in zip(filled.row_N, slots)]), np.concatenate(slots)
     weight = np.random.default_rng(13).standard_normal((len(slot), QWEN3.width)).astype(np.float32)
-    run = functools.partial(packed_hidden_states, arch=QWEN3, how=how, packed=rows, place=way(None))
-    return value_and_gradient(lambda params: run(params)[row, slot], random_params(QWEN3, how), weight)
+    transformer = Transformer(QWEN3, how, way(None))
+    return value_and_gradient(
+        lambda params: transformer.packed_hidden_states(params, rows)[row, slot], random_params(QWEN3, how), weight
+    )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +201,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     source = resolve_model(str(torch_models.save(model, tmp_path)))
     arch, how = weights.read_architecture(source), execution()
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: one_device, abstract_params(arch, how, "float32"))
+    shardings = jax.tree.map(lambda _: one_device, Transformer(arch, how).abstract_params("float32"))
     params = weights.load_params(source, arch, how, "float32", shardings)
 
     segment, slot = rows.segment_BT, np.arange(T)
@@ -208,7 +212,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
             attention_mask=torch.from_numpy(np.where(seen, 0, -1e30).astype(np.float32))[:, None],
             position_ids=torch.from_numpy(rows.position_BT).long(),
         ).logits.numpy()
-    got = np.asarray(logits(forward(params, arch, how, rows), unembedding(params, arch)))
+    got = np.asarray(logits(forward(params, arch, how, rows), Transformer(arch, how).unembedding(params)))
     assert expected.std() > 0.5
     np.testing.assert_allclose(got[REAL_BT], expected[REAL_BT], atol=1e-4)
 

@@ -17,7 +17,7 @@ from exprl_jax.mesh import ONE_DEVICE, Placement
 from exprl_jax.model import paged
 from exprl_jax.model.attention import attend
 from exprl_jax.model.cache import KV
-from exprl_jax.model.decoder import continue_rows, hidden_states, logits, open_cache, prefill, unembedding
+from exprl_jax.model.decoder import Transformer, logits
 from exprl_jax.records import Context, Prefix, Rows
 from tests.oracles import pages_numpy
 from tests.oracles.tiny_decoder import QWEN3, TpuWay, execution, random_params
@@ -158,12 +158,12 @@ def test_the_tpus_kernel_has_tiles_for_the_padded_heads(dtype):
 @functools.partial(jax.jit, static_argnames=("how", "place", "chunks"))
 def decoded(params, context, rows, how=execution(), place=ONE_DEVICE, chunks=CHUNKS):
     """Hidden states of rows fed in chunks, from whatever cache there is."""
-    prefix = prefill(params, QWEN3, how, context, place)
-    cache, hidden, slot = open_cache(QWEN3, how, prefix, rows.start_PG, T, T, place), [], 0
+    prefix = Transformer(QWEN3, how, place).prefill(params, context)
+    cache, hidden, slot = Transformer(QWEN3, how, place).open_cache(prefix, rows.start_PG, T, T), [], 0
     assert isinstance(cache, paged.PagedCache)
     for n in chunks:
         tokens = rows.tokens_PGT[:, :, slot : slot + n]
-        h, cache = continue_rows(params, QWEN3, how, prefix, cache, tokens, rows.start_PG, slot, place)
+        h, cache = Transformer(QWEN3, how, place).continue_rows(params, prefix, cache, tokens, rows.start_PG, slot)
         hidden.append(h)
         slot += n
     return jnp.concatenate(hidden, axis=2)
@@ -172,7 +172,7 @@ def decoded(params, context, rows, how=execution(), place=ONE_DEVICE, chunks=CHU
 @jax.jit
 def undecoded(params, context, rows):
     how = execution()
-    return hidden_states(params, QWEN3, how, prefill(params, QWEN3, how, context), rows)
+    return Transformer(QWEN3, how).hidden_states(params, Transformer(QWEN3, how).prefill(params, context), rows)
 
 
 @functools.cache
@@ -269,12 +269,12 @@ def test_int8_attention_is_near():
 @functools.partial(jax.jit, static_argnames=("how", "chunks"))
 def next_logp(params, context, rows, how, chunks):
     """log-probs [P, G, T, V] of the next token, decoded."""
-    prefix = prefill(params, QWEN3, how, context)
-    cache, out, slot = open_cache(QWEN3, how, prefix, rows.start_PG, *[rows.tokens_PGT.shape[2]] * 2), [], 0
+    prefix = Transformer(QWEN3, how).prefill(params, context)
+    cache, out, slot = Transformer(QWEN3, how).open_cache(prefix, rows.start_PG, *[rows.tokens_PGT.shape[2]] * 2), [], 0
     for n in chunks:
         tokens = rows.tokens_PGT[:, :, slot : slot + n]
-        hidden, cache = continue_rows(params, QWEN3, how, prefix, cache, tokens, rows.start_PG, slot)
-        out.append(logits(hidden, unembedding(params, QWEN3)))
+        hidden, cache = Transformer(QWEN3, how).continue_rows(params, prefix, cache, tokens, rows.start_PG, slot)
+        out.append(logits(hidden, Transformer(QWEN3, how).unembedding(params)))
         slot += n
     return jax.nn.log_softmax(jnp.concatenate(out, axis=2))
 

@@ -9,7 +9,9 @@ import numpy as np
 from exprl_jax.architecture import Architecture
 from exprl_jax.config import Execution
 from exprl_jax.mesh import Placement
-from exprl_jax.model.decoder import abstract_params
+from exprl_jax.model.cache import empty_context
+from exprl_jax.model.decoder import Transformer, logits
+from exprl_jax.records import Prefix, Rows
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 
@@ -60,7 +62,7 @@ def execution(
 
 def random_params(arch: Architecture, how: Execution, seed: int = 0):
     """The same weights in both layouts; norms and biases random too, logits of deviation about 2."""
-    unrolled = abstract_params(arch, dataclasses.replace(how, scan_layers=False), "float32")
+    unrolled = Transformer(arch, dataclasses.replace(how, scan_layers=False)).abstract_params("float32")
     random = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -83,3 +85,11 @@ def stack_layers(params, arch: Architecture):
     layers = [params[f"layer_{i}"] for i in range(arch.layers)]
     rest = {name: x for name, x in params.items() if not name.startswith("layer_")}
     return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
+
+
+def forward_logits(params, arch: Architecture, how: Execution, tokens_BT):
+    """Logits [B, T, V] at every position of whole sequences without padding."""
+    transformer, (B, _) = Transformer(arch, how), tokens_BT.shape
+    prefix = Prefix(empty_context(arch, how, B), jnp.zeros((B,), jnp.int32))
+    hidden = transformer.hidden_states(params, prefix, Rows(tokens_BT[:, None], jnp.zeros((B, 1), jnp.int32)))
+    return logits(hidden[:, 0], transformer.unembedding(params))

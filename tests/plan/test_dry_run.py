@@ -8,7 +8,6 @@ import pytest
 from tiny_runs import config_dict, prepared, tiny
 
 from exprl_jax import train as loop
-from exprl_jax.mesh import Placement
 from exprl_jax.plan.dry_run import describe
 from exprl_jax.resolve import resolve, to_dict
 
@@ -74,7 +73,7 @@ def test_resident_memory_is_what_a_run_holds(data, model, monkeypatch):
     assert listed["resident: Adam"] == bytes_held(state.opt_state)
     assert listed["resident: frozen"] == bytes_held(run.frozen[config.reference])
     # Sampling holds the parameters whole along `data`; the judge that answers with its logits reads them as they lie.
-    decoding = Placement(run.mesh).decoding(run.frozen[config.reference], run.policy.arch, run.policy.execution)
+    decoding = run.policy.on(run.mesh).decoding_params(run.frozen[config.reference])
     assert listed["sampling: policy copy"] == bytes_held(decoding) > listed["resident: policy"]
     assert listed["judging: judge copy"] == 0  # float32 throughout
     for phase in ("sampling", "judging", "training"):

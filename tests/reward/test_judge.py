@@ -11,14 +11,13 @@ from exprl_jax import config, programs
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.hosts import put_rows
-from exprl_jax.model.decoder import forward_logits
 from exprl_jax.records import Rollouts
 from exprl_jax.reward.judge import Judge, JudgePrompts, NoJudge, Query, score_prompt, verify_prompt
 from exprl_jax.reward.judge_prompts import digit_token_ids
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rollout.call import pad_contexts
 from exprl_jax.weights.language_model import LanguageModel
-from tests.oracles.tiny_decoder import QWEN3, execution, random_params
+from tests.oracles.tiny_decoder import QWEN3, execution, forward_logits, random_params
 
 GROUP, SEGMENTS, TRACE, ANSWER = 2, 3, 24, 12
 TOKENIZER = load_tokenizer("byte")

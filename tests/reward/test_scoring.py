@@ -8,10 +8,10 @@ import pytest
 
 from exprl_jax import config, mesh
 from exprl_jax.mesh import ONE_DEVICE, Placement
-from exprl_jax.model.decoder import forward_logits, prefill
+from exprl_jax.model.decoder import Transformer
 from exprl_jax.records import Context, Rows
 from exprl_jax.reward.scoring import score
-from tests.oracles.tiny_decoder import QWEN3, TpuWay, execution, random_params
+from tests.oracles.tiny_decoder import QWEN3, TpuWay, execution, forward_logits, random_params
 
 P, J, C, T, V = 8, 3, 5, 4, QWEN3.vocab_size
 DIGITS = (7, 50, 3, 21, 60)
@@ -22,8 +22,8 @@ ROWS = Rows(RANDOM.integers(0, V, (P, J, T), dtype=np.int32), RANDOM.integers(0,
 
 @functools.partial(jax.jit, static_argnames=("how", "place"))
 def scores(params, context, rows, how=execution(), place=ONE_DEVICE):
-    prefix = prefill(params, QWEN3, how, context, place)
-    return score(params, QWEN3, how, prefix, rows, digit_ids=DIGITS, place=place)
+    prefix = Transformer(QWEN3, how, place).prefill(params, context)
+    return score(Transformer(QWEN3, how, place), params, prefix, rows, digit_ids=DIGITS)
 
 
 @functools.cache

@@ -12,13 +12,13 @@ from configs import tiny
 from exprl_jax import config, mesh, programs
 from exprl_jax.mesh import ONE_DEVICE, Placement
 from exprl_jax.model import paged
-from exprl_jax.model.decoder import forward_logits, prefill
+from exprl_jax.model.decoder import Transformer
 from exprl_jax.records import Context, Draw, Packed, Rows
 from exprl_jax.rollout import sampler
 from exprl_jax.rollout.sampler import sample
 from exprl_jax.weights.language_model import LanguageModel
 from tests.oracles import pages_numpy
-from tests.oracles.tiny_decoder import QWEN3, TpuWay, execution, random_params
+from tests.oracles.tiny_decoder import QWEN3, TpuWay, execution, forward_logits, random_params
 
 P, G, C, R, V = 4, 3, 5, 6, QWEN3.vocab_size
 HOW, PAD, NEVER = execution(), 0, (V,)
@@ -35,9 +35,9 @@ def run(
 ):
     """`chunk` is what CHUNK is, so that another one is another program."""
     assert chunk == sampler.CHUNK
-    prefix = prefill(params, QWEN3, how, context, place)
+    prefix = Transformer(QWEN3, how, place).prefill(params, context)
     return sample(
-        params, QWEN3, how, prefix, rows, draw, max_tokens=tokens, eos_ids=eos_ids, pad_id=pad_id, place=place
+        Transformer(QWEN3, how, place), params, prefix, rows, draw, max_tokens=tokens, eos_ids=eos_ids, pad_id=pad_id
     )
 
 

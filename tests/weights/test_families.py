@@ -7,9 +7,10 @@ import transformers
 from oracles import torch_models
 
 from exprl_jax.config import Execution
-from exprl_jax.model.decoder import abstract_params, forward_logits
+from exprl_jax.model.decoder import Transformer
 from exprl_jax.weights import folder as weights
 from exprl_jax.weights.sources import resolve_model
+from tests.oracles.tiny_decoder import forward_logits
 
 TOKENS = np.random.default_rng(3).integers(0, 97, (2, 80), dtype=np.int32)
 
@@ -29,7 +30,7 @@ def load(spec, how, dtype="float32"):
     source = resolve_model(str(spec))
     arch = weights.read_architecture(source)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = abstract_params(arch, how, dtype)
+    abstract = Transformer(arch, how).abstract_params(dtype)
     params = weights.load_params(source, arch, how, dtype, jax.tree.map(lambda _: one, abstract))
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)

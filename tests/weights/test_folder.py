@@ -13,7 +13,7 @@ from oracles import torch_models
 
 from exprl_jax.architecture import Architecture, RopeScaling
 from exprl_jax.config import Execution
-from exprl_jax.model.decoder import abstract_params
+from exprl_jax.model.decoder import Transformer
 from exprl_jax.weights import folder as weights
 from exprl_jax.weights.hf_layout import parse_config, render_config
 from exprl_jax.weights.sources import resolve_model
@@ -38,7 +38,7 @@ def read(folder, how, dtype="float32", shardings=None):
     source = resolve_model(str(folder))
     arch = weights.read_architecture(source)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = shardings or jax.tree.map(lambda _: one, abstract_params(arch, how, dtype))
+    shardings = shardings or jax.tree.map(lambda _: one, Transformer(arch, how).abstract_params(dtype))
     return arch, weights.load_params(source, arch, how, dtype, shardings)
 
 
@@ -133,7 +133,7 @@ def mesh_shardings(arch, how, mesh, shard_layers=False):
             free = [name for name in free if name not in fits[:1]]
         return NamedSharding(mesh, PartitionSpec(*names))
 
-    return jax.tree.map_with_path(spec, abstract_params(arch, how, "float32"))
+    return jax.tree.map_with_path(spec, Transformer(arch, how).abstract_params("float32"))
 
 
 @pytest.mark.parametrize("shape", [(1, 8), (2, 4), (4, 2), (8, 1)])
@@ -185,7 +185,7 @@ def test_a_device_reads_only_its_own_part(folder, monkeypatch):
         axis = by_width.get(path[-1].key, 0)
         return NamedSharding(mesh, PartitionSpec(*([None] * axis), "data"))
 
-    abstract = abstract_params(arch, UNROLLED, "float32")
+    abstract = Transformer(arch, UNROLLED).abstract_params("float32")
     for layer in ("layer_0", "layer_1"):
         del abstract[layer]["q_norm"], abstract[layer]["k_norm"]  # 12 long: not divisible
     shardings = jax.tree.map_with_path(spec, abstract)
@@ -411,5 +411,5 @@ def test_parameter_count_of_architecture():
     for family in ("llama", "qwen2", "qwen3"):
         for tied in (False, True):
             arch = Architecture(family=family, tied=tied, rope_scaling=None, norm_eps=1e-6, max_positions=9, **sizes)
-            leaves = jax.tree.leaves(abstract_params(arch, SCANNED, "float32"))
+            leaves = jax.tree.leaves(Transformer(arch, SCANNED).abstract_params("float32"))
             assert arch.parameters == sum(leaf.size for leaf in leaves)

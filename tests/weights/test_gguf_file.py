@@ -10,10 +10,11 @@ from oracles import torch_models
 
 from exprl_jax.architecture import RopeScaling
 from exprl_jax.config import Execution
-from exprl_jax.model.decoder import abstract_params, forward_logits
+from exprl_jax.model.decoder import Transformer
 from exprl_jax.weights import folder as weights
 from exprl_jax.weights import gguf_file
 from exprl_jax.weights.sources import PACKAGES, default_cache_dir, resolve_model
+from tests.oracles.tiny_decoder import forward_logits
 
 HOW = Execution(scan_layers=True, compute_dtype="float32", remat="none", kv_dtype="compute")
 TOKENS = np.random.default_rng(3).integers(0, 97, (2, 40), dtype=np.int32)
@@ -81,7 +82,7 @@ def load(path, how=HOW, shardings=None):
     source = resolve_model(str(path))
     arch = weights.read_architecture(source)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = shardings or jax.tree.map(lambda _: one, abstract_params(arch, how, "float32"))
+    shardings = shardings or jax.tree.map(lambda _: one, Transformer(arch, how).abstract_params("float32"))
     return arch, weights.load_params(source, arch, how, "float32", shardings)
 
 
@@ -110,7 +111,9 @@ def test_a_quantised_file_loads_as_the_gguf_package_reads_it(kind, tmp_path, mon
     mesh = jax.make_mesh((2, 4), ("data", "model"))
     # 96 / 4 and 64 / 4 columns end inside a block of 32.
     spec = jax.sharding.PartitionSpec
-    shardings = jax.tree.map(lambda _: jax.sharding.NamedSharding(mesh, spec()), abstract_params(arch, HOW, "float32"))
+    shardings = jax.tree.map(
+        lambda _: jax.sharding.NamedSharding(mesh, spec()), Transformer(arch, HOW).abstract_params("float32")
+    )
     shardings["embed"] = jax.sharding.NamedSharding(mesh, spec(None, "model"))
     shardings["layers"]["down"] = jax.sharding.NamedSharding(mesh, spec(None, "model", "data"))
     shardings["layers"]["q"] = jax.sharding.NamedSharding(mesh, spec(None, "model", "data", None))

@@ -22,7 +22,7 @@ jax.distributed.initialize(address, 2, int(process))
 from jax.sharding import NamedSharding, PartitionSpec
 from exprl_jax.model import weights
 from exprl_jax.config import Execution
-from exprl_jax.model.decoder import abstract_params
+from exprl_jax.model.decoder import Transformer
 from exprl_jax.weights.sources import resolve_model
 
 class Tokenizer:
@@ -51,7 +51,7 @@ def spec(leaf):
     fits = [axis for axis, size in enumerate(leaf.shape) if size % 8 == 0]
     return NamedSharding(mesh, PartitionSpec(*[None] * fits[0], "data") if fits else PartitionSpec())
 
-shardings = jax.tree.map(spec, abstract_params(arch, how, "float32"))
+shardings = jax.tree.map(spec, Transformer(arch, how).abstract_params("float32"))
 params = weights.load_params(source, arch, how, "float32", shardings)
 weights.export_folder(params, arch, how, out, Tokenizer(), "float32", shard_bytes=20_000)
 print(json.dumps({"asked": sum(asked), "parameters": arch.parameters}))
