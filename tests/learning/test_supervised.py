@@ -129,7 +129,7 @@ def test_loss_and_gradient_are_those_of_cross_entropy_on_responses(name, tmp_pat
 def model_logp(arch, how, data=1, model=1):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))
     policy = LanguageModel(config.Model("unread", how, "float32"), arch, tokenizer=None, source=None)
-    return functools.partial(programs.packed_logp_and_entropy, mesh=mesh, policy=policy, temperature=1.0, chunk=24)
+    return functools.partial(programs.packed_logp_and_entropy, policy.on(mesh), temperature=1.0, chunk=24)
 
 
 def test_sharded_is_unsharded():

@@ -309,9 +309,8 @@ def on_mesh(data, model):
     assert own["layers"]["o_lora_a"].is_fully_replicated == (over.size == 1)
 
     def objective(own):
-        return programs.packed_logp_and_entropy(
-            adapt(LORA, base, own), packed(), mesh=over, policy=policy, temperature=0.9, chunk=32
-        )[0].mean()
+        params = adapt(LORA, base, own)
+        return programs.packed_logp_and_entropy(policy.on(over), params, packed(), temperature=0.9, chunk=32)[0].mean()
 
     adapted = adapt(LORA, base, own)
     out = sampled(adapted, policy, over)

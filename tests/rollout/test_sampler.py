@@ -103,7 +103,7 @@ def trainer_logp(out, temperature, dtype):
         target[b, length : length + R] = response
     segment = (np.arange(C + R) < length_B[:, None] + R).astype(np.int32)
     packed = Packed(tokens, target, segment, segment, np.broadcast_to(np.arange(C + R, dtype=np.int32), segment.shape))
-    trainer = functools.partial(programs.packed_logp_and_entropy, mesh=one, policy=policy, chunk=64)
+    trainer = functools.partial(programs.packed_logp_and_entropy, policy.on(one), chunk=64)
     logp = np.asarray(jax.jit(functools.partial(trainer, temperature=temperature))(PARAMS, packed)[0])
     return np.stack([logp[b, length : length + R] for b, length in enumerate(length_B)]).reshape(P, G, R)
 
