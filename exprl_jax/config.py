@@ -8,9 +8,38 @@ type.  `resolve` turns the one into the other and checks it; nothing else in the
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Annotated, Literal
 
 Route = Literal["process", "outcome", "verifier"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """What numbers a key takes; `resolve` checks it.
+
+    Attributes:
+      least, most: both are allowed.
+      expected: the same in words.
+    """
+
+    least: float
+    most: float
+    expected: str
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most
+
+
+_TINIEST, _BELOW_ONE, _INT32 = 5e-324, 1 - 2**-53, 2**31 - 1
+Count = Annotated[int, Range(1, _INT32, "a positive number below 2^31")]
+CountOrNone = Annotated[int, Range(0, _INT32, "zero or more, below 2^31")]
+Workers = Annotated[int, Range(1, 1024, "a positive number of processes, at most 1024")]
+Seed = Annotated[int, Range(0, 2**32 - 1, "zero or more, below 2^32")]
+Positive = Annotated[float, Range(_TINIEST, math.inf, "a positive number")]
+NotNegative = Annotated[float, Range(0, math.inf, "zero or more")]
+Fraction = Annotated[float, Range(0, _BELOW_ONE, "a number in [0, 1)")]
+Number = Annotated[float, Range(-math.inf, math.inf, "a number")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +57,7 @@ class Source:
     source: str
     split: str
     worked_examples: str
-    max_prompt_tokens: int
+    max_prompt_tokens: Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +82,8 @@ class Mesh:
       model: parts of the heads, the feed-forward and the vocabulary (tensor parallelism).
     """
 
-    data: int
-    model: int
+    data: Annotated[int, Range(-1, _INT32, "a positive number, or -1 for all devices")]
+    model: Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,8 +131,8 @@ class Lora:
       targets: the matrices that get adapters: some of `q,k,v,o,gate,up,down`, with commas between.
     """
 
-    rank: int
-    alpha: float
+    rank: CountOrNone
+    alpha: Positive
     targets: str
 
     @property
@@ -125,12 +154,12 @@ class Rollout:
       max_resample: how often a group without any advantage is sampled again, on any route.
     """
 
-    prompts: int
-    group: int
-    max_tokens: int
-    temperature: float
-    wave: int
-    max_resample: int
+    prompts: Count
+    group: Count
+    max_tokens: Count
+    temperature: NotNegative
+    wave: Count
+    max_resample: CountOrNone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +173,7 @@ class Segments:
     """
 
     rule: str
-    max_segments: int
+    max_segments: Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,10 +223,10 @@ class Endpoint:
     base_url: str
     model: str
     api_key_variable: str
-    concurrency: int
-    seconds: float
-    retries: int
-    max_missing: float
+    concurrency: Count
+    seconds: Positive
+    retries: CountOrNone
+    max_missing: Fraction
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,9 +253,9 @@ class Judge:
     unit: Literal["prefix", "step"]
     readout: Literal["text", "logits"]
     logits_value: Literal["expected", "argmax"]
-    max_tokens: int
-    max_context_tokens: int
-    max_trace_tokens: int
+    max_tokens: Count
+    max_context_tokens: Count
+    max_trace_tokens: Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,10 +275,11 @@ class Advantage:
     """
 
     estimator: Literal["delta_norm", "end_norm", "group_norm"]
+    rollout_estimator: Literal["grpo", "rloo"]
     std_normalise: bool
-    min_spread: float
+    min_spread: NotNegative
     overlong: Literal["zero_score", "mask", "penalty", "keep"]
-    overlong_penalty: float
+    overlong_penalty: Number
     missing: Literal["drop_segment", "drop_rollout"]
 
 
@@ -267,11 +297,11 @@ class Loss:
         `sequence_sum` (sum over tokens / rows) or `constant` (sum over tokens / (rows · max_tokens), Dr.GRPO).
     """
 
-    clip_low: float
-    clip_high: float
-    dual_clip: float
-    kl_coef: float
-    entropy_coef: float
+    clip_low: NotNegative
+    clip_high: NotNegative
+    dual_clip: NotNegative
+    kl_coef: NotNegative
+    entropy_coef: NotNegative
     aggregate: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
 
 
@@ -297,10 +327,10 @@ class Updates:
       logp_chunk: rows × tokens whose [.., V] logits exist at once.
     """
 
-    per_batch: int
-    row_tokens: int
-    microbatch: int
-    logp_chunk: int
+    per_batch: Count
+    row_tokens: Count
+    microbatch: Count
+    logp_chunk: Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -318,14 +348,14 @@ class Optimizer:
       clip_norm: a gradient with a larger global norm is scaled down to it.
     """
 
-    learning_rate: float
+    learning_rate: NotNegative
     schedule: Literal["constant", "cosine"]
-    warmup: float
-    b1: float
-    b2: float
-    eps: float
-    weight_decay: float
-    clip_norm: float
+    warmup: Fraction
+    b1: Fraction
+    b2: Fraction
+    eps: Positive
+    weight_decay: NotNegative
+    clip_norm: Positive
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,8 +367,8 @@ class Checkpoint:
       keep: newest checkpoints kept.
     """
 
-    every: int
-    keep: int
+    every: Count
+    keep: Count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,7 +379,7 @@ class Log:
       rollouts: rollouts of a step that are written to `rollouts/step_N.jsonl`.
     """
 
-    rollouts: int
+    rollouts: CountOrNone
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,8 +391,8 @@ class Grader:
       workers: grader processes a host.
     """
 
-    seconds: float
-    workers: int
+    seconds: Positive
+    workers: Workers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -375,8 +405,8 @@ class Code:
       allow_unsandboxed: run programs even where the system offers no isolation.
     """
 
-    seconds: float
-    memory_mb: int
+    seconds: Positive
+    memory_mb: Count
     allow_unsandboxed: bool
 
 
@@ -424,8 +454,8 @@ class Config:
     """
 
     task: Literal["rl", "distill"]
-    seed: int
-    steps: int
+    seed: Seed
+    steps: Count
     data: Data
     mesh: Mesh
     policy: Model
@@ -483,16 +513,16 @@ class Sft:
     """
 
     task: Literal["sft"]
-    seed: int
-    epochs: int
+    seed: Seed
+    epochs: Count
     data: Data
     mesh: Mesh
     policy: Model
     lora: Lora
-    batch: int
-    microbatch: int
-    row_tokens: int
-    logp_chunk: int
+    batch: Count
+    microbatch: Count
+    row_tokens: Count
+    logp_chunk: Count
     optimizer: Optimizer
     checkpoint: Checkpoint
 
@@ -509,11 +539,11 @@ class Sampling:
       temperature: the policy's; 0 is greedy.
     """
 
-    samples: int
-    group: int
-    wave: int
-    max_tokens: int
-    temperature: float
+    samples: Count
+    group: Count
+    wave: Count
+    max_tokens: Count
+    temperature: NotNegative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -534,7 +564,7 @@ class Evaluate:
     """
 
     task: Literal["evaluate"]
-    seed: int
+    seed: Seed
     label: str
     data: Source
     mesh: Mesh
@@ -555,9 +585,9 @@ class Repeats:
       temperature: the judge's; more than 0.
     """
 
-    rollouts: int
-    count: int
-    temperature: float
+    rollouts: CountOrNone
+    count: Count
+    temperature: NotNegative
 
 
 @dataclasses.dataclass(frozen=True)
@@ -570,7 +600,7 @@ class Prefixes:
       sampling: how continuations are sampled, `samples` a prefix.
     """
 
-    rollouts: int
+    rollouts: CountOrNone
     segments: Segments
     sampling: Sampling
 
@@ -596,13 +626,13 @@ class Calibrate:
     """
 
     task: Literal["calibrate"]
-    seed: int
+    seed: Seed
     rollouts: str
     data: Source
     mesh: Mesh
     judges: dict[str, Judge]
-    wave: int
-    group: int
+    wave: Count
+    group: Count
     repeats: Repeats
     prefixes: Prefixes
     policy: Model
@@ -626,13 +656,13 @@ class Annotate:
     """
 
     task: Literal["annotate"]
-    seed: int
+    seed: Seed
     rollouts: str
     base: str
     data: Source
     mesh: Mesh
     annotator: Judge
-    wave: int
+    wave: Count
 
 
 TASKS = {

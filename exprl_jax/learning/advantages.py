@@ -45,13 +45,22 @@ def grpo(
     Returns:
       (advantage_PG, 0 where not valid; live_P).
     """
-    above, valid = _above_lowest(score_PG, valid_PG), np.asarray(valid_PG, bool)
-    count = valid.sum(-1, keepdims=True)
-    centred = np.where(valid, above - above.sum(-1, keepdims=True) / np.maximum(count, 1), 0.0)
-    std = np.sqrt((centred**2).sum(-1, keepdims=True) / np.maximum(count - 1, 1))
-    live = (count >= 2) & (std > 0) & (std >= min_spread)
-    advantage = np.where(live, centred / (std + eps) if std_normalise else centred, 0.0)
-    return advantage.astype(np.float32), live[..., 0]
+    group = _group(score_PG, valid_PG, min_spread)
+    return group.assign(group.centred / (group.std + eps) if std_normalise else group.centred)
+
+
+def rloo(
+    score_PG: Float[np.ndarray, "P G"], valid_PG: Bool[np.ndarray, "P G"], *, min_spread: float
+) -> tuple[Float32[np.ndarray, "P G"], Bool[np.ndarray, "P"]]:
+    """Leave-one-out advantage of whole rollouts: A_i = R_i − mean of the group's other R_j   (arXiv 2402.14740, Eq. 4).
+
+    That is n / (n − 1) · (R_i − mean_group) over the group's n valid rollouts.  Groups are live as in `grpo`.
+
+    Returns:
+      (advantage_PG, 0 where not valid; live_P).
+    """
+    group = _group(score_PG, valid_PG, min_spread)
+    return group.assign(group.centred * group.count / np.maximum(group.count - 1, 1))
 
 
 def delta_norm(
@@ -100,6 +109,10 @@ def group_norm(
     rollout_PG = above.sum(-1) / np.maximum(steps_PG, 1)
     baseline_P = rollout_PG.sum(-1) / np.maximum((steps_PG > 0).sum(-1), 1)
     return _where_defined(above - baseline_P[:, None, None], valid)
+
+
+PROCESS_ESTIMATORS = {"delta_norm": delta_norm, "end_norm": end_norm, "group_norm": group_norm}
+ROLLOUT_ESTIMATORS = {"grpo": grpo, "rloo": rloo}
 
 
 def assign_advantages(
@@ -152,9 +165,11 @@ def assign_advantages(
     if rules.missing == "drop_rollout":
         valid = valid & (valid | ~real).all(-1, keepdims=True)
 
-    estimate = {"delta_norm": delta_norm, "end_norm": end_norm, "group_norm": group_norm}[rules.estimator]
-    advantage, counted = estimate(score, valid, count)
-    whole, _ = grpo(score[..., 0], valid[..., 0], std_normalise=rules.std_normalise, min_spread=rules.min_spread)
+    advantage, counted = PROCESS_ESTIMATORS[rules.estimator](score, valid, count)
+    options = {"std_normalise": rules.std_normalise} if rules.rollout_estimator == "grpo" else {}
+    whole, _ = ROLLOUT_ESTIMATORS[rules.rollout_estimator](
+        score[..., 0], valid[..., 0], min_spread=rules.min_spread, **options
+    )
     first = np.arange(N) == 0
     advantage = np.where(process[:, None, None], advantage, np.where(first, whole[..., None], np.float32(0)))
     counted = np.where(process[:, None, None], counted, valid & first)
@@ -201,6 +216,30 @@ def to_tokens(
     loss_mask_PGR = mask_PGR & np.take_along_axis(counted, segment_PGR, -1)
     advantage_PGR = np.where(loss_mask_PGR, np.take_along_axis(advantage, segment_PGR, -1), np.float32(0))
     return advantage_PGR, loss_mask_PGR
+
+
+class _Group(NamedTuple):
+    """Statistics of groups of whole rollouts, over the valid ones."""
+
+    valid_PG: np.ndarray
+    centred: np.ndarray  # [P, G]: score less mean, 0 where not valid
+    mean: np.ndarray  # [P, 1]
+    std: np.ndarray
+    count: np.ndarray
+    live: np.ndarray
+
+    def assign(self, advantage_PG):
+        """(advantages of live groups' valid rollouts, 0 elsewhere; live_P)."""
+        return np.where(self.live & self.valid_PG, advantage_PG, 0.0).astype(np.float32), self.live[..., 0]
+
+
+def _group(score_PG, valid_PG, min_spread):
+    above, valid = _above_lowest(score_PG, valid_PG), np.asarray(valid_PG, bool)
+    count = valid.sum(-1, keepdims=True)
+    centred = np.where(valid, above - above.sum(-1, keepdims=True) / np.maximum(count, 1), 0.0)
+    std = np.sqrt((centred**2).sum(-1, keepdims=True) / np.maximum(count - 1, 1))
+    mean = np.where(valid, score_PG, 0.0).sum(-1, keepdims=True) / np.maximum(count, 1)
+    return _Group(valid, centred, mean, std, count, (count >= 2) & (std > 0) & (std >= min_spread))
 
 
 def _above_lowest(score, valid):
