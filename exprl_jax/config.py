@@ -275,7 +275,7 @@ class Advantage:
     """
 
     estimator: Literal["delta_norm", "end_norm", "group_norm"]
-    rollout_estimator: Literal["grpo", "rloo"]
+    rollout_estimator: Literal["grpo", "rloo", "maxrl"]
     std_normalise: bool
     min_spread: NotNegative
     overlong: Literal["zero_score", "mask", "penalty", "keep"]

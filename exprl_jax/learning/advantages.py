@@ -63,6 +63,21 @@ def rloo(
     return group.assign(group.centred * group.count / np.maximum(group.count - 1, 1))
 
 
+def maxrl(
+    score_PG: Float[np.ndarray, "P G"], valid_PG: Bool[np.ndarray, "P G"], *, min_spread: float
+) -> tuple[Float32[np.ndarray, "P G"], Bool[np.ndarray, "P"]]:
+    """Advantage of whole rollouts relative to their group's mean: A = (R − mean_group) / mean_group   (arXiv 2602.02710).
+
+    A rare success counts the more, the rarer it is.  Scores are not negative, so a group whose mean is 0 has equal
+    scores, and no advantage.  Groups are live as in `grpo`.
+
+    Returns:
+      (advantage_PG, 0 where not valid; live_P).
+    """
+    group = _group(score_PG, valid_PG, min_spread)
+    return group.assign(group.centred / np.where(group.mean > 0, group.mean, 1.0))
+
+
 def delta_norm(
     score_PGN: Float[np.ndarray, "P G N"], valid_PGN: Bool[np.ndarray, "P G N"], count_PG: Int[np.ndarray, "P G"]
 ) -> tuple[Float32[np.ndarray, "P G N"], Bool[np.ndarray, "P G N"]]:
@@ -112,7 +127,7 @@ def group_norm(
 
 
 PROCESS_ESTIMATORS = {"delta_norm": delta_norm, "end_norm": end_norm, "group_norm": group_norm}
-ROLLOUT_ESTIMATORS = {"grpo": grpo, "rloo": rloo}
+ROLLOUT_ESTIMATORS = {"grpo": grpo, "rloo": rloo, "maxrl": maxrl}
 
 
 def assign_advantages(

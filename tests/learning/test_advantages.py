@@ -18,6 +18,7 @@ STEPS, WHOLE = True, False
 def how(estimator="delta_norm", **changes):
     settings = dict(
         estimator=estimator,
+        rollout_estimator="grpo",
         std_normalise=True,
         min_spread=0.0,
         overlong="zero_score",
@@ -155,6 +156,52 @@ def test_grpo_matches_the_equation(rewards, std_normalise):
     expected = [0.0 if a is MISSING else a for a in oracle.grpo(rewards, std_normalise)]
     np.testing.assert_allclose(advantage[0], expected, rtol=1e-6, atol=1e-7)
     assert live[0] == any(a != 0 for a in expected)
+
+
+@pytest.mark.parametrize(
+    "rewards, rloo, maxrl",
+    [
+        ([0.0, 0.0, 0.0, 1.0], [-1 / 3, -1 / 3, -1 / 3, 1.0], [-1.0, -1.0, -1.0, 3.0]),
+        ([0.0, 1.0, 1.0, 1.0], [-1.0, 1 / 3, 1 / 3, 1 / 3], [-1.0, 1 / 3, 1 / 3, 1 / 3]),
+        ([0.25, 0.75], [-0.5, 0.5], [-0.5, 0.5]),
+        ([0.0, 0.0], [0.0, 0.0], [0.0, 0.0]),
+        ([0.5, 0.5], [0.0, 0.0], [0.0, 0.0]),
+        ([0.5, MISSING], [0.0, 0.0], [0.0, 0.0]),
+        ([1.0, 0.0, MISSING], [1.0, -1.0, 0.0], [1.0, -1.0, 0.0]),
+    ],
+)
+def test_golden_values_of_whole_rollout_estimators(rewards, rloo, maxrl):
+    score, valid, _ = pack([[[reward] for reward in rewards]])
+    for name, expected in (("rloo", rloo), ("maxrl", maxrl)):
+        advantage, live = advantages.ROLLOUT_ESTIMATORS[name](score[..., 0], valid[..., 0], min_spread=0.0)
+        np.testing.assert_allclose(advantage[0], expected, atol=1e-7)
+        assert live[0] == any(expected)
+
+
+@given(
+    st.lists(st.one_of(st.just(MISSING), st.floats(0, 1)), min_size=2, max_size=8), st.sampled_from(["rloo", "maxrl"])
+)
+def test_whole_rollout_estimators_match_their_equations(rewards, name):
+    score, valid, _ = pack([[[reward] for reward in rewards]])
+    advantage, live = advantages.ROLLOUT_ESTIMATORS[name](score[..., 0], valid[..., 0], min_spread=0.0)
+    expected = [0.0 if a is MISSING else a for a in getattr(oracle, name)(rewards)]
+    np.testing.assert_allclose(advantage[0], expected if live[0] else np.zeros(len(rewards)), rtol=1e-5, atol=1e-6)
+    assert live[0] or np.ptp([r for r in rewards if r is not MISSING] or [0]) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["rloo", "maxrl"])
+def test_a_spread_below_the_least_is_no_signal_to_any_estimator(name):
+    score = np.array([[0.5, 0.51], [0.0, 1.0]])
+    advantage, live = advantages.ROLLOUT_ESTIMATORS[name](score, np.ones((2, 2), bool), min_spread=0.1)
+    assert live.tolist() == [False, True] and not advantage[0].any() and advantage[1].any()
+
+
+@pytest.mark.parametrize("name", ["rloo", "maxrl"])
+def test_the_config_chooses_the_whole_rollout_estimator(name):
+    rewards = [0.0, 0.0, 1.0]
+    rules = how(rollout_estimator=name, std_normalise=False)
+    made = assigned(pack([[[reward] for reward in rewards]]), np.zeros((1, 3), bool), WHOLE, rules)
+    np.testing.assert_allclose(made.advantage_PGN[0, :, 0], getattr(oracle, name)(rewards), rtol=1e-6)
 
 
 # Properties.

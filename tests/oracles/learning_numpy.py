@@ -24,6 +24,24 @@ def grpo(rewards, std_normalise=True, eps=1e-6):
     return [MISSING if r is MISSING else (r - mean) / ((std + eps) if std_normalise else 1.0) for r in rewards]
 
 
+def rloo(rewards):
+    """Each reward less the mean of the others that were given, one rollout at a time."""
+    advantages = []
+    for i, reward in enumerate(rewards):
+        others = [r for j, r in enumerate(rewards) if j != i and r is not MISSING]
+        advantages.append(MISSING if reward is MISSING or not others else reward - sum(others) / len(others))
+    return advantages
+
+
+def maxrl(rewards):
+    """(R − mean) / mean over the rewards that were given; 0 where all are 0 or there is one."""
+    present = [r for r in rewards if r is not MISSING]
+    mean = sum(present) / len(present) if present else 0
+    if len(present) < 2 or mean == 0:
+        return [MISSING if r is MISSING else 0.0 for r in rewards]
+    return [MISSING if r is MISSING else (r - mean) / mean for r in rewards]
+
+
 def delta_norm(scores):
     """A_1 = s_1 − s_T, A_t = s_t − s_{t−1}; MISSING where a term is."""
     return [_minus(s, scores[t - 1] if t else scores[-1]) for t, s in enumerate(scores)]
