@@ -1,8 +1,8 @@
 """The schema of every experiment: what each config key is called, what type it has and what it means.
 
 A config file in `configs/` returns a `ml_collections.ConfigDict` whose `task` names one of the records at the end of
-this file (`TASKS`), and whose shape is exactly that record: every key present, none unknown, every value of the declared
-type.  `resolve` turns the one into the other and checks it; nothing else in the package reads a ConfigDict.
+this file (`TASKS`), and whose shape is exactly that record: every key present, none unknown, every value of the
+declared type.  `resolve` turns the one into the other and checks it; nothing else in the package reads a ConfigDict.
 """
 
 from __future__ import annotations
@@ -425,8 +425,9 @@ class Probe:
 class Config:
     """Training on the policy's own rollouts: Stage I, sparse GRPO and Stage II (`rl`), self-distillation (`distill`).
 
-    Self-distillation has no rewards: routes, judge, segments, advantage, the loss's clips and the probe say nothing to it,
-    as `distillation` says nothing to `rl`.  They stand in one record so that arms differ from one base by a few keys.
+    Self-distillation has no rewards: routes, judge, segments, advantage, the loss's clips and the probe say nothing to
+    it, as `distillation` says nothing to `rl`.  They stand in one record so that arms differ from one base by a few
+    keys.
 
     Attributes:
       task: `rl`, with rewards, or `distill`, with a teacher.
@@ -488,7 +489,8 @@ class Config:
 
     @property
     def has_local_judge(self) -> bool:
-        """Whether any route is scored by a model on the mesh; open-ended science in the data has one verify it besides."""
+        """Whether any route is scored by a model on the mesh; open-ended science in the data has one verify it
+        besides."""
         return self.task == "rl" and self.routes.all != {"verifier"} and self.judge.backend == "local"
 
 

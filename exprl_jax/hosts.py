@@ -46,8 +46,8 @@ def local_problems(mesh: Mesh, problems: int) -> np.ndarray:
     """
     if problems % mesh.shape[DATA]:
         raise ValueError(
-            f"a wave of {problems} problems, expected a multiple of the mesh's data axis {mesh.shape[DATA]}; set the config's "
-            "wave or mesh.data"
+            f"a wave of {problems} problems, expected a multiple of the mesh's data axis {mesh.shape[DATA]}; set the "
+            "config's wave or mesh.data"
         )
     indices = rows_sharding(mesh).addressable_devices_indices_map((problems,)).values()
     return np.unique(np.concatenate([np.arange(problems)[index] for index in indices]))
@@ -91,7 +91,8 @@ def put_rows(mesh: Mesh, tree: Any, problems: int) -> Any:
 
 
 def put_microbatches(mesh: Mesh, tree: Any) -> Any:
-    """Places host arrays [M, B, ...] of a whole update, the same on every process, as global arrays; scalars everywhere."""
+    """Places host arrays [M, B, ...] of a whole update, the same on every process, as global arrays; scalars
+    everywhere."""
 
     def put(x):
         x = np.asarray(x)

@@ -25,7 +25,8 @@ def check_layout(config: Config | Sft | Evaluate, shards: int) -> None:
         if size % shards:
             part = "problem of every wave" if key.endswith("wave") else "row of every microbatch"
             raise ValueError(
-                f"config.{key}: got {size}, expected a multiple of mesh.data = {shards}, so that every device has a {part}"
+                f"config.{key}: got {size}, expected a multiple of mesh.data = {shards}, so that every device has a "
+                f"{part}"
             )
 
 

@@ -38,8 +38,8 @@ def fit_mesh(mesh_config: config.Mesh, devices: int | None = None) -> tuple[int,
     data = devices // mesh_config.model if mesh_config.data == -1 else mesh_config.data
     if data * mesh_config.model != devices:
         raise ValueError(
-            f"config.mesh: got data {mesh_config.data} x model {mesh_config.model}, expected a product of {devices}, the number of "
-            "devices; use data=-1 to take all that model leaves"
+            f"config.mesh: got data {mesh_config.data} x model {mesh_config.model}, expected a product of {devices}, "
+            "the number of devices; use data=-1 to take all that model leaves"
         )
     return data, mesh_config.model
 
@@ -90,8 +90,8 @@ _ADAPTER_RULES = (
 
 
 def shard_parameters(tree: Any, arch: Architecture, execution: Execution, mesh: Mesh) -> Any:
-    """Shardings for a tree of parameters, or for any tree that mirrors it (gradients, Adam's moments, a TrainState), with
-    adapters or of adapters alone.
+    """Shardings for a tree of parameters, or for any tree that mirrors it (gradients, Adam's moments, a TrainState),
+    with adapters or of adapters alone.
 
     A leaf is matched by the last key of its path; scalars are replicated.  An axis that does not divide its dimension
     (3 heads over 2 devices) is left out: that dimension is replicated.
@@ -186,13 +186,13 @@ class Placement:
         return MODEL if self.mesh is not None and size % self.mesh.shape[MODEL] == 0 else None
 
     def by_tokens(self, x_PGTD: jax.Array) -> jax.Array:
-        """Keeps the residual between blocks sharded by problems and, where they divide, by tokens over `model`: norms and
-        sums are not repeated on every device of that axis, and its copies kept for the backward pass are parts."""
+        """Keeps the residual between blocks sharded by problems and, where they divide, by tokens over `model`: norms
+        and sums are not repeated on every device of that axis, and its copies kept for the backward pass are parts."""
         return x_PGTD if self.mesh is None else jax.lax.with_sharding_constraint(x_PGTD, self._by_tokens(x_PGTD))
 
     def whole_tokens(self, x_PGTD: jax.Array) -> jax.Array:
-        """Gathers what `by_tokens` sharded, for products with weights whose columns are sharded; the cotangent, a sum over
-        their devices, is scattered again."""
+        """Gathers what `by_tokens` sharded, for products with weights whose columns are sharded; the cotangent, a sum
+        over their devices, is scattered again."""
         if self.mesh is None:
             return x_PGTD
         return _constrain_apart(x_PGTD, NamedSharding(self.mesh, PartitionSpec(self.data)), self._by_tokens(x_PGTD))

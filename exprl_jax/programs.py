@@ -36,8 +36,8 @@ class Programs:
     """What trains a policy.
 
     Attributes:
-      init_state: params → TrainState; the parameters are copied, so a frozen model's buffers stay its own.  With adapters
-        the state is theirs alone.
+      init_state: params → TrainState; the parameters are copied, so a frozen model's buffers stay its own.  With
+        adapters the state is theirs alone.
       token_logp: params, Packed [M, B, T], used → log π of each slot's target, [M, B, T].
       train_step: TrainState (donated), the base of its adapters (() for none), Experience → TrainState, metrics.
     """
@@ -240,8 +240,8 @@ def packed_states(transformer: Transformer, params: Params, packed: Packed) -> t
 def packed_logp_and_entropy(
     transformer: Transformer, params: Params, packed: Packed, *, temperature: float, chunk: int
 ) -> tuple[Array, Array]:
-    """log π of each slot's target given what stands before it in its sequence, and the entropy of that distribution, both
-    [B, T]."""
+    """log π of each slot's target given what stands before it in its sequence, and the entropy of that distribution,
+    both [B, T]."""
     hidden, table = packed_states(transformer, params, packed)
     return token_logprobs(hidden, table, packed.target_BT, temperature, chunk, transformer.placement)
 

@@ -98,8 +98,8 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
     problems = within_budget("judge.max_context_tokens", config.judge.max_context_tokens, problems, lengths)
     if len(problems) < config.rollout.prompts:
         raise ValueError(
-            f"config.rollout.prompts: got {config.rollout.prompts}, expected at most {len(problems)}, the problems that "
-            "are left"
+            f"config.rollout.prompts: got {config.rollout.prompts}, expected at most {len(problems)}, the problems "
+            "that are left"
         )
     # In one order on every process: loading may run programs over the whole mesh.
     frozen = _load_frozen(config, mesh, policy)

@@ -4,8 +4,8 @@
     └ rl_run ───────────┘└ wave ──────────────────────────────────────────┘└ batch ──────┘└ run.loop ──────────┘
 
 A step is two verbs.  `collect` samples a batch of problems, wave by wave, and turns scores into advantages and rollouts
-into packed rows; `learn` updates the policy with them.  Each problem's kind has its route (`reward.routes`): what scores
-its rollouts, and with which estimator.
+into packed rows; `learn` updates the policy with them.  Each problem's kind has its route (`reward.routes`): what
+scores its rollouts, and with which estimator.
 """
 
 from __future__ import annotations

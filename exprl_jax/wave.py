@@ -181,8 +181,8 @@ def judge_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Judgements:
 
 
 def verify_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> list[list[Verdict]]:
-    """Verdicts on open-ended answers, which only a judge can give; none for other problems, where nothing was sampled and
-    where this process does not ask."""
+    """Verdicts on open-ended answers, which only a judge can give; none for other problems, where nothing was sampled
+    and where this process does not ask."""
     sampled_P = (wave.count_PG > 0).any(-1) & asks_P
     asked = [
         group if p.kind == "science" and sampled else []
@@ -216,7 +216,8 @@ def score_wave(run: RLRun, pending: PendingWave, clock: Clock) -> ScoredWave:
 def add_verdict_rewards(
     run: RLRun, wave: Wave, judgements: Judgements, verdicts: Sequence[Sequence[Verdict]]
 ) -> Judgements:
-    """Puts the rewards of routes that take them from verdicts in the place of scores; none where the verifier failed."""
+    """Puts the rewards of routes that take them from verdicts in the place of scores; none where the verifier
+    failed."""
     score_PGN, valid_PGN = judgements.score_PGN.copy(), judgements.valid_PGN.copy()
     sampled_PG = wave.count_PG > 0
     for i, (problem, group) in enumerate(zip(wave.problems, verdicts, strict=True)):

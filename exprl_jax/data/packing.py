@@ -1,4 +1,17 @@
-"""Several sequences to a row: first fit, longest first.  On the host; the result is one update's microbatches."""
+"""Several sequences to a row: first fit, longest first.  On the host; the result is one update's microbatches.
+
+Two rollouts a b c and d e of one prompt p q r, and one x y of another, u v, in a row of 12 slots:
+
+                 ┌ shared ┐┌ own of abc ┐┌ own ┐┌ another ┐
+    tokens       p   q     r   a   b     r   d   u   v   x   .   .
+    target       .   .     a   b   c     d   e   .   x   y   .   .    the mask is True where a response's token is one
+    segment      1   1     2   2   2     3   3   4   5   5   0   0    runs of slots; 0 is padding
+    shared       1   1     1   1   1     1   1   4   4   4   0   0    a slot sees its own segment and this one
+    position     0   1     2   3   4     2   3   0   1   2   .   .    of each slot in its own sequence
+
+The prompt's last token opens every rollout's own segment, for it predicts the rollout's first.  A rollout's last token
+is a target only: nothing follows it, so it is never fed.
+"""
 
 from __future__ import annotations
 
@@ -75,11 +88,12 @@ def assign_rows(shared_N: Sequence[int], own_N: Sequence[int], group_N: Sequence
     shared_N, own_N, group_N = (np.asarray(x, np.int64) for x in (shared_N, own_N, group_N))
     if not own_N.size:
         return np.zeros(0, np.int64)
-    longest = (shared_N + own_N).max()
+    longest = (shared_N + own_N).max()  # alone in a row it needs its shared tokens too
     if longest > row_tokens:
         raise ValueError(
             f"cannot pack an example of {longest} tokens into rows of {row_tokens}: drop it or widen the rows"
         )
+    # Tokens of each group, its shared ones once: bincount adds them once a sequence, hence the division.
     total = np.bincount(group_N, own_N) + np.bincount(group_N, shared_N) / np.maximum(np.bincount(group_N), 1)
     length_N, index = -(shared_N + own_N), np.arange(own_N.size)
     orders = np.lexsort((index, length_N, group_N, -total[group_N])), np.lexsort((index, length_N))
@@ -88,11 +102,12 @@ def assign_rows(shared_N: Sequence[int], own_N: Sequence[int], group_N: Sequence
 
 def _first_fit(order, shared_N, own_N, group_N, row_tokens):
     rows_N, room = np.zeros(own_N.size, np.int64), np.full(own_N.size, row_tokens)
-    home: dict[int, list[int]] = {}
+    rows_of: dict[int, list[int]] = {}  # of each group, those that hold its shared tokens already
     for i in order:
-        mine = home.setdefault(int(group_N[i]), [])
+        mine = rows_of.setdefault(int(group_N[i]), [])
         row = next((row for row in mine if room[row] >= own_N[i]), None)
         if row is None:
+            # There are as many rows as sequences, so one is always free: argmax finds the first with room.
             row = int(np.argmax(room >= shared_N[i] + own_N[i]))
             room[row] -= shared_N[i]
             mine.append(row)
@@ -127,13 +142,14 @@ def fill_rows(
         """Appends a segment that starts at position `at`; returns (its slots, its id)."""
         slots = slice(used[row], used[row] + len(fed))
         used[row] += len(fed)
-        count[row] += 1
+        count[row] += 1  # segments are numbered from 1 within a row
         tokens[row, slots], segment[row, slots] = fed, count[row]
         common[row, slots], position[row, slots] = sees or count[row], at + np.arange(len(fed))
         return slots, int(count[row])
 
     for i, (example, group, row) in enumerate(zip(examples, group_N, row_N, strict=True)):
         context, written = len(example.prompt) - 1, np.asarray(example.response, np.int32)
+        # What is fed: the prompt's last token and all of the response but its last.
         start = np.concatenate([np.asarray(example.prompt[-1:], np.int32), written[:-1]])
         if share and context:
             if (group, row) not in contexts:

@@ -68,8 +68,8 @@ def check_position(position: Mapping[str, Any], problems: Sequence[Problem]) -> 
     """
     if position["problems"] != fingerprint(problems):
         raise ValueError(
-            f"config.data.source: its problems are not those of the run's first {position['next_batch']} steps; restore "
-            "the data, or choose another --workdir"
+            f"config.data.source: its problems are not those of the run's first {position['next_batch']} steps; "
+            "restore the data, or choose another --workdir"
         )
 
 
@@ -85,6 +85,6 @@ def check_same_problems(problems: Sequence[Problem]) -> None:
     theirs = np.atleast_2d(multihost_utils.process_allgather(mine))
     if other := np.flatnonzero((theirs != theirs[0]).any(-1)).tolist():
         raise ValueError(
-            f"config.data.source: processes {', '.join(map(str, other))} have read other problems than process 0; give all "
-            "hosts the same files"
+            f"config.data.source: processes {', '.join(map(str, other))} have read other problems than process 0; give "
+            "all hosts the same files"
         )

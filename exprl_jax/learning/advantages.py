@@ -66,7 +66,8 @@ def rloo(
 def maxrl(
     score_PG: Float[np.ndarray, "P G"], valid_PG: Bool[np.ndarray, "P G"], *, min_spread: float
 ) -> tuple[Float32[np.ndarray, "P G"], Bool[np.ndarray, "P"]]:
-    """Advantage of whole rollouts relative to their group's mean: A = (R − mean_group) / mean_group   (arXiv 2602.02710).
+    """Advantage of whole rollouts relative to their group's mean: A = (R − mean_group) / mean_group   (arXiv
+    2602.02710).
 
     A rare success counts the more, the rarer it is.  Scores are not negative, so a group whose mean is 0 has equal
     scores, and no advantage.  Groups are live as in `grpo`.

@@ -65,6 +65,10 @@ def attend(
 ) -> Float[Array, "P G T H E"]:
     """Softmax attention over two sets of keys: the problem's context and the row's own slots.
 
+        keys                 p p p . . | . . x x x x       context (3 real of 5) | own slots (start = 2)
+        query of slot 4      ✓ ✓ ✓     |     ✓ ✓ ✓
+        query of slot 1                |   ✓               padding sees itself: a softmax over nothing is NaN
+
     The query in own slot `slot + t` sees every real context token and own slots `start … slot + t`; before `start`,
     itself.
 
@@ -105,6 +109,10 @@ def attend_packed(
 ) -> Float[Array, "B T H E"]:
     """Softmax attention within packed rows: a token sees earlier slots of its own segment and of the one it shares.
 
+        segment              1 1 1 2 2 3 3 0      shared of segments 2 and 3: 1   (see `data.packing`)
+        query of slot 4      ✓ ✓ ✓ ✓ ✓
+        query of slot 6      ✓ ✓ ✓     ✓ ✓
+
     Args:
       q_BTHE, k_BTKE, v_BTKE: rotated queries and keys, and values.
       segment_BT: a segment is a run of slots with one id, unique in its row.
@@ -138,6 +146,7 @@ def _in_chunks(function, queries, heads, keys, placement):
     length = max(1, SCORES // max(1, P * G * heads * keys))
     if T <= length:
         return function(*queries)
+    # Chunks of one length, the shortest that so many chunks can have: the last is padded by as little as possible.
     chunks = -(-T // length)
     length = -(-T // chunks)
 
@@ -234,6 +243,8 @@ def _splash(q_BHTE, k_BKSE, v_BKSE, segment_BT, segment_BS, placement):
     heads = placement.axis_of(K)
     lanes, block = -E % _LANES, min(_BLOCK, -(-T // _LANES) * _LANES)
     # Queries are padded behind, keys as much behind and, to whole blocks, in front: the two ends stay aligned.
+    #     queries           [         a b c . ]
+    #     keys   [ . . p p p p p p p a b c . ]      the causal mask's offset is the difference of their lengths
     behind = -T % block
     front = -(S + behind) % block
     scaled = q_BHTE * jnp.asarray(E**-0.5, q_BHTE.dtype)

@@ -107,7 +107,8 @@ class Decoder(nn.Module):
           view: what is the same for all layers.
 
         Returns:
-          hidden_PGTD after the final norm, the memory, and what the attention keeps of each layer, arranged as `past` is.
+          hidden_PGTD after the final norm, the memory, and what the attention keeps of each layer, arranged as `past`
+          is.
         """
         arch, execution = self.arch, self.execution
         embed = self.param("embed", nn.initializers.normal(0.02), (arch.vocab_size, arch.width))
@@ -194,10 +195,11 @@ def _write(cache: KV, new: KV, slot) -> KV:
 
 @dataclasses.dataclass(frozen=True)
 class Transformer:
-    """A decoder as it runs: what it is, how it runs, and where its arrays lie.  Static and hashable: `jit` sees one value.
+    """A decoder as it runs: what it is, how it runs, and where its arrays lie.  Static and hashable: `jit` sees one
+    value.
 
-    Parameters are an argument of every method, so that policy, judge, reference and teacher are one value with up to four
-    trees of parameters.
+    Parameters are an argument of every method, so that policy, judge, reference and teacher are one value with up to
+    four trees of parameters.
     """
 
     arch: Architecture
@@ -270,8 +272,8 @@ class Transformer:
         return hidden[:, 0]
 
     def open_cache(self, prefix: Prefix, start_PG: Int[Array, "P G"], slots: int, tokens: int) -> Any:
-        """Room for rows, their contexts at hand: on TPU and for int8 pages for so many `tokens` of each, which need none
-        for padding, else slots."""
+        """Room for rows, their contexts at hand: on TPU and for int8 pages for so many `tokens` of each, which need
+        none for padding, else slots."""
         if paged.is_paged(self.execution, self.placement):
             return paged.open_pages(self.arch, self.execution, self.placement, prefix, start_PG, tokens)
         return empty_cache(self.arch, self.execution, *start_PG.shape, slots)

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, Hu et al. 2021, arXiv 2106.09685): a frozen model and a small trained part.
 
-A product h·W of a target becomes h·W + (alpha / rank) · (h·A)·B, A of shape [in, rank] and random, B of shape [rank, out]
-and 0 at the start, so that training begins at the frozen model.  Adapters stand in a tree of their own beside the model's,
-under the names of their targets.
+A product h·W of a target becomes h·W + (alpha / rank) · (h·A)·B, A of shape [in, rank] and random, B of shape [rank,
+out] and 0 at the start, so that training begins at the frozen model.  Adapters stand in a tree of their own beside the
+model's, under the names of their targets.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ def init_adapters(arch: Architecture, execution: Execution, lora: Lora, dtype: s
     def layer(key):
         made = {}
         for name in lora.names:
-            taken, given = shapes[name]
-            bound = 1 / math.sqrt(math.prod(taken))
+            inputs, outputs = shapes[name]
+            bound = 1 / math.sqrt(math.prod(inputs))
             own = jax.random.fold_in(key, list(shapes).index(name))
-            made[name + LORA_A] = jax.random.uniform(own, (*taken, lora.rank), dtype, -bound, bound)
-            made[name + LORA_B] = jnp.zeros((lora.rank, *given), dtype)
+            made[name + LORA_A] = jax.random.uniform(own, (*inputs, lora.rank), dtype, -bound, bound)
+            made[name + LORA_B] = jnp.zeros((lora.rank, *outputs), dtype)
         return made
 
     keys = jax.random.split(key, arch.layers)

@@ -1,12 +1,23 @@
 """Keys and values of rows in one pool of pages, for decoding: the context of a problem is kept once for all its rows.
 
-    pages of one device   [ layer 0: contexts' pages, rows' pages | layer 1: … | … ]      [L·N, page, 2·K, E]
+The pool of one device, with P problems of G rows (here 2 of 2), `shared` pages a context and `own` pages a row:
+
+    layer 0                                                          layer 1
+    | c0 c0 c0 | c1 c1 c1 | r00 r00 | r01 r01 | r10 r10 | r11 r11 |  | c0 …        [L·N, page, 2·K, E]
+      P·shared pages of contexts        P·G·own pages of rows            N = P·(shared + G·own) pages a layer
 
 The layer is folded into the page's number, so that a loop over layers and tokens carries one array and writes into it
-in place.  A row's table lists its context's full pages, shared with its group, then its own; the tokens of a context
-that do not fill a page are copied to the head of every row's first own page.  Keys and values of a head lie side by
-side (even and odd, as the TPU kernel wants them).  On TPU attention is JAX's ragged paged attention kernel; elsewhere
-the pages are gathered.  Pages may be int8: each channel of a problem's context sets its scale (`Scales`).
+in place: with a leading L the compiler would copy a layer's pages in and out at every step.
+
+What row (1, 0) reads, if its context has 2 full pages and a bit:
+
+    table    [ c1 page 0 | c1 page 1 | r10 page 0 | r10 page 1 | – ]
+    tokens     full        full        tail of c1,   …            the tail of a context, which fills no page, is copied
+                                       then its own               to the head of every row's first own page
+
+Keys and values of a head lie side by side (even and odd rows of a page, as the TPU kernel wants them).  On TPU
+attention is JAX's ragged paged attention kernel; elsewhere the pages are gathered.  Pages may be int8: each channel of
+a problem's context sets its scale (`_int8_steps`).
 """
 
 from __future__ import annotations
@@ -85,44 +96,42 @@ def open_pages(
         else jnp.stack([getattr(layer, name) for layer in prefix.layers])
         for name in ("k", "v")
     )
-    heads, wide = placement.axis_of(arch.kv_heads), jnp.float32
-    scales = jnp.ones((), wide), jnp.ones((), wide)
+    heads = placement.axis_of(arch.kv_heads)
+    scales = jnp.ones((), jnp.float32), jnp.ones((), jnp.float32)
     if execution.kv_dtype == "int8":
-        real = (jnp.arange(k.shape[3]) < prefix.length_P[:, None])[None, :, None, :, None]
-        k_real, v_real = (jnp.where(real, x, 0).astype(wide) for x in (k, v))
-        first, second = jnp.split(k_real, 2, axis=-1)
-        length = jnp.sqrt(first**2 + second**2)
-        scales = [
-            _step(jnp.concatenate([length, length], -1).max(3, initial=0), k_real, prefix.length_P),
-            _step(jnp.abs(v_real).max(3, initial=0), v_real, prefix.length_P),
-        ]
+        scales = _int8_steps(k, v, prefix.length_P)
     scales = [jnp.broadcast_to(x, (*k.shape[:3], arch.head_size)) for x in scales]
 
     def fill(k_LPKCE, v_LPKCE, k_scale, v_scale, length_P, start_PG):
         (L, P, _, C, _), G = k_LPKCE.shape, start_PG.shape[1]
+        # A row's own pages hold up to PAGE − 1 tokens of its context's tail besides its `slots`.
         shared, own = C // PAGE, -(-(PAGE - 1 + slots) // PAGE)
         k, v = (jnp.moveaxis(x, 2, 3) for x in (k_LPKCE, v_LPKCE))
         kv = _combine(k, v, k_scale[:, :, None], v_scale[:, :, None], execution, placement)
         full_P, pages = length_P // PAGE, P * (shared + G * own)
         pool = jnp.zeros((L * pages, PAGE, *kv.shape[3:]), kv.dtype)
         if C:
-            first_of_layer, offset = jnp.arange(L)[:, None, None] * pages, jnp.arange(PAGE)
-            whole = first_of_layer + (jnp.arange(P)[:, None] * shared + jnp.arange(C) // PAGE)
-            # Token by token, as the loop writes: with any other form the compiler lays the pool out anew.
-            whole = jnp.where(jnp.arange(C) < shared * PAGE, whole, pool.shape[0])
-            pool = _put(pool, whole, jnp.broadcast_to(jnp.arange(C) % PAGE, whole.shape), kv)
-            rest = jnp.minimum(full_P[:, None] * PAGE + offset, C - 1)
-            tail = jnp.take_along_axis(kv, rest[None, :, :, None, None], axis=2)
-            heads = first_of_layer + (P * shared + jnp.arange(P * G) * own)[:, None] + jnp.zeros_like(offset)
-            pool = _put(pool, heads, jnp.broadcast_to(offset, heads.shape), jnp.repeat(tail, G, axis=1))
-        number = jnp.arange(shared + own)
-        after = number - full_P[:, None, None]
-        first_own = P * shared + jnp.arange(P * G).reshape(P, G, 1) * own
+            layer_page, offset = jnp.arange(L)[:, None, None] * pages, jnp.arange(PAGE)
+            # Every context token at its page.  Token by token, as the loop writes: with any other form the compiler
+            # lays the pool out anew.  What lies past the last whole page has no page among the shared ones.
+            page = layer_page + (jnp.arange(P)[:, None] * shared + jnp.arange(C) // PAGE)
+            page = jnp.where(jnp.arange(C) < shared * PAGE, page, pool.shape[0])
+            pool = _put(pool, page, jnp.broadcast_to(jnp.arange(C) % PAGE, page.shape), kv)
+            # The tail of each context, from its last full page on, at the head of the first own page of its G rows.
+            tail_token = jnp.minimum(full_P[:, None] * PAGE + offset, C - 1)
+            tail = jnp.take_along_axis(kv, tail_token[None, :, :, None, None], axis=2)
+            first_own = layer_page + (P * shared + jnp.arange(P * G) * own)[:, None] + jnp.zeros_like(offset)
+            pool = _put(pool, first_own, jnp.broadcast_to(offset, first_own.shape), jnp.repeat(tail, G, axis=1))
+        # The table: entry i is the context's page i while that is full, then the row's own pages in order.
+        entry = jnp.arange(shared + own)
+        past_context = entry - full_P[:, None, None]
+        own_page = P * shared + jnp.arange(P * G).reshape(P, G, 1) * own
+        context_page = jnp.arange(P)[:, None, None] * shared + entry
         # Past its own pages a row has none; it never gets there.
-        of_context = jnp.arange(P)[:, None, None] * shared + number
-        table = jnp.where(after < 0, of_context, first_own + jnp.clip(after, 0, own - 1))
+        table = jnp.where(past_context < 0, context_page, own_page + jnp.clip(past_context, 0, own - 1))
         return pool, table.astype(jnp.int32)
 
+    # Contexts and scales are sharded alike: problems over `data`, heads over `model`.
     cache, scale = (None, placement.data, heads), (None, placement.data, heads)
     fill = placement.split(
         fill,
@@ -198,7 +207,20 @@ def _write_and_attend(
     return out.reshape(P, G, T, H, E), pool
 
 
-def _step(largest_LPKE, real_LPKCE, length_P):
+def _int8_steps(k_LPKCE, v_LPKCE, length_P):
+    """The steps of keys' and of values' int8, [L, P, K, E]: of each channel of each context.
+
+    A key's pair of channels (i, i + E/2) is rotated on by later positions, so either may become as long as the pair is.
+    """
+    real = (jnp.arange(k_LPKCE.shape[3]) < length_P[:, None])[None, :, None, :, None]
+    k, v = (jnp.where(real, x, 0).astype(jnp.float32) for x in (k_LPKCE, v_LPKCE))
+    first, second = jnp.split(k, 2, axis=-1)
+    pair = jnp.sqrt(first**2 + second**2)
+    k_largest = jnp.concatenate([pair, pair], -1).max(3, initial=0)
+    return _int8_step(k_largest, k, length_P), _int8_step(jnp.abs(v).max(3, initial=0), v, length_P)
+
+
+def _int8_step(largest_LPKE, real_LPKCE, length_P):
     """One step of an int8: 127 of them reach beyond each channel's largest.  In a short context that is little to go
     by: no channel is taken to be smaller than twice its head's root mean square, or than 4 where there is no context at
     all (normed keys and values are of the order of 1)."""
@@ -249,10 +271,15 @@ def _gathered(q_BTKmE, pool, table, known_B, asked_B):
 
 
 def _kernel(q_BTKmE, pool, table, known_B, asked_B):
-    """The ragged paged attention kernel; it wants each row's queries behind one another, without padding."""
+    """The ragged paged attention kernel; it wants each row's queries behind one another, without padding.
+
+    rows of T = 3      [ . a b | c d e | . . f ]      asked 2, 3, 1
+    the kernel's       [ a b c d e f – – – ]          row i's queries are at end[i] … end[i + 1] − 1
+    """
     B, T, K, m, E = q_BTKmE.shape
     end = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(asked_B, dtype=jnp.int32)])
     slot = jnp.arange(B * T)
+    # Slot s of the kernel's is query s − end[row] of its row's asked ones, which are the row's last.
     row = jnp.minimum(jnp.searchsorted(end[1:], slot, side="right"), B - 1)
     source = jnp.minimum((row + 1) * T - asked_B[row] + slot - end[row], B * T - 1)
     heads = pool.shape[2] // 2
@@ -273,5 +300,6 @@ def _kernel(q_BTKmE, pool, table, known_B, asked_B):
         num_queries_per_block=min(B * T, max(8, min(128, _QUERIES // q.shape[1]))),
     )
     out = out.reshape(B * T, heads, m, -1)[:, :K, :, :E]
+    # And back: a row's queries end where its stretch does; what stood before the asked ones is padding again.
     back = jnp.maximum(end[1:, None] - T + jnp.arange(T), 0)
     return out[back.ravel()].reshape(B, T, K, m, E)

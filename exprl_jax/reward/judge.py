@@ -171,7 +171,8 @@ class Judge:
         return Judgements(score, valid, asked, cut, text, tokens)
 
     def verify(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> list[list[Verdict]]:
-        """Whether each response to an open-ended question arrives at its answer; `missing` where the judge does not say.
+        """Whether each response to an open-ended question arrives at its answer; `missing` where the judge does not
+        say.
 
         Args:
           problems: this process's problems of a wave.

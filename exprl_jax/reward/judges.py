@@ -119,8 +119,8 @@ def _check_digits(tokenizer: Tokenizer) -> None:
     ids = digit_token_ids(tokenizer)
     if any(list(tokenizer.encode(f"{start}{digit}"))[-1] != i for digit, i in zip(DIGITS, ids)):
         raise ValueError(
-            f"tokenizer {tokenizer.name} encodes digits after {start!r} in another way than after a score's beginning; set "
-            "judge.readout to 'text' for this model"
+            f"tokenizer {tokenizer.name} encodes digits after {start!r} in another way than after a score's beginning; "
+            "set judge.readout to 'text' for this model"
         )
 
 

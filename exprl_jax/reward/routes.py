@@ -1,4 +1,5 @@
-"""Reward routes: where the reward of a problem comes from.  A config names one for each kind of problem (`config.Routes`).
+"""Reward routes: where the reward of a problem comes from.  A config names one for each kind of problem
+(`config.Routes`).
 
 To add one, write its record here and its name into `config.Route`; nothing else compares routes by name.
 """

@@ -14,7 +14,10 @@ from exprl_jax.reward.verifiers.verdict import Verdict
 VERDICTS = tuple(Verdict)
 
 METRICS: Mapping[str, str] = {
-    "reward/mean": "mean reward of whole rollouts: the judge's normalised score (of the last prefix), or the verifier's 0 or 1; overlong ones count as 0 under zero_score",
+    "reward/mean": (
+        "mean reward of whole rollouts: the judge's normalised score (of the last prefix), or the verifier's 0 or 1; "
+        "overlong ones count as 0 under zero_score"
+    ),
     "reward/std": "standard deviation of the same over the batch",
     "solve/accuracy": "fraction of rollouts that the verifier finds correct (those it gave no verdict on left out)",
     "solve/none": "fraction of prompts with no correct rollout (unsolved prompts)",
@@ -26,7 +29,10 @@ METRICS: Mapping[str, str] = {
     "response/length_mean": "tokens a rollout, EOS included",
     "response/length_max": "longest rollout",
     "response/overlong": "fraction of rollouts that reached max_tokens without EOS",
-    "rollout/resampled": "groups that were sampled again because they gave no advantage, every time counted; all else here is of the last time",
+    "rollout/resampled": (
+        "groups that were sampled again because they gave no advantage, every time counted; all else here is of the "
+        "last time"
+    ),
     "segments/mean": "segments a rollout",
     "segments/max": "most segments of a rollout",
     "advantage/mean": "mean advantage over counted segments",

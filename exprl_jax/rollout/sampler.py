@@ -1,4 +1,17 @@
-"""The sampling loop: continues every row until it ends or its budget is spent."""
+"""The sampling loop: continues every row until it ends or its budget is spent.
+
+Cache slots of rows that start with T = 4 tokens and may sample R = 5, one row of 4 and one of 2:
+
+    slot       0   1   2   3 | 4   5   6   7
+               a   b   c   d | A   B   C   D        A … E are sampled; E, the last, is never fed
+               .   .   x   y | X   Y  eos  .        left-padded, so that every row's last token is in slot T − 1
+               └─ read ──┘ └── fed by the loop, slot T − 1 + step
+
+Slots before T − 1 are read in chunks, their hidden states unused.  The loop feeds slot T − 1 + step and samples the
+next token from its hidden state; it stops when all rows have ended.  A row that has ended is fed padding, whose
+results are
+masked: rows do not depend on one another.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +70,7 @@ def sample(
       draw: seeds, identities, temperatures, and which rows to sample at all.
       eos_ids: any of these ends a row.
     """
-    own = rows.tokens_PGT.shape[2] - 1 + max_tokens
+    own = rows.tokens_PGT.shape[2] - 1 + max_tokens  # tokens that a row caches; whole chunks add padding to the slots
     rows = _whole_chunks(rows)
     P, G, T = rows.tokens_PGT.shape
     # A copy in the compute dtype and the layout of decoding, made once: no step of the loop casts or gathers.
@@ -73,6 +86,7 @@ def sample(
     def advance(s: Sampling) -> Sampling:
         hidden_PG1D, cache = feed(s.cache, s.token_PG[..., None], T - 1 + s.step)
         logits_PGV = logits(hidden_PG1D[:, :, 0], table_DV)
+        # A token's key is of its row and its number in the response alone: no slot, no batch.
         step_keys = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(0, None)), in_axes=(0, None))(key_PG, s.step)
         token_PG, logp_PG = draw_tokens(step_keys, logits_PGV, draw.temperature_PG)
         live_PG = ~s.ended_PG

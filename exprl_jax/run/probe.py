@@ -1,4 +1,5 @@
-"""A check of the first judged batch, before anything is learned from it: silent failures said aloud, with their cure."""
+"""A check of the first judged batch, before anything is learned from it: silent failures said aloud, with their
+cure."""
 
 from __future__ import annotations
 
@@ -39,8 +40,8 @@ def warnings(row: Mapping[str, float | None], config: Config) -> list[str]:
     if value("response/overlong") > 0.5:
         scored = "" if config.advantage.overlong == "keep" else " and are not scored"
         problems.append(
-            f"{value('response/overlong'):.0%} of the rollouts were cut at rollout.max_tokens = {config.rollout.max_tokens}"
-            f"{scored}: raise it, or show shorter solutions in data.worked_examples"
+            f"{value('response/overlong'):.0%} of the rollouts were cut at rollout.max_tokens = "
+            f"{config.rollout.max_tokens}{scored}: raise it, or show shorter solutions in data.worked_examples"
         )
     # Sparse rewards leave many groups without any; that is what the first stage is for.
     if value("advantage/live_groups") < (0.1 if sparse else 0.5):
@@ -62,7 +63,7 @@ def warnings(row: Mapping[str, float | None], config: Config) -> list[str]:
         problems.append(f"only {value('judge/parsed'):.0%} of the judge's answers held a score: {cure}")
     if row["reward/std"] == 0 and not sparse:
         problems.append(
-            "all scores are equal: look at rollouts/step_000001.jsonl, and take a judge that tells these rollouts apart "
-            "or set judge.logits_value to 'expected'"
+            "all scores are equal: look at rollouts/step_000001.jsonl, and take a judge that tells these rollouts "
+            "apart or set judge.logits_value to 'expected'"
         )
     return problems

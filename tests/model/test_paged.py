@@ -64,7 +64,7 @@ def layers():
 def through_pages(place, how, chunks=CHUNKS, jitted=True, of=tuple(range(LAYERS))):
     """[layer, P, G, T, H, E] of some layers, and the cache."""
     rows, contexts = layers()
-    step = functools.partial(paged.attend_pages, how=how, place=place)
+    step = functools.partial(paged.attend_pages, execution=how, placement=place)
     step = jax.jit(step) if jitted else step
     cache, out, slot = paged.open_pages(QWEN3, how, place, Prefix(contexts, LENGTH_P), jnp.asarray(START_PG), T), [], 0
     for n in chunks:

@@ -94,7 +94,7 @@ def trainer_logp(out, temperature, dtype):
     """Of a packed row a rollout."""
     how = dataclasses.replace(config.resolve(tiny.get_config()).policy, execution=execution(dtype=dtype))
     one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
-    policy = LanguageModel(how=how, arch=QWEN3, tokenizer=None, source=None)
+    policy = LanguageModel(config=how, arch=QWEN3, tokenizer=None, source=None)
     length_B = np.repeat(CONTEXT.length_P, G)
     tokens, target = np.zeros((2, P * G, C + R), np.int32)
     for b, length in enumerate(length_B):
