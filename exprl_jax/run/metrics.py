@@ -32,6 +32,8 @@ from exprl_jax.run.workdir import Workdir
 
 Number = int | float | None
 
+_LIMIT_S = 60.0  # for the events that are left at the end: many times what TensorFlow takes to load
+
 
 class Metrics:
     """Writes rows to metrics.jsonl and to TensorBoard; a context that ends when both are on disk.
@@ -150,18 +152,23 @@ def write_rollouts(workdir: Workdir, step: int, rows: Sequence[Mapping[str, Any]
 class _Events:
     """TensorBoard's event files, written by CLU in a thread of their own.
 
-    CLU's writer imports TensorFlow, which takes seconds: the thread does that while the first programs compile, and
-    rows wait in a queue.
+    CLU's writer imports TensorFlow, which is five seconds of Python.  The thread waits with that for the first new row:
+    before it, Python is busy with tracing the programs of the first step, and runs one thread at a time; after it, the
+    devices are busy and Python is not.
     """
 
     def __init__(self, folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]):
+        """Starts on an empty folder.
+
+        Args:
+          rows: of an earlier start; their events are made again.
+        """
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         self._folder = folder
+        self._earlier = rows
         self._queue: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
         self._failure: Exception | None = None
-        for row in rows:
-            self._queue.put(row)
         self._thread = threading.Thread(target=self._run, name="tensorboard events", daemon=True)
         self._thread.start()
 
@@ -171,18 +178,30 @@ class _Events:
     def close(self) -> Exception | None:
         """Waits until everything is written; returns what prevented that."""
         self._queue.put(None)
-        self._thread.join()
+        self._thread.join(_LIMIT_S)
+        if self._thread.is_alive():
+            return TimeoutError(f"they were not written {_LIMIT_S:.0f} s after the end")
         return self._failure
 
     def _run(self) -> None:
         try:
+            row = self._queue.get()
+            if row is None and not self._earlier:
+                return
             writer = _open_event_writer(self._folder)
-            while (row := self._queue.get()) is not None:
-                writer.write_scalars(row["step"], {k: v for k, v in row.items() if k != "step" and v is not None})
+            for earlier in self._earlier:
+                _write_scalars(writer, earlier)
+            while row is not None:
+                _write_scalars(writer, row)
                 writer.flush()
+                row = self._queue.get()
             writer.close()
         except Exception as error:
             self._failure = error  # told when the run ends: it does not depend on its plots
+
+
+def _write_scalars(writer: Any, row: Mapping[str, Any]) -> None:
+    writer.write_scalars(row["step"], {k: v for k, v in row.items() if k != "step" and v is not None})
 
 
 def _open_event_writer(folder: pathlib.Path) -> Any:

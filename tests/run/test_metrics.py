@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from exprl_jax.run import clock as clock_room
 from exprl_jax.run import metrics as metrics_room
 from exprl_jax.run.clock import Clock, CompileLedger, Progress
 from exprl_jax.run.metrics import Metrics, read_metrics, truncate_after, write_rollouts
@@ -80,6 +81,41 @@ def test_opening_does_not_wait_for_the_event_writer(workdir, monkeypatch):
         assert not list(workdir.tensorboard.iterdir())
         may_open.set()
     assert events_of(workdir) == {"a": [(1, 1.0)]}
+
+
+def test_tensorflow_is_not_loaded_before_the_first_new_row(workdir, monkeypatch):
+    """Until then Python traces the first step's programs, and would have to share its time."""
+    opened = threading.Event()
+    open_writer = metrics_room._open_event_writer
+    monkeypatch.setattr(metrics_room, "_open_event_writer", lambda folder: opened.set() or open_writer(folder))
+    for resumed in (False, True):
+        opened.clear()
+        with Metrics(workdir) as metrics:
+            assert not opened.wait(0.2)
+            metrics.write(2 if resumed else 1, {"a": 1.0})
+            assert opened.wait(60)
+    assert events_of(workdir) == {"a": [(1, 1.0), (2, 1.0)]}
+
+
+def test_the_events_of_a_finished_run_are_made_again_and_of_none_there_are_none(workdir):
+    with Metrics(workdir) as metrics:
+        pass
+    assert not list(workdir.tensorboard.iterdir())
+    with Metrics(workdir) as metrics:
+        metrics.write(1, {"a": 1.0})
+    with Metrics(workdir):
+        pass
+    assert events_of(workdir) == {"a": [(1, 1.0)]}
+
+
+def test_an_event_writer_that_hangs_is_told_and_does_not_hold_up_the_end(workdir, monkeypatch, caplog):
+    never = threading.Event()
+    monkeypatch.setattr(metrics_room, "_LIMIT_S", 0.2)
+    monkeypatch.setattr(metrics_room, "_open_event_writer", lambda folder: never.wait(60))
+    with Metrics(workdir) as metrics:
+        metrics.write(1, {"a": 1.0})
+    assert "are incomplete: they were not written 0 s after the end" in caplog.text
+    never.set()
 
 
 def test_a_failure_of_the_event_writer_is_told_and_does_not_end_the_run(workdir, monkeypatch, caplog):
@@ -230,7 +266,7 @@ def test_progress_is_a_line_a_step_in_a_log_and_one_line_on_a_terminal():
 
 def test_eta_follows_the_last_steps(monkeypatch):
     now = 0.0
-    monkeypatch.setattr(metrics_room.time, "monotonic", lambda: now)
+    monkeypatch.setattr(clock_room.time, "monotonic", lambda: now)
     log = io.StringIO()
     progress = Progress(5000, 1000, "reward", log)
     for step in range(1001, 1021):
