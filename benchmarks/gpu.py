@@ -36,7 +36,18 @@ from exprl_jax.resolve import resolve
 from exprl_jax.weights.language_model import PUBLISHED, LanguageModel, load_params
 
 GROUP, PROMPT, RUNS = 16, 512, 3
-TINY = Architecture("qwen3", 512, 64, 128, 2, 4, 2, 16, 1e4, None, 1e-6, True, 4096)
+TINY = dataclasses.replace(
+    PUBLISHED["Qwen/Qwen3-0.6B"],
+    vocab_size=512,
+    width=64,
+    ffn=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_size=16,
+    rope_theta=1e4,
+    max_positions=4096,
+)
 
 
 def main() -> None:

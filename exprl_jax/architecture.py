@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Any, Literal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +29,16 @@ class Architecture:
     """A Llama-shaped decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
 
     Attributes:
-      family: `llama` (SmolLM2 included), `qwen2` (bias on q, k, v) or `qwen3` (RMSNorm on each query and key head).
+      family: the name under which files know it (`weights.families`); nothing is computed by it.
+      qkv_bias: queries, keys and values have a bias.
+      qk_norm: RMSNorm on each head of queries and keys.
       tied: the unembedding is the transposed embedding.
       rope_scaling: None for plain rotary frequencies.
     """
 
-    family: Literal["llama", "qwen2", "qwen3"]
+    family: str
+    qkv_bias: bool
+    qk_norm: bool
     vocab_size: int
     width: int
     ffn: int
@@ -48,17 +53,33 @@ class Architecture:
     max_positions: int
 
     @property
-    def qkv_bias(self) -> bool:
-        return self.family == "qwen2"
-
-    @property
-    def qk_norm(self) -> bool:
-        return self.family == "qwen3"
-
-    @property
     def parameters(self) -> int:
         """Number of parameters."""
         heads, kv = self.heads * self.head_size, self.kv_heads * self.head_size
         layer = self.width * (2 * heads + 2 * kv + 3 * self.ffn + 2)
         layer += (heads + 2 * kv) * self.qkv_bias + 2 * self.head_size * self.qk_norm
         return self.layers * layer + self.vocab_size * self.width * (1 if self.tied else 2) + self.width
+
+    @property
+    def fault(self) -> str:
+        """Why a decoder of these sizes cannot be; empty if it can."""
+        if self.heads % self.kv_heads:
+            return f"{self.heads} attention heads with {self.kv_heads} key-value heads (not a divisor)"
+        if self.head_size < 2 or self.head_size % 2:
+            return f"heads of size {self.head_size} (rotary positions need an even one)"
+        return ""
+
+
+def positive(value: Any, kind: type, what: str) -> Any:
+    """A number out of a file that says what a model is.
+
+    Args:
+      kind: `int` for whole numbers; `float` for any.
+
+    Raises:
+      ValueError: it is not a positive, finite number of this kind; says so of `what`.
+    """
+    number = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:
+        raise ValueError(f"{what} is {value!r}, expected a positive {'whole ' if kind is int else ''}number")
+    return value

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from exprl_jax.gguf_reader import read_gguf
+
 FALLBACK_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ message.role | capitalize }}: {{ message.content }}"
@@ -121,17 +123,12 @@ def _byte_source() -> Source:
 def _gguf_source(path: Path) -> Source:
     if not path.is_file():
         raise ValueError(f"no tokenizer at {str(path)!r}: no such file")
-    import gguf
-
-    try:
-        fields = gguf.GGUFReader(str(path)).fields
-    except (ValueError, OSError, IndexError) as error:
-        raise ValueError(f"{path} is not a GGUF file: {error}") from error
+    metadata = read_gguf(path).metadata
 
     def read(key: str) -> Any:
-        if key not in fields:
+        if key not in metadata:
             raise ValueError(f"{path} has no {key}: it carries no tokenizer we can build")
-        return fields[key].contents()
+        return metadata[key]
 
     kind, splits = read("tokenizer.ggml.model"), read("tokenizer.ggml.pre")
     if kind != "gpt2" or splits not in _SPLITS:
@@ -142,7 +139,7 @@ def _gguf_source(path: Path) -> Source:
     tokens, types = read("tokenizer.ggml.tokens"), read("tokenizer.ggml.token_type")
     roles = {}
     for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
-        if f"tokenizer.ggml.{key}_token_id" in fields:
+        if f"tokenizer.ggml.{key}_token_id" in metadata:
             roles[role] = tokens[read(f"tokenizer.ggml.{key}_token_id")]
     tokenizer = _wrap(
         {token: index for index, token in enumerate(tokens)},
@@ -150,7 +147,7 @@ def _gguf_source(path: Path) -> Source:
         splits=splits,
         special=[token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL],
         added=[token for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED],
-        template=read("tokenizer.chat_template") if "tokenizer.chat_template" in fields else FALLBACK_TEMPLATE,
+        template=read("tokenizer.chat_template") if "tokenizer.chat_template" in metadata else FALLBACK_TEMPLATE,
         roles=roles,
     )
     return Source(str(path), tokenizer, (read("tokenizer.ggml.eos_token_id"),))

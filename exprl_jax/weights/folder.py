@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from exprl_jax.architecture import Architecture
 from exprl_jax.config import Execution
+from exprl_jax.gguf_reader import read_gguf
 from exprl_jax.weights import gguf_file, hf_layout
 from exprl_jax.weights.sources import ModelSource
 
@@ -57,7 +58,7 @@ def read_architecture(source: ModelSource) -> Architecture:
       ValueError: the file is missing or damaged, or the architecture is not one of ours (names what is not).
     """
     if source.is_gguf:
-        return gguf_file.parse_metadata(gguf_file.read_gguf(source.path), source.name)
+        return gguf_file.parse_metadata(read_gguf(source.path), source.name)
     return hf_layout.parse_config(_read_json(source.path / "config.json", source), source.name)
 
 
@@ -89,7 +90,9 @@ def check_tensors(source: ModelSource, arch: Architecture) -> Mapping[str, Store
     Raises:
       ValueError: missing, extra and mis-shaped tensors, all in one message.
     """
-    tensors = gguf_file.read_gguf(source.path).tensors if source.is_gguf else _open_folder(source)
+    tensors = gguf_file.open_tensors(read_gguf(source.path), source.name) if source.is_gguf else _open_folder(source)
+    if arch.layers > len(tensors):  # a number out of a file: it may be one to count up to for hours
+        raise ValueError(f"model {source.name}: {arch.layers} layers, but only {len(tensors)} tensors; fetch it again")
     # Old checkpoints store the rotary frequencies, which follow from the config.
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
     needed = {leaf.name: leaf.stored_shape for leaf, _, _ in hf_layout.stored_leaves(arch)}
@@ -105,10 +108,10 @@ def check_tensors(source: ModelSource, arch: Architecture) -> Mapping[str, Store
     ]
     faults = [("missing", missing), ("extra", extra), ("mis-shaped", misshaped)]
     if any(names for _, names in faults):
-        said = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in faults if names)
+        listed = "; ".join(f"{len(names)} {kind}: {_some(names)}" for kind, names in faults if names)
         raise ValueError(
             f"model {source.name}: the tensors are not those of a {arch.family} model with {arch.layers} layers "
-            f"(tied embedding: {arch.tied}): {said}; check that config and weights belong together"
+            f"(tied embedding: {arch.tied}): {listed}; check that config and weights belong together"
         )
     return tensors
 
@@ -371,8 +374,8 @@ def _replace_folder(folder: pathlib.Path, complete: pathlib.Path) -> None:
 
 def _read_json(path: pathlib.Path, source: ModelSource) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"model {source.name}: {path} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"model {source.name}: {path} holds a {type(content).__name__}, expected a JSON object")

@@ -1,27 +1,21 @@
-"""Reads GGUF files: the metadata, and tensors under their Hugging Face names, dequantised piece by piece.
+"""A GGUF file as a model: the architecture in its metadata, and its tensors under their Hugging Face names.
 
-The header is parsed here because `gguf.GGUFReader` builds an array for every string of the vocabulary, which takes
-seconds; the quantisation formats are the `gguf` package's.
+Tensors are dequantised piece by piece, by the `gguf` package.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
-import os
-import pathlib
-import struct
+from collections.abc import Mapping
 from typing import Any
 
 import gguf
 import numpy as np
 
-from exprl_jax.architecture import Architecture, RopeScaling
-
-_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_STRING, _ARRAY = 8, 9
+from exprl_jax.architecture import Architecture, RopeScaling, positive
+from exprl_jax.gguf_reader import GgufFile
+from exprl_jax.weights.families import FAMILIES
 
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER_NAMES = {
@@ -66,122 +60,26 @@ class PackedTensor:
         return values[..., start - first * block : stop - first * block]
 
 
-@dataclasses.dataclass(frozen=True)
-class GgufFile:
-    """The contents of a GGUF file.
-
-    Attributes:
-      metadata: its key-value pairs; arrays are lists.
-      tensors: by Hugging Face name where there is one, else by their own.
-    """
-
-    metadata: dict[str, Any]
-    tensors: dict[str, PackedTensor]
-
-
-def read_gguf(path: str | os.PathLike[str]) -> GgufFile:
-    """Opens a GGUF file (version 2 or 3, little-endian); tensor data stay on disk until they are sliced.
+def open_tensors(file: GgufFile, name: str) -> dict[str, PackedTensor]:
+    """The file's tensors by their Hugging Face name where there is one, else by their own; no data are read.
 
     Raises:
-      ValueError: not a GGUF file, one of several parts, truncated, or quantised in a way the `gguf` package cannot
-        undo.
+      ValueError: one is quantised in a way that the `gguf` package cannot undo; names it and the model `name`.
     """
-    file = pathlib.Path(path)
-    stat = file.stat()
-    return _read_gguf(file, stat.st_mtime_ns, stat.st_size)
-
-
-# The same file is opened for its architecture, its parameters and its tokenizer.
-@functools.lru_cache(maxsize=2)
-def _read_gguf(path: pathlib.Path, mtime_ns: int, size: int) -> GgufFile:
-    del mtime_ns  # only tells a replaced file from the one read before
-    if size < 24:
-        raise ValueError(f"model file {path} is no GGUF file: it holds {size} bytes")
-    data = np.memmap(path, np.uint8, "r")
-    header = _Header(data)
-    try:
-        if bytes(data[:4]) != b"GGUF" or header.scalar("I", 4) not in (2, 3):
-            raise ValueError(f"model file {path} is no GGUF file of version 2 or 3")
-        tensor_count, pair_count = header.scalar("Q"), header.scalar("Q")
-        metadata = {header.string(): header.value(header.scalar("I")) for _ in range(pair_count)}
-        entries = []
-        for _ in range(tensor_count):
-            name = header.string()
-            dims = [header.scalar("Q") for _ in range(header.scalar("I"))]
-            entries.append((name, tuple(reversed(dims)), header.scalar("I"), header.scalar("Q")))
-    except (struct.error, UnicodeDecodeError, KeyError) as error:
-        raise ValueError(
-            f"model file {path} is truncated or damaged in its header ({error}); fetch it again"
-        ) from error
-    if metadata.get("split.count", 1) > 1:
-        raise ValueError(f"model file {path} is one of {metadata['split.count']} parts; merge them with gguf-split")
-    align = metadata.get("general.alignment", 32)
-    start = -(-header.at // align) * align
     tensors = {}
-    for name, shape, kind, offset in entries:
-        tensor = _packed(path, data, name, shape, kind, start + offset)
-        tensors[_hugging_face_name(name)] = _unpermuted(name, tensor, metadata)
-    return GgufFile(metadata, tensors)
-
-
-class _Header:
-    """A cursor over the little-endian header."""
-
-    def __init__(self, data: np.ndarray):
-        self.data = memoryview(data)
-        self.at = 0
-
-    def scalar(self, code: str, at: int | None = None) -> Any:
-        start = self.at if at is None else at
-        (value,) = struct.unpack_from("<" + code, self.data, start)
-        self.at = start + struct.calcsize("<" + code)
-        return value
-
-    def string(self) -> str:
-        length = self.scalar("Q")
-        if self.at + length > len(self.data):
-            raise struct.error("a string beyond the end of the file")
-        text = str(self.data[self.at : self.at + length], "utf-8")
-        self.at += length
-        return text
-
-    def value(self, kind: int) -> Any:
-        if kind == _STRING:
-            return self.string()
-        if kind != _ARRAY:
-            return self.scalar(_SCALARS[kind])
-        item, count = self.scalar("I"), self.scalar("Q")
-        if item in (_STRING, _ARRAY):
-            return [self.value(item) for _ in range(count)]
-        code = f"<{count}{_SCALARS[item]}"
-        values = list(struct.unpack_from(code, self.data, self.at))
-        self.at += struct.calcsize(code)
-        return values
-
-
-def _packed(
-    path: pathlib.Path, data: np.ndarray, name: str, shape: tuple[int, ...], kind: int, start: int
-) -> PackedTensor:
-    try:
-        quantisation = gguf.GGMLQuantizationType(kind)
-        block, size = gguf.GGML_QUANT_SIZES[quantisation]
-        gguf.quants.dequantize(np.zeros((1, size), np.uint8), quantisation)
-    except (ValueError, KeyError, NotImplementedError) as error:
-        raise ValueError(
-            f"model file {path}: tensor {name} has a quantisation (type {kind}) that the gguf package cannot undo; "
-            f"use a file quantised as Q4_1, Q8_0 or another common type, or the Hugging Face folder"
-        ) from error
-    if not shape or shape[-1] % block:
-        raise ValueError(f"model file {path}: tensor {name} of shape {list(shape)} is not made of blocks of {block}")
-    row = shape[-1] // block * size
-    count = math.prod(shape[:-1]) * row
-    if start + count > data.size:
-        raise ValueError(
-            f"model file {path} is truncated: tensor {name} ends at byte {start + count}, the file has {data.size}; "
-            f"fetch it again"
-        )
-    view = np.asarray(data[start : start + count]).reshape(*shape[:-1], row)
-    return PackedTensor(shape, view, quantisation, np.zeros(0, np.int64))
+    for stored in file.tensors:
+        kind = stored.tensor_type
+        try:
+            gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"model {name}: tensor {stored.name} is quantised as {kind.name}, which the gguf package cannot undo; "
+                f"use a file quantised as Q4_1, Q8_0 or another common type, or the Hugging Face folder"
+            ) from error
+        shape = tuple(reversed(stored.shape.tolist()))
+        rows = _stored_rows(stored.name, shape, file.metadata)
+        tensors[_hugging_face_name(stored.name)] = PackedTensor(shape, stored.data.view(np.uint8), kind, rows)
+    return tensors
 
 
 def _hugging_face_name(name: str) -> str:
@@ -194,84 +92,90 @@ def _hugging_face_name(name: str) -> str:
     return name
 
 
-def _unpermuted(name: str, tensor: PackedTensor, metadata: dict[str, Any]) -> PackedTensor:
-    """Undoes the row order of q and k in `llama` files.
+def _stored_rows(name: str, shape: tuple[int, ...], metadata: Mapping[str, Any]) -> np.ndarray:
+    """Where the file keeps each row of q and k; empty where it keeps them in order.
 
-    Those files rotate neighbouring pairs (2i, 2i + 1) of a head where Hugging Face rotates (i, i + E/2), so their
-    converter stores each head's rows as E/2 pairs.  qwen2 and qwen3 files keep the Hugging Face order.
+    Hugging Face rotates row i of a head together with row i + E/2.  Where a file rotates neighbours (2i, 2i + 1), its
+    converter has stored each head's rows in this order:
+
+        row of the file        0     1     2     3   ...   E−2    E−1
+        row of Hugging Face    0    E/2    1   E/2+1 ...  E/2−1   E−1
     """
-    role = name.rsplit(".", 2)[-2] if name.count(".") >= 2 else ""
-    if metadata.get("general.architecture") != "llama" or role not in ("attn_q", "attn_k") or len(tensor.shape) != 2:
-        return tensor
+    family, role = FAMILIES.get(metadata.get("general.architecture")), name.rsplit(".", 2)[-2:-1]
+    if family is None or not family.gguf_rotates_neighbours or role not in (["attn_q"], ["attn_k"]) or len(shape) != 2:
+        return np.zeros(0, np.int64)
     heads = metadata.get("llama.attention.head_count", 1)
-    if role == "attn_k":
+    if role == ["attn_k"]:
         heads = metadata.get("llama.attention.head_count_kv", heads)
-    rows = tensor.shape[0]
-    if not isinstance(heads, int) or rows % (2 * heads):
-        return tensor  # the shape check that follows in `load_params` names it
-    order = np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
-    return dataclasses.replace(tensor, rows=order)
+    if not isinstance(heads, int) or shape[0] % (2 * heads):
+        return np.zeros(0, np.int64)  # the shapes' check that follows names it
+    return np.arange(shape[0]).reshape(heads, shape[0] // heads // 2, 2).swapaxes(1, 2).reshape(shape[0])
 
 
 def parse_metadata(file: GgufFile, name: str) -> Architecture:
     """What `config.json` would say, from a GGUF file's metadata.
 
     Raises:
-      ValueError: the file asks for something our decoder does not do, or lacks a field; names it and `name`.
+      ValueError: the file asks for something our decoder does not do, lacks a field or has nonsense in it; names the
+        field and `name`.
     """
 
     def refuse(what: str) -> ValueError:
         return ValueError(
-            f"model {name}: unsupported architecture: {what}; supported in GGUF files: llama, qwen2 and qwen3 with "
+            f"model {name}: unsupported architecture: {what}; supported in GGUF files: {', '.join(FAMILIES)}, with "
             f"full attention and default or linear rotary positions"
         )
 
-    def need(key: str) -> Any:
-        if f"{family}.{key}" not in metadata:
-            raise ValueError(f"model {name}: the GGUF metadata lack {family}.{key}")
-        value = metadata[f"{family}.{key}"]
-        if isinstance(value, list):
+    def need(key: str, kind: type = int) -> Any:
+        key = f"{model_type}.{key}"
+        if key not in metadata:
+            raise ValueError(f"model {name}: the GGUF metadata lack {key}")
+        if isinstance(metadata[key], list):
             raise refuse(f"{key} that differs between layers")
-        return value
+        return positive(metadata[key], kind, f"model {name}: {key}")
 
-    def optional(key: str, default: Any) -> Any:
-        return need(key) if f"{family}.{key}" in metadata else default
+    def optional(key: str, default: Any, kind: type = int) -> Any:
+        return need(key, kind) if f"{model_type}.{key}" in metadata else default
 
     metadata = file.metadata
-    family = metadata.get("general.architecture")
-    if family not in ("llama", "qwen2", "qwen3"):
-        raise refuse(f"general.architecture {family!r}")
-    if "rope_freqs.weight" in file.tensors:
+    model_type = metadata.get("general.architecture")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise refuse(f"general.architecture {model_type!r}")
+    tensors = {tensor.name: tensor for tensor in file.tensors}
+    if "rope_freqs.weight" in tensors:
         # Llama 3.1's rule arrives as a table of factors without the numbers it came from, which export needs.
         raise refuse("rope_freqs.weight (llama3 rotary scaling; use the Hugging Face folder)")
-    if optional("expert_count", 0):
+    if metadata.get(f"{model_type}.expert_count"):
         raise refuse("a mixture of experts")
-    kind, scaling = optional("rope.scaling.type", "none"), None
-    if kind == "linear":
-        scaling = RopeScaling("linear", float(need("rope.scaling.factor")))
-    elif kind != "none":
-        raise refuse(f"rope scaling {kind!r}")
+    scaling_type, scaling = metadata.get(f"{model_type}.rope.scaling.type", "none"), None
+    if scaling_type == "linear":
+        scaling = RopeScaling("linear", float(need("rope.scaling.factor", float)))
+    elif scaling_type != "none":
+        raise refuse(f"rope scaling {scaling_type!r}")
     width, heads = need("embedding_length"), need("attention.head_count")
     head_size = optional("attention.key_length", width // heads)
     if optional("rope.dimension_count", head_size) != head_size:
         raise refuse("rotary positions on a part of each head")
-    if "model.embed_tokens.weight" not in file.tensors:
+    if "token_embd.weight" not in tensors:
         raise ValueError(f"model {name}: the GGUF file lacks token_embd.weight")
-    return Architecture(
-        family=family,
-        vocab_size=file.tensors["model.embed_tokens.weight"].shape[0],
+    arch = FAMILIES[model_type].architecture(
+        model_type,
+        vocab_size=int(tensors["token_embd.weight"].shape[-1]),
         width=width,
         ffn=need("feed_forward_length"),
         layers=need("block_count"),
         heads=heads,
         kv_heads=optional("attention.head_count_kv", heads),
         head_size=head_size,
-        rope_theta=_shortest(optional("rope.freq_base", 10000.0)),
+        rope_theta=_shortest(optional("rope.freq_base", 10_000.0, float)),
         rope_scaling=scaling,
-        norm_eps=_shortest(need("attention.layer_norm_rms_epsilon")),
-        tied="lm_head.weight" not in file.tensors,
+        norm_eps=_shortest(need("attention.layer_norm_rms_epsilon", float)),
+        tied="output.weight" not in tensors,
         max_positions=need("context_length"),
     )
+    if arch.fault:
+        raise refuse(arch.fault)
+    return arch
 
 
 def _shortest(value: float) -> float:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from exprl_jax.architecture import Architecture, RopeScaling
+from exprl_jax.architecture import Architecture, RopeScaling, positive
+from exprl_jax.weights.families import FAMILIES
 
-_FAMILIES = ("llama", "qwen2", "qwen3")
-_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+# Keys of config.json that ask for something our decoder does not do, in any family.  Qwen2 always has its bias on q, k
+# and v, and says nothing about it; elsewhere `attention_bias` means q, k, v *and* o.
+_UNSUPPORTED = ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config", "num_experts")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,76 +127,99 @@ def parse_config(config: Mapping[str, Any], name: str) -> Architecture:
     """Reads the contents of a `config.json`, in the spelling of transformers 4 or 5.
 
     Raises:
-      ValueError: the config asks for something our decoder does not do, or lacks a field; names it and `name`.
+      ValueError: the config asks for something our decoder does not do, lacks a field or has nonsense in it; names the
+        field and `name`.
     """
 
     def refuse(what: str) -> ValueError:
         return ValueError(
-            f"model {name}: unsupported architecture: {what}; supported: llama, qwen2 and qwen3 with full attention, "
+            f"model {name}: unsupported architecture: {what}; supported: {', '.join(FAMILIES)}, with full attention, "
             f"SiLU and default, linear or llama3 rotary positions"
         )
 
-    def need(key: str) -> Any:
+    def need(key: str, kind: type = int) -> Any:
         if config.get(key) is None:
-            raise ValueError(f"model {name}: config.json lacks {key}; expected the config of a {family} model")
-        return config[key]
+            raise ValueError(f"model {name}: config.json lacks {key}; expected the config of a {model_type} model")
+        return positive(config[key], kind, f"model {name}: config.json: {key}")
 
-    family = config.get("model_type")
-    if family not in _FAMILIES:
-        raise refuse(f"model_type {family!r}")
+    def optional(key: str, default: int) -> int:
+        return default if config.get(key) is None else need(key)
+
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise refuse(f"model_type {model_type!r}")
+    family = FAMILIES[model_type]
     if config.get("hidden_act", "silu") != "silu":
         raise refuse(f"hidden_act {config['hidden_act']!r}")
-    # Qwen2 always has its bias on q, k, v and says nothing about it; for the others the field means q, k, v *and* o.
-    for flag in ("attention_bias", "mlp_bias", "use_sliding_window", "quantization_config", "num_experts"):
-        if config.get(flag):
-            raise refuse(f"{flag} {config[flag]!r}")
-    kinds = set(config.get("layer_types") or ()) - {"full_attention"}
-    if kinds:
-        raise refuse(f"layer_types {sorted(kinds)}")
-    theta, scaling = _rope(config, refuse)
+    for key in (*_UNSUPPORTED, *family.settings):
+        if config.get(key):
+            raise refuse(f"{key} {config[key]!r}")
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise refuse(f"layer_types {layer_types!r}")
+    for key in family.required:
+        if key not in config:
+            raise ValueError(f"model {name}: config.json lacks {key}; expected the config of a {model_type} model")
+    tied = config.get("tie_word_embeddings") or False
+    if not isinstance(tied, bool):
+        raise ValueError(f"model {name}: config.json: tie_word_embeddings is {tied!r}, expected true or false")
     heads, width = need("num_attention_heads"), need("hidden_size")
-    kv_heads = need("num_key_value_heads") if family != "llama" else config.get("num_key_value_heads") or heads
-    if heads % kv_heads:
-        raise refuse(f"num_attention_heads {heads} with num_key_value_heads {kv_heads} (not a divisor)")
-    head_size = need("head_dim") if family == "qwen3" else config.get("head_dim") or width // heads
-    return Architecture(
-        family=family,
+    theta, scaling = _rope(config, name, refuse)
+    arch = family.architecture(
+        model_type,
         vocab_size=need("vocab_size"),
         width=width,
         ffn=need("intermediate_size"),
         layers=need("num_hidden_layers"),
         heads=heads,
-        kv_heads=kv_heads,
-        head_size=head_size,
+        kv_heads=optional("num_key_value_heads", heads),
+        head_size=optional("head_dim", width // heads),
         rope_theta=theta,
         rope_scaling=scaling,
-        norm_eps=need("rms_norm_eps"),
-        tied=bool(config.get("tie_word_embeddings", False)),
+        norm_eps=need("rms_norm_eps", float),
+        tied=tied,
         max_positions=need("max_position_embeddings"),
     )
+    if arch.fault:
+        raise refuse(arch.fault)
+    return arch
 
 
-def _rope(config: Mapping[str, Any], refuse: Any) -> tuple[float, RopeScaling | None]:
-    # transformers 5 writes `rope_parameters` with theta inside; transformers 4 wrote `rope_theta` beside
-    # `rope_scaling`, whose kind was first spelt `type`.
+def _rope(
+    config: Mapping[str, Any], name: str, refuse: Callable[[str], ValueError]
+) -> tuple[float, RopeScaling | None]:
+    """Base and scaling of the rotary frequencies.
+
+    transformers 5 writes `rope_parameters` with theta inside; transformers 4 wrote `rope_theta` beside `rope_scaling`,
+    whose kind was first spelt `type`.
+    """
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if float(rope.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)) != 1.0:
-        raise refuse("partial_rotary_factor other than 1")
+    if not isinstance(rope, Mapping):
+        raise refuse(f"rotary positions {rope!r}")
     if any(isinstance(value, Mapping) for value in rope.values()):
         raise refuse("rope_parameters that differ between layers")
+    values = {"rope_theta": config.get("rope_theta"), "partial_rotary_factor": config.get("partial_rotary_factor")}
+    values |= {key: value for key, value in rope.items() if value is not None}
+    kind = values.get("rope_type", values.get("type", "default"))
+
+    def number(key: str, default: float | None = None) -> float:
+        if values.get(key) is None and default is not None:
+            return default
+        if values.get(key) is None:
+            raise refuse(f"rope scaling {kind!r} without {key!r}")
+        return float(positive(values[key], float, f"model {name}: config.json: {key}"))
+
+    if number("partial_rotary_factor", 1.0) != 1.0:
+        raise refuse("partial_rotary_factor other than 1")
+    theta = number("rope_theta", 10_000.0)
     if kind == "default":
         return theta, None
-    try:
-        if kind == "linear":
-            return theta, RopeScaling("linear", float(rope["factor"]))
-        if kind == "llama3":
-            low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
-            positions = int(rope["original_max_position_embeddings"])
-            return theta, RopeScaling("llama3", float(rope["factor"]), low, high, positions)
-    except KeyError as error:
-        raise refuse(f"rope scaling {kind!r} without {error}") from error
+    if kind == "linear":
+        return theta, RopeScaling("linear", number("factor"))
+    if kind == "llama3":
+        low, high = number("low_freq_factor"), number("high_freq_factor")
+        positions = int(number("original_max_position_embeddings"))
+        return theta, RopeScaling("llama3", number("factor"), low, high, positions)
     raise refuse(f"rope scaling {kind!r}")
 
 
@@ -209,8 +234,8 @@ def render_config(arch: Architecture, dtype: str, eos_ids: Sequence[int], pad_id
                 "high_freq_factor": arch.rope_scaling.high_freq_factor,
                 "original_max_position_embeddings": arch.rope_scaling.original_positions,
             }
-    config = {
-        "architectures": [_CLASSES[arch.family]],
+    return {
+        "architectures": [FAMILIES[arch.family].class_name],
         "model_type": arch.family,
         "vocab_size": arch.vocab_size,
         "hidden_size": arch.width,
@@ -231,11 +256,5 @@ def render_config(arch: Architecture, dtype: str, eos_ids: Sequence[int], pad_id
         "bos_token_id": None,
         "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids),
         "pad_token_id": pad_id,
+        **FAMILIES[arch.family].settings,
     }
-    if arch.family == "llama":
-        config["mlp_bias"] = False
-    if arch.family != "qwen2":
-        config["attention_bias"] = False
-    else:
-        config["use_sliding_window"] = False
-    return config

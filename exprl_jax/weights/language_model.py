@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ from exprl_jax.mesh import Placement
 from exprl_jax.model.decoder import Params, Transformer
 from exprl_jax.run.checkpoint import newest_step, restore_params
 from exprl_jax.weights import folder as weights
+from exprl_jax.weights.families import FAMILIES
 from exprl_jax.weights.sources import ModelSource, resolve_model
 
 # Architectures of `random:<family>`; the vocabulary is the byte tokenizer's.
@@ -39,17 +41,25 @@ _TINY = dict(
 )
 
 # Published architectures, so that a dry run needs no network.  A real run reads the model's own config.json.
-_QWEN3 = dict(
-    family="qwen3", vocab_size=151_936, layers=36, heads=32, kv_heads=8, head_size=128, rope_scaling=None, norm_eps=1e-6
+_QWEN3 = functools.partial(
+    FAMILIES["qwen3"].architecture,
+    "qwen3",
+    vocab_size=151_936,
+    kv_heads=8,
+    head_size=128,
+    rope_scaling=None,
+    norm_eps=1e-6,
 )
 PUBLISHED = {
-    "Qwen/Qwen3-4B-Instruct-2507": Architecture(
-        width=2560, ffn=9728, rope_theta=5e6, tied=True, max_positions=262_144, **_QWEN3
+    "Qwen/Qwen3-4B-Instruct-2507": _QWEN3(
+        width=2560, ffn=9728, layers=36, heads=32, rope_theta=5e6, tied=True, max_positions=262_144
     ),
-    "Qwen/Qwen3-0.6B": Architecture(
-        **_QWEN3 | dict(layers=28, heads=16), width=1024, ffn=3072, rope_theta=1e6, tied=True, max_positions=40_960
+    "Qwen/Qwen3-0.6B": _QWEN3(
+        width=1024, ffn=3072, layers=28, heads=16, rope_theta=1e6, tied=True, max_positions=40_960
     ),
-    "Qwen/Qwen3-8B": Architecture(width=4096, ffn=12_288, rope_theta=1e6, tied=False, max_positions=40_960, **_QWEN3),
+    "Qwen/Qwen3-8B": _QWEN3(
+        width=4096, ffn=12_288, layers=36, heads=32, rope_theta=1e6, tied=False, max_positions=40_960
+    ),
 }
 
 
@@ -107,9 +117,12 @@ def open_model(config: Model) -> LanguageModel:
     """
     if config.weights.startswith(RANDOM):
         family, tokenizer = config.weights.removeprefix(RANDOM), load_tokenizer("byte")
-        if family not in ("llama", "qwen2", "qwen3"):
-            raise ValueError(f"model {config.weights!r}: expected random:llama, random:qwen2 or random:qwen3")
-        return LanguageModel(config, Architecture(family, tokenizer.vocab_size, **_TINY), tokenizer, None)
+        if family not in FAMILIES:
+            raise ValueError(
+                f"model {config.weights!r}: expected one of {', '.join(RANDOM + name for name in FAMILIES)}"
+            )
+        arch = FAMILIES[family].architecture(family, vocab_size=tokenizer.vocab_size, **_TINY)
+        return LanguageModel(config, arch, tokenizer, None)
     if (checkpoint := find_checkpoint(config.weights)) is not None:
         return LanguageModel(config, *_read_description(checkpoint.description), checkpoint)
     source = resolve_model(config.weights)

@@ -451,7 +451,7 @@ def test_broken_tokenizers_are_named(tmp_path, trained):
     with pytest.raises(ValueError, match="no usable tokenizer in"):
         load_tokenizer(tmp_path)
     (tmp_path / "x.gguf").write_bytes(b"not a gguf file at all, but long enough to be read")
-    with pytest.raises(ValueError, match="is not a GGUF file"):
+    with pytest.raises(ValueError, match="is not a readable GGUF file"):
         load_tokenizer(tmp_path / "x.gguf")
     write_gguf(tmp_path / "y.gguf", trained, "llama-bpe")
     with pytest.raises(ValueError, match="pre 'llama-bpe'; supported are .* qwen2, smollm"):

@@ -12,11 +12,12 @@ from exprl_jax.mesh import Placement
 from exprl_jax.model.cache import empty_context
 from exprl_jax.model.decoder import Transformer, logits
 from exprl_jax.records import Prefix, Rows
+from exprl_jax.weights import families
 
-FAMILIES = ("llama", "qwen2", "qwen3")
+FAMILIES = tuple(families.FAMILIES)
 
-QWEN3 = Architecture(
-    family="qwen3",
+QWEN3 = families.FAMILIES["qwen3"].architecture(
+    "qwen3",
     vocab_size=61,
     width=16,
     ffn=24,
@@ -51,7 +52,10 @@ class GpuWay(Placement):
 
 def architecture(family: str) -> Architecture:
     """Qwen2 is the tied one."""
-    return dataclasses.replace(QWEN3, family=family, tied=family == "qwen2")
+    sizes = dataclasses.asdict(QWEN3) | {"tied": family == "qwen2"}
+    for name in ("family", "qkv_bias", "qk_norm"):
+        del sizes[name]
+    return families.FAMILIES[family].architecture(family, **sizes)
 
 
 def execution(

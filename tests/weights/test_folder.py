@@ -11,10 +11,11 @@ import torch
 from jax.sharding import NamedSharding, PartitionSpec
 from oracles import torch_models
 
-from exprl_jax.architecture import Architecture, RopeScaling
+from exprl_jax.architecture import RopeScaling
 from exprl_jax.config import Execution
 from exprl_jax.model.decoder import Transformer
 from exprl_jax.weights import folder as weights
+from exprl_jax.weights.families import FAMILIES
 from exprl_jax.weights.hf_layout import parse_config, render_config
 from exprl_jax.weights.sources import resolve_model
 
@@ -261,6 +262,12 @@ def test_damaged_folders(copy):
     (copy / "config.json").write_text("{")
     with pytest.raises(ValueError, match="cannot be read as JSON"):
         read(copy, SCANNED)
+    (copy / "config.json").write_text('{"a":' * 100_000)
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
+        read(copy, SCANNED)
+    (copy / "config.json").write_bytes(b'{"model_type": "\xff"}')
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
+        read(copy, SCANNED)
     (copy / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="holds a list, expected a JSON object"):
         read(copy, SCANNED)
@@ -330,7 +337,16 @@ def test_rotary_fields_of_transformers_4_and_5(fields, theta, scaling):
         ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differ between layers"),
         ({"rope_scaling": {"type": "linear"}}, "rope scaling 'linear' without 'factor'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"num_key_value_heads": 3, "num_attention_heads": 4}, "num_key_value_heads 3"),
+        ({"num_key_value_heads": 3, "num_attention_heads": 4}, "4 attention heads with 3 key-value heads"),
+        ({"head_dim": 5}, "heads of size 5"),
+        ({"num_attention_heads": 16}, "heads of size 0"),
+        ({"model_type": ["llama"]}, "model_type ['llama']"),
+        ({"model_type": {}}, "model_type {}"),
+        ({"layer_types": 5}, "layer_types 5"),
+        ({"layer_types": [["full_attention"]]}, "layer_types [['full"),
+        ({"rope_scaling": ["linear", 2.0]}, "rotary positions ['linear', 2.0]"),
+        ({"rope_parameters": "default"}, "rotary positions 'default'"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, "rope scaling ['linear']"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"model_type": "qwen3", "num_key_value_heads": 1}, "lacks head_dim"),
         ({"model_type": "qwen2"}, "lacks num_key_value_heads"),
@@ -341,6 +357,44 @@ def test_unsupported_architectures_are_named(fields, named):
         parse_config(LLAMA | fields, "some/model")
     assert named in str(caught.value) and "some/model" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", [key for key in LLAMA if key not in ("model_type", "rms_norm_eps")])
+@pytest.mark.parametrize("value", ["big", "8", 8.0, 8.5, True, 0, -8, [8], {}, float("nan"), float("inf")], ids=repr)
+def test_sizes_are_positive_whole_numbers(key, value):
+    with pytest.raises(ValueError) as caught:
+        parse_config(LLAMA | {key: value}, "some/model")
+    assert f"model some/model: config.json: {key} is {value!r}, expected a positive whole number" == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps is '1e-5', expected a positive number"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": -1e-5}, "rms_norm_eps is -1e-05"),
+        ({"head_dim": "wide"}, "head_dim is 'wide'"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"rope_theta": "1e4"}, "rope_theta is '1e4'"),
+        ({"rope_theta": 0}, "rope_theta is 0"),
+        ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor is '2'"),
+        ({"rope_scaling": {"rope_type": "llama3", **LLAMA3, "low_freq_factor": []}}, "low_freq_factor is []"),
+        ({"partial_rotary_factor": "half"}, "partial_rotary_factor is 'half'"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings is 'no', expected true or false"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1"),
+    ],
+)
+def test_nonsense_is_named(fields, named):
+    with pytest.raises(ValueError) as caught:
+        parse_config(LLAMA | fields, "some/model")
+    assert str(caught.value).startswith(f"model some/model: config.json: {named}")
+
+
+def test_more_layers_than_there_are_tensors_are_not_counted_up_to(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**15, "layer_types": None}))
+    with pytest.raises(ValueError, match="1000000000000000 layers, but only .. tensors"):
+        read(copy, SCANNED)
 
 
 # --- Vocabulary.
@@ -408,8 +462,8 @@ def test_export_reports_a_full_disk(folder, tmp_path, monkeypatch):
 
 def test_parameter_count_of_architecture():
     sizes = dict(vocab_size=11, width=8, ffn=12, layers=3, heads=4, kv_heads=2, head_size=6, rope_theta=1e4)
-    for family in ("llama", "qwen2", "qwen3"):
+    for name, family in FAMILIES.items():
         for tied in (False, True):
-            arch = Architecture(family=family, tied=tied, rope_scaling=None, norm_eps=1e-6, max_positions=9, **sizes)
+            arch = family.architecture(name, tied=tied, rope_scaling=None, norm_eps=1e-6, max_positions=9, **sizes)
             leaves = jax.tree.leaves(Transformer(arch, SCANNED).abstract_params("float32"))
             assert arch.parameters == sum(leaf.size for leaf in leaves)

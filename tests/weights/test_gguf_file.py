@@ -1,4 +1,4 @@
-"""GGUF files: our header reader, the row order of llama files, quantised slices, and the real SmolLM2."""
+"""GGUF files: what their metadata and tensors come to, damaged ones, and the real SmolLM2."""
 
 import struct
 
@@ -10,6 +10,7 @@ from oracles import torch_models
 
 from exprl_jax.architecture import RopeScaling
 from exprl_jax.config import Execution
+from exprl_jax.gguf_reader import read_gguf
 from exprl_jax.model.decoder import Transformer
 from exprl_jax.weights import folder as weights
 from exprl_jax.weights import gguf_file
@@ -128,7 +129,7 @@ def test_a_quantised_file_loads_as_the_gguf_package_reads_it(kind, tmp_path, mon
 
 
 def test_metadata_are_read_as_written(tmp_path):
-    file = gguf_file.read_gguf(write(tmp_path / "m.gguf", torch_models.tiny_model("llama_linear_rope")))
+    file = read_gguf(write(tmp_path / "m.gguf", torch_models.tiny_model("llama_linear_rope")))
     assert file.metadata["tokenizer.ggml.tokens"] == ["<a>", "é", ""]
     assert file.metadata["tokenizer.ggml.token_type"] == [3, 1, 1]
     assert file.metadata["tokenizer.ggml.add_bos_token"] is False
@@ -156,6 +157,9 @@ def test_unsupported_and_incomplete_files_are_named(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+TENSOR = ("a", (2, 32), 0)
+
+
 def header(path, architecture="llama", tensor=None, split=1):
     """A GGUF file of version 3 by hand: one pair or two, and at most one tensor (name, shape, kind) without data."""
 
@@ -174,44 +178,87 @@ def header(path, architecture="llama", tensor=None, split=1):
 
 
 @pytest.mark.parametrize(
-    ("fault", "said"),
+    ("fault", "reason"),
     [
         (dict(architecture="bert"), "general.architecture 'bert'"),
         (dict(split=2), "is one of 2 parts; merge them"),
-        (dict(tensor=("a", (2, 32), 24)), r"tensor a has a quantisation \(type 24\) that the gguf package cannot undo"),
-        (dict(tensor=("a", (2, 32), 99)), r"tensor a has a quantisation \(type 99\)"),
-        (dict(tensor=("a", (2, 40), 8)), r"tensor a of shape \[2, 40\] is not made of blocks of 32"),
-        (dict(tensor=("a", (64, 64), 0)), "is truncated: tensor a ends at byte"),
+        (dict(tensor=("a", (2, 32), 99)), "not a readable GGUF file ..*99.* is not a valid GGMLQuantizationType"),
+        (dict(tensor=("a", (2, 40), 8)), "not a readable GGUF file .*row size .40. is not a multiple of"),
+        (dict(tensor=("a", (64, 64), 0)), "not a readable GGUF file .it ends at byte"),
         (dict(), "lack llama.embedding_length"),
     ],
 )
-def test_odd_headers(fault, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
-        load(header(tmp_path / "m.gguf", **fault))
+def test_odd_headers(fault, reason, tmp_path):
+    with pytest.raises(ValueError, match=reason) as caught:
+        load(header(tmp_path / "m.gguf", **{"tensor": TENSOR} | fault))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_quantisation_that_cannot_be_undone(tmp_path):
+    with pytest.raises(ValueError, match="model m: tensor a is quantised as I8, which the gguf package cannot undo"):
+        gguf_file.open_tensors(read_gguf(header(tmp_path / "m.gguf", tensor=("a", (2, 32), 24))), "m")
 
 
 def test_a_file_without_an_embedding(tmp_path):
-    file = gguf_file.read_gguf(write(tmp_path / "m.gguf", torch_models.tiny_model("llama")))
-    del file.tensors["model.embed_tokens.weight"]
+    file = read_gguf(write(tmp_path / "m.gguf", torch_models.tiny_model("llama")))
+    others = tuple(tensor for tensor in file.tensors if tensor.name != "token_embd.weight")
     with pytest.raises(ValueError, match="lacks token_embd.weight"):
-        gguf_file.parse_metadata(file, "m")
-    file.metadata["llama.attention.head_count"] = [4, 2]
-    with pytest.raises(ValueError, match="attention.head_count that differs between layers"):
-        gguf_file.parse_metadata(file, "m")
+        gguf_file.parse_metadata(file._replace(tensors=others), "m")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("attention.head_count", [4, 2], "attention.head_count that differs between layers"),
+        ("block_count", "big", "llama.block_count is 'big', expected a positive whole number"),
+        ("block_count", 0, "llama.block_count is 0"),
+        ("block_count", 10**12, "1000000000000 layers, but only 21 tensors"),
+        ("embedding_length", 40.0, "llama.embedding_length is 40.0, expected a positive whole number"),
+        ("attention.head_count_kv", 3, "4 attention heads with 3 key-value heads"),
+        ("attention.key_length", 5, "heads of size 5"),
+        ("attention.layer_norm_rms_epsilon", float("nan"), "layer_norm_rms_epsilon is nan"),
+        ("rope.freq_base", -1.0, "rope.freq_base is -1.0"),
+        ("rope.scaling.type", 7, "rope scaling 7"),
+    ],
+)
+def test_nonsense_in_the_metadata_is_named(key, value, reason, tmp_path, monkeypatch):
+    path = write(tmp_path / "m.gguf", torch_models.tiny_model("llama"))
+    file = read_gguf(path)
+    changed = file._replace(metadata=file.metadata | {f"llama.{key}": value})
+    monkeypatch.setattr(weights, "read_gguf", lambda path: changed)
+    with pytest.raises(ValueError, match=reason) as caught:
+        load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_damaged_files(tmp_path):
     path = write(tmp_path / "m.gguf", torch_models.tiny_model("llama"))
     whole = path.read_bytes()
-    for content, said in [
-        (b"", "is no GGUF file: it holds 0 bytes"),
-        (b"GGML" + whole[4:], "is no GGUF file of version 2 or 3"),
-        (whole[:100], "truncated or damaged in its header"),
-        (whole[:-400], "is truncated: tensor"),
+    types = whole.index(b"tokenizer.ggml.token_type") + 25 + 4 + 4  # key, kind, kind of the items; then their number
+    for content, reason in [
+        (b"", "empty file"),
+        (b"GGUF", "it ends at byte 4"),
+        (b"GGML" + whole[4:], "magic invalid"),
+        (b"GGUF" + bytes([9, 0, 0, 0]) + whole[8:], "version 9"),
+        (whole[:100], "it ends at byte 100"),
+        (whole[:-400], "it ends at byte"),
+        (whole[:types] + struct.pack("<Q", 2**50) + whole[types + 8 :], "it ends at byte|file"),
+        (whole.replace(b"general.architecture", b"\xffeneral.architecture"), "can't decode"),
     ]:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(
+            ValueError, match=f"m.gguf is not a readable GGUF file .*{reason}.*fetch it again"
+        ) as caught:
             load(path)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_file_is_read_once_for_weights_and_tokenizer_and_again_when_replaced(tmp_path):
+    path = write(tmp_path / "m.gguf", torch_models.tiny_model("llama"))
+    first = read_gguf(path)
+    assert read_gguf(str(path)) is first
+    write(tmp_path / "m.gguf", torch_models.tiny_model("llama"), metadata={"vocab_size": 3})
+    assert read_gguf(path).metadata["llama.vocab_size"] == 3
 
 
 @pytest.mark.slow
@@ -224,7 +271,7 @@ def test_real_smollm2_continues_a_sentence_sensibly():
     assert source.path == path
     arch, params = load(path)
     assert arch.parameters == 134_515_008
-    vocabulary = gguf_file.read_gguf(path).metadata["tokenizer.ggml.tokens"]
+    vocabulary = read_gguf(path).metadata["tokenizer.ggml.tokens"]
     assert len(vocabulary) == arch.vocab_size
     ids = [vocabulary.index(token) for token in ("The", "Ġcapital", "Ġof", "ĠFrance", "Ġis")]
     logits = jax.jit(lambda p, tokens: forward_logits(p, arch, HOW, tokens))(params, np.array([ids], np.int32))[0]
