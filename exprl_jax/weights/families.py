@@ -57,4 +57,9 @@ FAMILIES = {
         qk_norm=True,
         required=("num_key_value_heads", "head_dim"),
     ),
+    "mistral": Family(
+        class_name="MistralForCausalLM",
+        settings={"sliding_window": None},
+        required=("num_key_value_heads", "sliding_window"),
+    ),
 }

@@ -51,6 +51,10 @@ FAMILIES = {
             rope_parameters={"rope_type": "linear", "rope_theta": 900.0, "factor": 3.0},
         ),
     ),
+    "mistral": (
+        "mistral",
+        dict(num_attention_heads=4, num_key_value_heads=2, head_dim=14, sliding_window=None, rope_parameters=_PLAIN),
+    ),
     "smollm2": (
         "llama",
         dict(num_attention_heads=5, num_key_value_heads=1, tie_word_embeddings=True, rope_parameters=_PLAIN),

@@ -347,6 +347,8 @@ def test_rotary_fields_of_transformers_4_and_5(fields, theta, scaling):
         ({"rope_scaling": ["linear", 2.0]}, "rotary positions ['linear', 2.0]"),
         ({"rope_parameters": "default"}, "rotary positions 'default'"),
         ({"rope_scaling": {"rope_type": ["linear"]}}, "rope scaling ['linear']"),
+        ({"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 32}, "sliding_window 32"),
+        ({"model_type": "mistral", "num_key_value_heads": 1}, "lacks sliding_window"),
         ({"hidden_size": None}, "lacks hidden_size"),
         ({"model_type": "qwen3", "num_key_value_heads": 1}, "lacks head_dim"),
         ({"model_type": "qwen2"}, "lacks num_key_value_heads"),

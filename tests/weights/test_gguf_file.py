@@ -1,5 +1,6 @@
 """GGUF files: what their metadata and tensors come to, damaged ones, and the real SmolLM2."""
 
+import dataclasses
 import struct
 
 import gguf
@@ -85,6 +86,18 @@ def load(path, how=HOW, shardings=None):
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     shardings = shardings or jax.tree.map(lambda _: one, Transformer(arch, how).abstract_params("float32"))
     return arch, weights.load_params(source, arch, how, "float32", shardings)
+
+
+def test_a_mistral_file_is_a_llama_file(tmp_path):
+    """llama.cpp's converter has no architecture for Mistral: its files say llama, and their rows lie as Llama's do."""
+    model = torch_models.tiny_model("mistral")
+    folder = torch_models.save(model, tmp_path / "folder")
+    model.config.model_type = "llama"
+    arch, params = load(write(tmp_path / "m.gguf", model))
+    expected = weights.read_architecture(resolve_model(str(folder)))
+    assert dataclasses.replace(arch, family="mistral") == expected
+    ours = jax.jit(lambda p: forward_logits(p, arch, HOW, jax.numpy.asarray(TOKENS)))(params)
+    np.testing.assert_allclose(np.asarray(ours), torch_models.logits(model, TOKENS), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "llama_linear_rope", "smollm2", "qwen2", "qwen2_tied", "qwen3"])
