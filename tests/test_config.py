@@ -11,7 +11,6 @@ import pytest
 from ml_collections import ConfigDict
 from tiny_runs import LIVELY, ROOT, config_dict
 
-from exprl_jax import config as schema
 from exprl_jax.config import TASKS, Config, Evaluate, Sft
 from exprl_jax.layout import check_layout
 from exprl_jax.resolve import differences, resolve, to_dict
@@ -444,13 +443,11 @@ def test_segment_rules_take_their_arguments_and_an_outcome_judge_one_segment():
 
 
 def test_every_device_gets_a_part_of_every_wave_and_microbatch():
-    with pytest.raises(ValueError, match=r"^config.rollout.wave: got 8, expected a multiple of mesh.data = 16$"):
+    wave = r"^config.rollout.wave: got 8, expected a multiple of mesh.data = 16, so that every device has a problem of"
+    with pytest.raises(ValueError, match=wave):
         check_layout(changed({}), 16)
-    said = (
-        r"^config.updates.microbatch: got 4 rows, expected a multiple of mesh.data = 8, so that every device has a "
-        "row in"
-    )
-    with pytest.raises(ValueError, match=said) as caught:
+    rows = r"^config.updates.microbatch: got 4, expected a multiple of mesh.data = 8, so that every device has a row of"
+    with pytest.raises(ValueError, match=rows) as caught:
         check_layout(changed({"updates.microbatch": 4}), 8)
     assert "\n" not in str(caught.value)
     check_layout(changed({"updates.per_batch": 2}), 8)  # rows are packed from all of an update's rollouts
@@ -461,16 +458,16 @@ def test_every_device_gets_a_part_of_every_wave_and_microbatch():
 
 
 def leaves(cls, path=()):
-    """The path of every leaf of a record."""
+    """(record that it is of, path) of every leaf of a record."""
     for name, hint in typing.get_type_hints(cls).items():
         if dataclasses.is_dataclass(hint):
             yield from leaves(hint, (*path, name))
         else:
-            yield (*path, name)
+            yield cls.__name__, (*path, name)
 
 
 RECORDS = list(dict.fromkeys(TASKS.values()))
-LEAVES = sorted({(record.__name__, *path) for record in RECORDS for path in leaves(record)})
+LEAVES = sorted({leaf for record in RECORDS for leaf in leaves(record)})
 
 
 def trees(folder, skipped=()):
@@ -483,40 +480,46 @@ def last_name(node):
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
-# Of a section of which `getattr` reads a leaf by a computed name, every leaf is read.
-COMPUTED = {
-    last_name(node.args[0])
-    for tree in trees(ROOT / "exprl_jax", skipped=("config.py",))
-    for node in ast.walk(tree)
-    if isinstance(node, ast.Call) and last_name(node.func) == "getattr" and not isinstance(node.args[1], ast.Constant)
-}
-READS = {
+def elements(node):
+    return node.elts if isinstance(node, ast.Tuple) else [node]
+
+
+READS = {  # but schema and checks, which use no leaf
     (last_name(node.value), node.attr)
-    for tree in trees(ROOT / "exprl_jax", skipped=("config.py",))
+    for tree in trees(ROOT / "exprl_jax", skipped=("config.py", "resolve.py"))
     for node in ast.walk(tree)
     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
-} | {  # exprl_jax/model/config.py is not the config's schema
-    (last_name(node.value), node.attr)
-    for node in ast.walk(ast.parse((ROOT / "exprl_jax/model/config.py").read_text()))
-    if isinstance(node, ast.Attribute)
 }
-# What a section derives of its leaves: the properties that read each.
+# What holds a record: arguments and fields that are annotated with it, what an object keeps of such an argument, and
+# variables that a section of a config is assigned to (by the section's name).
+HOLDERS = collections.defaultdict(set)
+for tree in trees(ROOT / "exprl_jax"):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg | ast.AnnAssign) and node.annotation is not None:
+            name = node.arg if isinstance(node, ast.arg) else last_name(node.target)
+            HOLDERS[last_name(node.annotation)] |= {name, f"_{name}"}
+        elif isinstance(node, ast.Assign):
+            for target, value in zip(elements(node.targets[0]), elements(node.value)):
+                if isinstance(value, ast.Attribute):
+                    HOLDERS[value.attr].add(last_name(target))
+# The properties and methods of a record that read each of its leaves; all of them where the name is computed.
 DERIVED = collections.defaultdict(set)
-for method in ast.walk(ast.parse((ROOT / "exprl_jax/config.py").read_text())):
-    if isinstance(method, ast.FunctionDef) and "property" in map(last_name, method.decorator_list):
-        for node in ast.walk(method):
+for record in ast.parse((ROOT / "exprl_jax/config.py").read_text()).body:
+    for method in record.body if isinstance(record, ast.ClassDef) else ():
+        for node in ast.walk(method) if isinstance(method, ast.FunctionDef) else ():
             if isinstance(node, ast.Attribute) and last_name(node.value) == "self":
-                DERIVED[node.attr].add(method.name)
+                DERIVED[record.name, node.attr].add(method.name)
+            elif isinstance(node, ast.Call) and [last_name(x) for x in node.args[:1]] == ["self"]:
+                DERIVED[record.name, "*"].add(method.name)
 
 
-@pytest.mark.parametrize("path", sorted({path[1:] for path in LEAVES}), ids=".".join)
-def test_every_leaf_is_read(path):
+@pytest.mark.parametrize("record, path", LEAVES, ids=[".".join((record, *path)) for record, path in LEAVES])
+def test_every_leaf_is_read(record, path):
     *sections, leaf = path
-    # `_how` is what an object keeps of its section.
-    owners = {"how", "_how", "model_how", "execution", sections[-1]} if sections else {"config"}
-    names = {leaf} | DERIVED[leaf]
-    read = any((owner, name) in READS for owner in owners for name in names) or (sections and sections[-1] in COMPUTED)
-    assert read, f"config.{'.'.join(path)} is read nowhere"
+    # What holds a whole config is called so.
+    owners = HOLDERS[record] | ({sections[-1]} | HOLDERS[sections[-1]] if sections else {"config"})
+    names = {leaf} | DERIVED[record, leaf] | DERIVED[record, "*"]
+    assert any((owner, name) in READS for owner in owners for name in names), f"{'.'.join(path)} is read nowhere"
 
 
 def values_in_tests():
@@ -563,6 +566,5 @@ def test_every_leaf_is_set_differently_somewhere():
 
 
 def test_the_tests_own_changes_are_leaves():
-    assert {("Config", *path.split(".")) for path in LIVELY} <= set(LEAVES)
+    assert {tuple(path.split(".")) for path in LIVELY} <= {path for _, path in leaves(Config)}
     assert isinstance(config_dict("tiny"), ConfigDict)
-    assert schema.resolve is resolve

@@ -10,12 +10,13 @@ import types
 
 import numpy as np
 import pytest
-from tiny_runs import tiny
+from tiny_runs import opened, take_step, tiny
 
 from exprl_jax import distill, train
 from exprl_jax.reward.judge import Judgements
 from exprl_jax.reward.verifiers.verdict import Verdict
-from exprl_jax.run.clock import Clock
+from exprl_jax.rl_run import first_state
+from exprl_jax.wave import WaveRequest, sample_wave
 
 FAST = {
     "rollout.max_tokens": 8,
@@ -71,13 +72,14 @@ class LetterGraders:
 
     def submit(self, rows):
         right = [(letters(text) > 0.2) == (self.sign > 0) for _, text in rows]
-        verdicts = [Verdict.correct if each else Verdict.wrong for each in right]
+        verdicts = [Verdict.correct if correct else Verdict.wrong for correct in right]
         return types.SimpleNamespace(result=lambda: verdicts)
 
 
 def shares(run, state, part):
     """Mean share of letters in that part of fresh rollouts."""
-    wave = train.sample_wave(run, state.params, run.problems[:8], 10_000, 0, np.ones(8, bool))
+    request = WaveRequest(run.problems[:8], np.arange(8), step=10_000, attempt=0, live_P=np.ones(8, bool))
+    wave = sample_wave(run, run.model(state), request)
     texts = [np.asarray(row[part]) for group in wave.rollouts.tokens_PGR for row in group]
     return np.mean([letters(run.policy.tokenizer.decode(ids.tolist())) for ids in texts])
 
@@ -94,39 +96,36 @@ def shares(run, state, part):
     ],
 )
 def test_a_signal_moves_the_policy_its_way(arm, changes, part):
-    found = {}
-    with contextlib.ExitStack() as held:
-        run = train.prepare(tiny(arm, FAST | changes), held)
-        for sign in (1, -1):
-            signed = dataclasses.replace(run, judge=LetterJudge(sign, 16))
-            state = train.first_state(run)
-            found[0] = shares(run, state, part)
-            for step in range(STEPS):
-                taken = train.take_step(signed, LetterGraders(sign), state, step, Clock(), lambda: None)
-                state = taken.state.replace(step=taken.state.step + 1)
-            found[sign] = shares(run, state, part)
-    assert found[1] > found[0] + 0.05, found
-    assert found[-1] < found[0] - 0.02, found
+    share = {}
+    run = opened(tiny(arm, FAST | changes))
+    for sign in (1, -1):
+        signed = dataclasses.replace(run, judge=LetterJudge(sign, 16), graders=LetterGraders(sign))
+        state = first_state(run)
+        share[0] = shares(run, state, part)
+        for step in range(STEPS):
+            state, _ = take_step(train, signed, state, step)
+        share[sign] = shares(run, state, part)
+    assert share[1] > share[0] + 0.05, share
+    assert share[-1] < share[0] - 0.02, share
 
 
 @pytest.mark.parametrize("kl, steps", [pytest.param("sampled", 40, marks=pytest.mark.slow), ("full", 16)])
 def test_a_teacher_draws_the_policy_to_itself(kl, steps):
     """The teacher is surer than the policy.  The KL to it falls; with a negative learning rate it does not."""
-    found = {}
+    growth = {}
     for sign in (1, -1):
         config = tiny("distill", FAST | {"distillation.kl": kl})
         optimizer = dataclasses.replace(config.optimizer, learning_rate=sign * 1e-3)
-        with contextlib.ExitStack() as held:
-            tuition = distill.open_distill_run(dataclasses.replace(config, optimizer=optimizer), held)
-            run = tuition.run
-            start = run.frozen[config.reference]
-            surer = start | {"final_norm": 3.0 * start["final_norm"]}
-            tuition = dataclasses.replace(tuition, run=dataclasses.replace(run, frozen={config.reference: surer}))
-            state, gaps = run.programs.init_state(start), []
-            for step in range(steps):
-                taken = distill.take_step(tuition, LetterGraders(1), state, step, Clock(), lambda: None)
-                state = taken.state.replace(step=taken.state.step + 1)
-                gaps.append(taken.row["distill/kl"])
-        found[sign] = np.mean(gaps[-4:]) / np.mean(gaps[:4])
-    assert found[1] < 0.8, found
-    assert found[-1] > 1.0, found
+        with contextlib.ExitStack() as stack:
+            distilled = distill.open_distill_run(dataclasses.replace(config, optimizer=optimizer), stack)
+        start = distilled.run.frozen[config.reference]
+        surer = {config.reference: start | {"final_norm": 3.0 * start["final_norm"]}}
+        run = dataclasses.replace(distilled.run, frozen=surer, graders=LetterGraders(1))
+        distilled = dataclasses.replace(distilled, run=run)
+        state, gaps = run.programs.init_state(start), []
+        for step in range(steps):
+            state, result = take_step(distill, distilled, state, step)
+            gaps.append(result.row["distill/kl"])
+        growth[sign] = np.mean(gaps[-4:]) / np.mean(gaps[:4])
+    assert growth[1] < 0.8, growth
+    assert growth[-1] > 1.0, growth

@@ -16,20 +16,19 @@ from tiny_runs import (
     rows,
     run,
     seen_by,
+    take_step,
     tiny,
     write_problems,
 )
 
-import exprl_jax.distill as loop
+from exprl_jax import distill
 from exprl_jax.batch import pack_update
 from exprl_jax.data.prompts import teacher_prompt
 from exprl_jax.hosts import put_microbatches
 from exprl_jax.learning import distillation, update
 from exprl_jax.reward import statistics
-from exprl_jax.reward.verifiers.grading import open_graders
 from exprl_jax.rl_run import first_state
-from exprl_jax.run import loop as every_loop
-from exprl_jax.run.clock import Clock
+from exprl_jax.run import loop
 from tests.oracles.tiny_decoder import forward_logits
 
 STEPS = 3
@@ -95,33 +94,25 @@ def test_both_kinds_sample_the_same_first_batch(whole):
     assert ours != theirs
 
 
-@contextlib.contextmanager
-def opened(made):
-    """A run with its teacher, and its graders."""
-    with contextlib.ExitStack() as held:
-        tuition = loop.open_distill_run(made, held)
-        yield tuition, held.enter_context(open_graders(made.grader, made.code, tuition.run.kinds))
-
-
 @pytest.fixture(scope="module")
 def taught():
     """Rollouts from nowhere as a run with an exact KL packs them, and as its teacher is shown them."""
-    with contextlib.ExitStack() as held:
-        tuition = loop.open_distill_run(config("full"), held)
-    run = tuition.run
+    with contextlib.ExitStack() as stack:
+        distilled = distill.open_distill_run(config("full"), stack)
+    run = distilled.run
     batch = random_batch(run)
-    shown = [tuition.prompts.ids[problem.id] for problem in run.problems[: len(batch.prompts)]]
-    ready = pack_update(run, batch, slice(None), [max(map(len, pair)) for pair in zip(batch.prompts, shown)])
-    return tuition, batch, ready, shown, loop.teach(run, batch, ready, shown)
+    shown = [distilled.prompts.ids[problem.id] for problem in run.problems[: len(batch.prompts)]]
+    packed = pack_update(run, batch, slice(None), [max(map(len, pair)) for pair in zip(batch.prompts, shown)])
+    return distilled, batch, packed, shown, distill.teach(run, batch, packed, shown)
 
 
 def test_a_teachers_slots_have_the_same_targets_after_its_own_prompts(taught):
-    _, batch, ready, shown, teaching = taught
-    e = jax.device_get(ready.experience)
+    _, batch, packed, shown, teaching = taught
+    e = jax.device_get(packed.experience)
     assert teaching.packed.tokens_BT.shape == e.packed.tokens_BT.shape
     ours, theirs = (x.packed.target_BT.reshape(-1, x.packed.target_BT.shape[-1]) for x in (e, teaching))
     at = teaching.at_MBT.reshape(ours.shape)
-    for p, g, row, first in zip(ready.group_N, ready.index_N, ready.packing.row_N, ready.packing.first_N):
+    for p, g, row, first in zip(packed.group_N, packed.index_N, packed.packed.row_N, packed.packed.first_N):
         n = int(batch.rollouts.mask_PGR[p, g].sum())
         response = batch.rollouts.tokens_PGR[p, g, :n].tolist()
         mine = at[row, first : first + n]
@@ -134,11 +125,11 @@ def test_a_teachers_slots_have_the_same_targets_after_its_own_prompts(taught):
 
 def test_the_exact_divergence_is_that_of_whole_sequences(taught):
     """Every rollout alone, after the policy's prompt and after the teacher's; the gradient's norm too."""
-    tuition, batch, ready, shown, teaching = taught
-    run = tuition.run
+    distilled, batch, packed, shown, teaching = taught
+    run = distilled.run
     teacher = run.frozen[run.config.reference]
     params = jax.tree.map(lambda x: x * 1.05, teacher)
-    arch, how, temperature = run.policy.arch, run.policy.execution, run.config.rollout.temperature
+    arch, execution, temperature = run.policy.arch, run.policy.execution, run.config.rollout.temperature
     mask = batch.mask_PGR.reshape(-1, batch.mask_PGR.shape[-1])
     responses = batch.rollouts.tokens_PGR.reshape(mask.shape)
 
@@ -149,7 +140,7 @@ def test_the_exact_divergence_is_that_of_whole_sequences(taught):
         tokens, first = np.zeros((len(prompts), width), np.int32), np.array([[len(prompt) - 1] for prompt in prompts])
         for row, prompt, response in zip(tokens, prompts, responses):
             row[: len(prompt) + len(response)] = [*prompt, *response]
-        logits = forward_logits(params, arch, how, jnp.asarray(tokens))
+        logits = forward_logits(params, arch, execution, jnp.asarray(tokens))
         logits = jnp.take_along_axis(logits, (first + np.arange(mask.shape[1]))[..., None], axis=1)
         return jax.nn.log_softmax(logits / temperature)
 
@@ -166,7 +157,8 @@ def test_the_exact_divergence_is_that_of_whole_sequences(taught):
 
     expected, norm = whole(*jax.device_put((params, teacher), jax.devices()[0]))
     state = run.programs.init_state(params)
-    _, row = tuition.programs.distill_step(state, (), teacher, put_microbatches(run.mesh, teaching), ready.experience)
+    teaching = put_microbatches(run.mesh, teaching)
+    _, row = distilled.programs.distill_step(state, (), teacher, teaching, packed.experience)
     assert float(row["distill/kl"]) == pytest.approx(float(expected), rel=1e-4) and expected > 1e-4
     assert float(row["loss/total"]) == pytest.approx(float(expected), rel=1e-4)
     assert float(row["grad/norm"]) == pytest.approx(float(norm), rel=1e-3)
@@ -175,9 +167,8 @@ def test_the_exact_divergence_is_that_of_whole_sequences(taught):
 
 def plain_logp(run, params, prompt, response):
     """log π of each distribution, [R, V], by the plain forward of prompt and response."""
-    arch, how = run.policy.arch, run.policy.execution
     tokens = jnp.asarray([[*prompt, *response]], jnp.int32)
-    logits = forward_logits(params, arch, how, tokens)[0, len(prompt) - 1 : -1]
+    logits = forward_logits(params, run.policy.arch, run.policy.execution, tokens)[0, len(prompt) - 1 : -1]
     return np.asarray(jax.nn.log_softmax(logits / run.config.rollout.temperature), np.float64)
 
 
@@ -185,43 +176,42 @@ def plain_logp(run, params, prompt, response):
 @pytest.mark.parametrize("kl", KL)
 def test_the_divergence_is_that_of_the_plain_forward(kl):
     """The teacher is the frozen start after its own prompt; the first batch's numbers, from whole sequences."""
-    made = config(kl, {"rollout.max_tokens": 8, "steps": 1})
-    with opened(made) as (tuition, graders):
-        run, caught = tuition.run, []
-        sample_wave = loop.sample_wave
+    settings, waves = config(kl, {"rollout.max_tokens": 8, "steps": 1}), []
+    with contextlib.ExitStack() as stack:
+        distilled = distill.open_distill_run(settings, stack)
+        run, sample_wave = distilled.run, distill.sample_wave
 
         def keep(*arguments):
-            caught.append(sample_wave(*arguments))
-            return caught[-1]
+            waves.append(sample_wave(*arguments))
+            return waves[-1]
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "sample_wave", keep)
-            state = first_state(run)
-            taken = loop.take_step(tuition, graders, state, 0, Clock(), lambda: None)
-        params, total, count = run.frozen[made.reference], 0.0, 0
-        (wave,) = caught
-        for i, problem in enumerate(wave.problems):
-            for g in range(made.rollout.group):
-                n = int(wave.rollouts.mask_PGR[i, g].sum())
-                ids = wave.rollouts.tokens_PGR[i, g, :n]
-                ours = plain_logp(run, params, run.prompts.ids[problem.id], ids)
-                theirs = plain_logp(run, params, teacher_prompt(run.policy.tokenizer, problem), ids)
-                if kl == "full":
-                    total += (np.exp(ours) * (ours - theirs)).sum()
-                else:
-                    total += (ours - theirs)[np.arange(n), ids].sum()
-                count += n
-    assert taken.row["distill/kl"] == pytest.approx(total / count, abs=2e-5)
+            patch.setattr(distill, "sample_wave", keep)
+            _, result = take_step(distill, distilled, first_state(run), 0)
+    params, total, count = run.frozen[settings.reference], 0.0, 0
+    (wave,) = waves
+    for i, problem in enumerate(wave.problems):
+        for g in range(settings.rollout.group):
+            n = int(wave.rollouts.mask_PGR[i, g].sum())
+            ids = wave.rollouts.tokens_PGR[i, g, :n]
+            ours = plain_logp(run, params, run.prompts.ids[problem.id], ids)
+            theirs = plain_logp(run, params, teacher_prompt(run.policy.tokenizer, problem), ids)
+            if kl == "full":
+                total += (np.exp(ours) * (ours - theirs)).sum()
+            else:
+                total += (ours - theirs)[np.arange(n), ids].sum()
+            count += n
+    assert result.row["distill/kl"] == pytest.approx(total / count, abs=2e-5)
     assert abs(total / count) > 1e-4
 
 
 @pytest.mark.parametrize("kl", KL)
 def test_a_run_stopped_at_a_step_goes_on_as_if_it_had_not(kl, whole, tmp_path, monkeypatch, capfd):
     asked = iter([True])
-    monkeypatch.setattr(every_loop.StopRequest, "agreed", lambda self: next(asked))
+    monkeypatch.setattr(loop.StopRequest, "agreed", lambda self: next(asked))
     folder = run(config(kl), tmp_path / "run")
     assert [row["step"] for row in rows(folder)] == [1] and not (folder / "export").exists()
-    monkeypatch.setattr(every_loop.StopRequest, "agreed", lambda self: False)
+    monkeypatch.setattr(loop.StopRequest, "agreed", lambda self: False)
     run(config(kl), folder)
     assert f"resuming after step 1 of {STEPS}" in capfd.readouterr().err
     assert rows(folder) == rows(whole(kl))
@@ -244,11 +234,11 @@ def test_waves_and_the_mesh_change_nothing(kl, whole, tmp_path):
     [({"rollout.max_tokens": 3500, "updates.row_tokens": 5000}, 596), ({"updates.row_tokens": 700}, 676)],
 )
 def test_a_teachers_prompt_beyond_context_or_row_is_named(changes, room, tmp_path):
-    made = read_jsonl(ROOT / "configs/data/arithmetic.jsonl")
-    made[3]["reference"] = "Count. " * 100
-    source = write_problems(tmp_path / "problems.jsonl", made)
-    with contextlib.ExitStack() as held, pytest.raises(ValueError) as caught:
-        loop.open_distill_run(config("full", {"data.source": source, **changes}), held)
-    said = str(caught.value)
-    assert said.startswith("problem 'arithmetic/03': its reference makes the teacher's prompt") and "\n" not in said
-    assert f"expected at most {room}, the smaller of the model's context and updates.row_tokens less rollout" in said
+    problems = read_jsonl(ROOT / "configs/data/arithmetic.jsonl")
+    problems[3]["reference"] = "Count. " * 100
+    source = write_problems(tmp_path / "problems.jsonl", problems)
+    with contextlib.ExitStack() as stack, pytest.raises(ValueError) as caught:
+        distill.open_distill_run(config("full", {"data.source": source, **changes}), stack)
+    text = str(caught.value)
+    assert text.startswith("problem 'arithmetic/03': its reference makes the teacher's prompt") and "\n" not in text
+    assert f"expected at most {room}, the smaller of the model's context and updates.row_tokens less rollout" in text

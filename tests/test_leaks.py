@@ -9,12 +9,11 @@ import types
 import jax
 import numpy as np
 import pytest
-from tiny_runs import ROOT, prepared, read_jsonl, run, tiny, write_problems
+from tiny_runs import ROOT, opened, read_jsonl, run, tiny, write_problems
 
 from exprl_jax import programs
 from exprl_jax.data.prompts import teacher_prompt
 from exprl_jax.distill import open_distill_run
-from exprl_jax.reward import judges
 
 REFERENCE, ANSWER = "canary-of-the-reference", "canary-of-the-answer"
 VERIFIER = {f"routes.{kind}": "verifier" for kind in ("math", "choice", "science", "code")}
@@ -65,9 +64,9 @@ def seen(request, tmp_path_factory):
     """What each program was given in a run whose problems carry canaries, as text; what the run said; its folder."""
     folder = tmp_path_factory.mktemp("leaks")
     lines = read_jsonl(ROOT / "configs/data/arithmetic.jsonl")
-    made = [problem | {"reference": f"{REFERENCE} {n}", "answer": ANSWER} for n, problem in enumerate(lines)]
+    problems = [problem | {"reference": f"{REFERENCE} {n}", "answer": ANSWER} for n, problem in enumerate(lines)]
     arm, changes = ARMS[request.param]
-    source = {"data.source": write_problems(folder / "problems.jsonl", made)}
+    source = {"data.source": write_problems(folder / "problems.jsonl", problems)}
     config = tiny(arm, source | {"log.rollouts": 32, "steps": 1} | changes)
     tokens, said = {}, io.StringIO()
 
@@ -77,13 +76,12 @@ def seen(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, shows in SHOWN.items():
             patch.setattr(programs, name, watched(getattr(programs, name), shows))
-        patch.setattr(judges, "build_judge", programs.build_judge)
         with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
             run(config, folder / "run")
-    opened = prepared(config)
-    decode = opened.policy.tokenizer.decode
+    made = opened(config)
+    decode = made.policy.tokenizer.decode
     text = {name: "\n".join(decode(row.tolist()) for array in given for row in array) for name, given in tokens.items()}
-    return types.SimpleNamespace(arm=request.param, text=text, run=opened, folder=folder / "run", said=said.getvalue())
+    return types.SimpleNamespace(arm=request.param, text=text, run=made, folder=folder / "run", said=said.getvalue())
 
 
 def test_no_program_of_the_policy_is_given_a_canary(seen):
@@ -153,7 +151,7 @@ def test_a_teacher_without_references_is_refused(tmp_path):
     bare = [{"problem": f"{n} + 1?", "answer": "1"} for n in range(8)]
     source = write_problems(tmp_path / "problems.jsonl", bare)
     config = tiny("distill", {"data.source": source})
-    with contextlib.ExitStack() as held, pytest.raises(ValueError, match="line 1: no reference; the row has problem"):
-        open_distill_run(config, held)
+    with contextlib.ExitStack() as stack, pytest.raises(ValueError, match="line 1: no reference; the row has problem"):
+        open_distill_run(config, stack)
     # Sparse rewards need none.
-    assert len(prepared(tiny("outcome", VERIFIER | {"data.source": source})).problems) == 8
+    assert len(opened(tiny("outcome", VERIFIER | {"data.source": source})).problems) == 8

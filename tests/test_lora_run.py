@@ -13,13 +13,24 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 from test_diagnostics import FAST, LetterGraders, LetterJudge, letters
-from tiny_runs import assert_same_parameters, assert_same_rows, config_dict, parameters, prepared, rows, run, tiny
+from tiny_runs import (
+    assert_same_parameters,
+    assert_same_rows,
+    config_dict,
+    opened,
+    parameters,
+    rows,
+    run,
+    take_step,
+    tiny,
+)
 
 from exprl_jax import distill, sft, train
 from exprl_jax.plan.dry_run import describe
 from exprl_jax.resolve import resolve
-from exprl_jax.run import loop as every_loop
-from exprl_jax.run.clock import Clock
+from exprl_jax.rl_run import first_state, open_run
+from exprl_jax.run import loop
+from exprl_jax.wave import WaveRequest, sample_wave
 from exprl_jax.weights.folder import export_folder
 from exprl_jax.weights.language_model import open_model
 from tests.oracles.tiny_decoder import forward_logits
@@ -43,7 +54,7 @@ def whole(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """What its adapters stand on, as a folder."""
-    made = prepared(live())
+    made = opened(live())
     folder = tmp_path_factory.mktemp("base") / "export"
     export_folder(made.base, made.policy.arch, made.policy.execution, folder, made.policy.tokenizer, "float32")
     return folder
@@ -57,21 +68,19 @@ def adapters(folder):
 
 
 def test_a_step_changes_the_adapters_and_nothing_else():
-    made = prepared(live())
-    state = train.first_state(made)
+    with contextlib.ExitStack() as stack:
+        made = open_run(live(), stack)
+        state = first_state(made)
+        before = jax.device_get((made.base, state.params))
+        trained = sum(x.size for x in jax.tree.leaves(state.params))
+        moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
+        for step in range(2):  # in the first only B has a gradient
+            state, _ = take_step(train, made, state, step)
     names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(state.params)}
     assert names == {name + part for name in TARGETS for part in ("_lora_a", "_lora_b")}
-    trained = sum(x.size for x in jax.tree.leaves(state.params))
-    moments = sum(x.size for x in jax.tree.leaves(state.opt_state) if x.ndim)
     assert moments == 2 * trained < made.policy.arch.parameters / 2
     # One frozen copy is base, reference and judge.
     assert list(made.frozen) == [made.config.policy] == [made.config.reference] == [made.config.judge.model]
-    before = jax.device_get((made.base, state.params))
-    with contextlib.ExitStack() as held:
-        graders = held.enter_context(train.open_graders(made.config.grader, made.config.code, made.kinds))
-        for step in range(2):  # in the first only B has a gradient
-            taken = train.take_step(made, graders, state, step, Clock(), lambda: None)
-            state = taken.state.replace(step=taken.state.step + 1)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(made.base), before[0])
     for (path, new), old in zip(jax.tree_util.tree_leaves_with_path(state.params), jax.tree.leaves(before[1])):
         assert (np.asarray(new) != old).any(), path
@@ -84,21 +93,21 @@ def test_every_step_of_the_whole_run_moves_the_adapters(whole):
 
 
 def test_the_dry_run_counts_what_a_run_holds(monkeypatch):
-    """Adapters and their moments; the base is frozen, with the reference and the judge or, in another dtype, beside them."""
+    """Adapters and their moments; the base is frozen, as are reference and judge, beside it if of another dtype."""
     monkeypatch.setattr("exprl_jax.plan.dry_run._GIB", 1)
     config = live({"mesh.data": 4, "mesh.model": 2, "reference.param_dtype": "bfloat16"})
     listed = dict(re.findall(r"(?m)^(resident: \w+|training: gradients) +(\S+) GiB", describe(config)))
-    made = prepared(config)
-    state, first = train.first_state(made), jax.devices()[0]
+    made = opened(config)
+    state, first = first_state(made), jax.devices()[0]
 
-    def held(tree):
+    def resident(tree):
         return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == first)
 
     assert len(made.frozen) == 2
-    assert float(listed["resident: policy"]) == held(state.params)
-    assert float(listed["resident: Adam"]) == held(state.opt_state)
-    assert float(listed["resident: frozen"]) == sum(held(x) for x in made.frozen.values())
-    assert float(listed["training: gradients"]) == 2 * held(state.params)
+    assert float(listed["resident: policy"]) == resident(state.params)
+    assert float(listed["resident: Adam"]) == resident(state.opt_state)
+    assert float(listed["resident: frozen"]) == sum(resident(x) for x in made.frozen.values())
+    assert float(listed["training: gradients"]) == 2 * resident(state.params)
 
 
 # ------------------------------------------------------------------------------------------------ what a run leaves
@@ -120,10 +129,11 @@ def test_the_export_is_an_ordinary_model(whole, base):
     for name in ours:
         target = name.rpartition("_proj.weight")[1] != ""
         assert (ours[name] != start[name]).any() == target, name
-    how = dataclasses.replace(live().policy, weights=str(whole / "export"))
-    made = prepared(live({"policy.weights": how.weights, "lora.rank": 0}))
-    params = jax.device_get(train.first_state(made).params)
-    logits = forward_logits(jax.tree.map(jnp.asarray, params), made.policy.arch, how.execution, jnp.asarray(TOKENS))
+    made = opened(live({"policy.weights": str(whole / "export"), "lora.rank": 0}))
+    params = jax.device_get(first_state(made).params)
+    logits = forward_logits(
+        jax.tree.map(jnp.asarray, params), made.policy.arch, made.policy.execution, jnp.asarray(TOKENS)
+    )
     np.testing.assert_allclose(logits, transformers_logits(read_transformers(whole / "export")), atol=1e-4)
 
 
@@ -153,10 +163,10 @@ def test_peft_makes_the_exported_model_of_base_and_adapter(whole, base):
 
 def test_a_run_stopped_at_a_step_goes_on_as_if_it_had_not(whole, tmp_path, monkeypatch, capfd):
     asked = iter([True])
-    monkeypatch.setattr(every_loop.StopRequest, "agreed", lambda self: next(asked))
+    monkeypatch.setattr(loop.StopRequest, "agreed", lambda self: next(asked))
     folder = run(live(), tmp_path / "run")
     assert not (folder / "export").exists() and not (folder / "adapter").exists()
-    monkeypatch.setattr(every_loop.StopRequest, "agreed", lambda self: False)
+    monkeypatch.setattr(loop.StopRequest, "agreed", lambda self: False)
     run(live(), folder)
     assert f"resuming after step 1 of {STEPS}" in capfd.readouterr().err
     assert rows(folder) == rows(whole)
@@ -180,13 +190,13 @@ def test_waves_microbatches_and_the_mesh_change_nothing(whole, tmp_path):
 
 @pytest.mark.parametrize("below", ["", "checkpoints/1", "checkpoints/3"])
 def test_a_runs_adapters_are_no_model(whole, below):
-    how = dataclasses.replace(live().policy, weights=str(whole / below))
+    model = dataclasses.replace(live().policy, weights=str(whole / below))
     with pytest.raises(ValueError) as caught:
-        open_model(how)
-    said = str(caught.value)
-    assert said.startswith(f"model {whole / below}: its run trained adapters") and "\n" not in said
-    assert said.endswith(f"name {whole}/export")
-    assert open_model(dataclasses.replace(how, weights=str(whole / "export"))).arch == prepared(live()).policy.arch
+        open_model(model)
+    text = str(caught.value)
+    assert text.startswith(f"model {whole / below}: its run trained adapters") and "\n" not in text
+    assert text.endswith(f"name {whole}/export")
+    assert open_model(dataclasses.replace(model, weights=str(whole / "export"))).arch == opened(live()).policy.arch
 
 
 @pytest.mark.parametrize(
@@ -217,7 +227,8 @@ def test_another_rank_is_another_run(whole):
 
 def share(made, state):
     """Of lower-case letters in fresh rollouts."""
-    wave = train.sample_wave(made, made.model(state), made.problems[:8], 10_000, 0, np.ones(8, bool))
+    request = WaveRequest(made.problems[:8], np.arange(8), step=10_000, attempt=0, live_P=np.ones(8, bool))
+    wave = sample_wave(made, made.model(state), request)
     texts = [
         made.policy.tokenizer.decode(np.asarray(row).tolist()) for group in wave.rollouts.tokens_PGR for row in group
     ]
@@ -227,18 +238,17 @@ def share(made, state):
 @pytest.mark.slow
 def test_rewards_move_the_policy_their_way():
     """The diagnostic of full training, through adapters; with the sign reversed, the other way."""
-    found = {}
-    made = prepared(tiny("lora", FAST | {"optimizer.learning_rate": 1e-2}))
+    letters_by_sign = {}
+    made = opened(tiny("lora", FAST | {"optimizer.learning_rate": 1e-2}))
     for sign in (1, -1):
-        signed = dataclasses.replace(made, judge=LetterJudge(sign, 16))
-        state = train.first_state(signed)
-        found[0] = share(signed, state)
+        signed = dataclasses.replace(made, judge=LetterJudge(sign, 16), graders=LetterGraders(sign))
+        state = first_state(signed)
+        letters_by_sign[0] = share(signed, state)
         for step in range(8):
-            taken = train.take_step(signed, LetterGraders(sign), state, step, Clock(), lambda: None)
-            state = taken.state.replace(step=taken.state.step + 1)
-        found[sign] = share(signed, state)
-    assert found[1] > found[0] + 0.01, found
-    assert found[-1] < found[0] - 0.01, found
+            state, _ = take_step(train, signed, state, step)
+        letters_by_sign[sign] = share(signed, state)
+    assert letters_by_sign[1] > letters_by_sign[0] + 0.01, letters_by_sign
+    assert letters_by_sign[-1] < letters_by_sign[0] - 0.01, letters_by_sign
 
 
 def test_an_imitators_loss_falls(tmp_path):
@@ -252,7 +262,7 @@ def test_an_imitators_loss_falls(tmp_path):
     sft.sft(resolve(config_dict("tiny", "sft", changes)), str(tmp_path / "run"))
     losses = [row["loss/total"] for row in rows(tmp_path / "run")]
     assert losses[-1] < losses[0] - 0.2, losses
-    assert len(adapters(tmp_path / "run")) == 2 * 7 * prepared(live()).policy.arch.layers
+    assert len(adapters(tmp_path / "run")) == 2 * 7 * opened(live()).policy.arch.layers
 
 
 @pytest.mark.slow
@@ -266,14 +276,13 @@ def test_a_teacher_draws_adapters_to_itself(kl, steps):
         "reference.param_dtype": "bfloat16",
     }
     config, gaps = tiny("distill", FAST | changes), []
-    with contextlib.ExitStack() as held:
-        tuition = distill.open_distill_run(config, held)
-        start = tuition.run.frozen[config.reference]
-        frozen = tuition.run.frozen | {config.reference: start | {"final_norm": 3.0 * start["final_norm"]}}
-        tuition = dataclasses.replace(tuition, run=dataclasses.replace(tuition.run, frozen=frozen))
-        state = train.first_state(tuition.run)
-        for step in range(steps):
-            taken = distill.take_step(tuition, LetterGraders(1), state, step, Clock(), lambda: None)
-            state = taken.state.replace(step=taken.state.step + 1)
-            gaps.append(taken.row["distill/kl"])
+    with contextlib.ExitStack() as stack:
+        distilled = distill.open_distill_run(config, stack)
+    start = distilled.run.frozen[config.reference]
+    frozen = distilled.run.frozen | {config.reference: start | {"final_norm": 3.0 * start["final_norm"]}}
+    run = dataclasses.replace(distilled.run, frozen=frozen, graders=LetterGraders(1))
+    distilled, state = dataclasses.replace(distilled, run=run), first_state(run)
+    for step in range(steps):
+        state, result = take_step(distill, distilled, state, step)
+        gaps.append(result.row["distill/kl"])
     assert np.mean(gaps[-2:]) < 0.8 * np.mean(gaps[:2]), gaps

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from absl import flags
 from safetensors.numpy import load_file, save_file
-from tiny_runs import ROOT, config_dict, prepared, resolve, tiny
+from tiny_runs import ROOT, config_dict, opened, resolve, tiny
 
 from exprl_jax import main as door
 from exprl_jax.model.decoder import Transformer
@@ -184,7 +184,7 @@ def test_what_is_compiled_is_kept_for_the_next_start(named, tmp_path):
         ("task=evaluate", "unknown config key config.advantage; did you mean config.data?"),
         ("rollout.wave=3", "config.rollout.wave: got 3, expected a divisor of rollout.prompts = 8"),
         ("updates.per_batch=3", "config.updates.per_batch: got 3, expected a divisor of rollout.prompts = 8"),
-        ("updates.microbatch=4", "config.updates.microbatch: got 4 rows, expected a multiple of mesh.data = 8"),
+        ("updates.microbatch=4", "config.updates.microbatch: got 4, expected a multiple of mesh.data = 8"),
         ("updates.row_tokens=500", "config.updates.row_tokens: got 500, expected at least 536"),
         ("rollout.wave=4", "config.rollout.wave: got 4, expected a multiple of mesh.data = 8"),
         ("mesh.data=3", "config.mesh: got data 3 x model 1, expected a product of 8, the number of devices"),
@@ -263,7 +263,7 @@ def test_a_parquet_file_without_a_column_is_named_with_row_and_column(refuse, tm
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """A model folder that loads."""
-    policy = prepared(tiny()).policy
+    policy = opened(tiny()).policy
     folder = tmp_path_factory.mktemp("model") / "folder"
     params = Transformer(policy.arch, policy.execution).init_params(jax.random.key(0), "float32")
     export_folder(params, policy.arch, policy.execution, folder, policy.tokenizer, "float32")
@@ -288,7 +288,7 @@ def with_config(folder, **changes):
 
 
 def test_the_undamaged_folder_loads(model):
-    assert prepared(tiny("outcome", {"policy.weights": str(model)})).policy.arch.family == "qwen3"
+    assert opened(tiny("outcome", {"policy.weights": str(model)})).policy.arch.family == "qwen3"
 
 
 LAYER = "model.layers.1.mlp.up_proj.weight"

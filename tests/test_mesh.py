@@ -1,4 +1,4 @@
-"""The one table of shardings, and the crossings between host and mesh."""
+"""The one table of shardings, and where a forward's arrays lie."""
 
 import dataclasses
 import re
@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as Spec
 
 from exprl_jax import config, mesh
 from exprl_jax.model.decoder import Transformer
-from exprl_jax.records import Context, Draw, TrainState
+from exprl_jax.records import TrainState
 from tests.oracles.tiny_decoder import FAMILIES, QWEN3, TpuWay, architecture, execution, random_params
 
 WIDE = dataclasses.replace(QWEN3, vocab_size=64, width=16, ffn=32, heads=8, kv_heads=4)
@@ -90,27 +90,6 @@ def test_bytes_per_device_are_those_that_lie_there():
     assert mesh.bytes_per_device(abstract, shardings) == lying < sum(x.nbytes for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("data, model", [(1, 8), (2, 4), (8, 1)])
-def test_rows_come_back_as_they_went(data, model):
-    over, random = make(data, model), np.random.default_rng(0)
-    context = Context(random.integers(0, 9, (8, 3), dtype=np.int32), np.arange(8, dtype=np.int32))
-    temperature_PG, live_PG = random.random((8, 2)).astype(np.float32), np.ones((8, 2), bool)
-    draw = Draw(np.uint32(7), np.int32(3), np.arange(8, dtype=np.uint32), temperature_PG, live_PG)
-    placed_context, placed_draw = mesh.put_rows(over, (context, draw), 8)
-    assert placed_context.tokens_PC.addressable_shards[0].data.shape == (8 // data, 3)
-    assert placed_draw.seed.sharding == mesh.replicated(over) and placed_draw.seed == 7
-    for got, expected in zip(jax.tree.leaves(mesh.fetch_rows(placed_context)), jax.tree.leaves(context), strict=True):
-        np.testing.assert_array_equal(got, expected)
-        assert got.dtype == expected.dtype
-    np.testing.assert_array_equal(mesh.fetch_rows(placed_draw.temperature_PG), draw.temperature_PG)
-    np.testing.assert_array_equal(mesh.local_problems(over, 16), np.arange(16))
-
-
-def test_problems_that_do_not_divide_over_the_mesh_are_an_error():
-    with pytest.raises(ValueError, match="a wave of 6 problems, expected a multiple of the mesh's data axis 8"):
-        mesh.local_problems(make(8, 1), 6)
-
-
 def test_mesh_sizes():
     assert mesh.fit_mesh(config.Mesh(-1, 2)) == mesh.fit_mesh(config.Mesh(4, 2)) == (4, 2)
     assert mesh.fit_mesh(config.Mesh(-1, 8), devices=32) == (4, 8)
@@ -119,11 +98,6 @@ def test_mesh_sizes():
     for how in (config.Mesh(3, 2), config.Mesh(-1, 3)):
         with pytest.raises(ValueError, match="expected a product of 8"):
             mesh.make_mesh(how)
-
-
-def test_one_process_gathers_what_it_has():
-    table = {"length_PG": np.ones((4, 2))}
-    assert mesh.gather_rows(table, np.arange(4)) is table
 
 
 # ----------------------------------------------------------------------------------------- where a forward's arrays lie
@@ -138,52 +112,54 @@ def spec_of(function, *arrays):
 
 
 def test_residuals_are_sharded_by_tokens_where_those_divide():
-    place, x = mesh.Placement(make(2, 4)), np.arange(8 * 3 * 8 * 4, dtype=np.float32).reshape(8, 3, 8, 4)
-    assert spec_of(place.by_tokens, x) == ("data", None, "model", None)
-    assert spec_of(place.by_tokens, x[:, :, :6]) == ("data", None, None, None)
-    assert spec_of(place.by_tokens, x[:, :, :1]) == ("data", None, None, None)
-    assert spec_of(lambda x: place.whole_tokens(place.by_tokens(x)), x) == ("data", None, None, None)
-    assert spec_of(place.by_columns, x) == ("data", None, None, "model")
+    placement, x = mesh.Placement(make(2, 4)), np.arange(8 * 3 * 8 * 4, dtype=np.float32).reshape(8, 3, 8, 4)
+    assert spec_of(placement.by_tokens, x) == ("data", None, "model", None)
+    assert spec_of(placement.by_tokens, x[:, :, :6]) == ("data", None, None, None)
+    assert spec_of(placement.by_tokens, x[:, :, :1]) == ("data", None, None, None)
+    assert spec_of(lambda x: placement.whole_tokens(placement.by_tokens(x)), x) == ("data", None, None, None)
+    assert spec_of(placement.by_columns, x) == ("data", None, None, "model")
     one = mesh.ONE_DEVICE
     assert all(f(x) is x for f in (one.by_tokens, one.whole_tokens, one.by_columns)) and one.data is None
 
 
 def test_gathering_tokens_changes_no_gradient():
-    place, x = mesh.Placement(make(2, 4)), np.random.default_rng(0).standard_normal((4, 1, 8, 4)).astype(np.float32)
-    got = jax.jit(jax.grad(lambda x: (jnp.sin(place.whole_tokens(place.by_tokens(x))) ** 2).sum()))(x)
+    placement, x = mesh.Placement(make(2, 4)), np.random.default_rng(0).standard_normal((4, 1, 8, 4)).astype(np.float32)
+    got = jax.jit(jax.grad(lambda x: (jnp.sin(placement.whole_tokens(placement.by_tokens(x))) ** 2).sum()))(x)
     np.testing.assert_allclose(got, 2 * np.sin(x) * np.cos(x), atol=1e-6)
 
 
 def test_a_mapped_forward_does_not_see_data():
-    place = mesh.Placement(make(4, 2), mapped=True)
-    mapped = jax.vmap(lambda x: place.by_tokens(x[None])[0], spmd_axis_name="data")
+    placement = mesh.Placement(make(4, 2), mapped=True)
+    mapped = jax.vmap(lambda x: placement.by_tokens(x[None])[0], spmd_axis_name="data")
     x = np.ones((8, 1, 4, 2), np.float32)
-    assert place.data is None and spec_of(mapped, x) == ("data", None, "model", None)
+    assert placement.data is None and spec_of(mapped, x) == ("data", None, "model", None)
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_parameters_for_decoding_are_whole_along_data_only(scan):
-    how, place = execution(scan), mesh.Placement(make(2, 4))
+    how, placement = execution(scan), mesh.Placement(make(2, 4))
     params = random_params(WIDE, how)
-    shardings = mesh.shard_parameters(params, WIDE, how, place.mesh)
-    decoding = jax.jit(lambda p: Transformer(WIDE, how, place).decoding_params(p))(jax.device_put(params, shardings))
+    shardings = mesh.shard_parameters(params, WIDE, how, placement.mesh)
+    decoding = jax.jit(lambda p: Transformer(WIDE, how, placement).decoding_params(p))(
+        jax.device_put(params, shardings)
+    )
     for got, x, sharding in zip(*map(jax.tree.leaves, (decoding, params, shardings)), strict=True):
         np.testing.assert_array_equal(got, x)
         parts = [4 if axis == "model" else 1 for axis in [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]]
         assert got.sharding.shard_shape(x.shape) == tuple(n // part for n, part in zip(x.shape, parts))
-    kept = jax.jit(lambda p: Transformer(WIDE, how, place).keep_sharded(p))(params)
+    kept = jax.jit(lambda p: Transformer(WIDE, how, placement).keep_sharded(p))(params)
     for got, sharding in zip(*map(jax.tree.leaves, (kept, shardings)), strict=True):
         assert got.sharding.is_equivalent_to(sharding, got.ndim)
 
 
 def test_split_functions_see_their_part():
-    place, x = mesh.Placement(make(2, 4)), np.arange(8 * 3 * 4).reshape(8, 3, 4)
+    placement, x = mesh.Placement(make(2, 4)), np.arange(8 * 3 * 4).reshape(8, 3, 4)
 
     def part(x, y):
         return x - x.min(), jnp.full((1,), x.size + y.size)
 
     takes, gives = ((("data", None, "model"), ("data",)), (("data", None, "model"), ("data",)))
-    out, size = jax.jit(place.split(part, takes, gives))(x, np.zeros((2, 5)))
+    out, size = jax.jit(placement.split(part, takes, gives))(x, np.zeros((2, 5)))
     least = x.reshape(2, 4, 3, 4).min((1, 2))  # of each device's part
     np.testing.assert_array_equal(out, x - np.repeat(least, 4, axis=0)[:, None])
     assert size.tolist() == [4 * 3 + 5] * 2
@@ -192,8 +168,8 @@ def test_split_functions_see_their_part():
 
 def test_which_way_forwards_go():
     assert mesh.Placement(make(2, 4)).platform == "cpu" and mesh.ONE_DEVICE.platform is None
-    for place in (mesh.ONE_DEVICE, mesh.Placement(make(2, 4))):
-        assert not place.on_tpu and place.shares_segments
+    for placement in (mesh.ONE_DEVICE, mesh.Placement(make(2, 4))):
+        assert not placement.on_tpu and placement.shares_segments
     assert TpuWay(None).on_tpu and not TpuWay(None).shares_segments
     assert [mesh.Placement(make(2, 4)).axis_of(n) for n in (8, 6)] == ["model", None]
     assert mesh.ONE_DEVICE.axis_of(8) is None

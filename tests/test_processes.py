@@ -30,7 +30,8 @@ import jax
 import numpy as np
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 from exprl_jax import config
-from exprl_jax.mesh import agree_rows, local_problems, make_mesh, owned_problems, sum_over_processes
+from exprl_jax.hosts import agree_rows, local_problems, owned_problems, sum_over_processes
+from exprl_jax.mesh import make_mesh
 mine = jax.process_index()
 for data, model in ((1, 8), (2, 4), (4, 2)):
     mesh = make_mesh(config.Mesh(data, model))
@@ -52,7 +53,7 @@ WAIT = """
 import sys, time
 import jax
 from jax.experimental import multihost_utils
-from exprl_jax import distributed
+from exprl_jax.run import distributed
 coordinator, processes, process, faulty = sys.argv[1], *map(int, sys.argv[2:])
 distributed.connect(coordinator, processes, process, 6)
 try:
@@ -71,7 +72,7 @@ SAVE = """
 import resource, sys
 import jax, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from exprl_jax import distributed
+from exprl_jax.run import distributed
 from exprl_jax.run.checkpoint import Checkpoints
 coordinator, processes, process, full, folder = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
 distributed.connect(coordinator, processes, process, 60)
@@ -93,8 +94,9 @@ except ValueError as error:
 # error ends the run in the second step after one with a comparison that hit its limit.
 BOXED = """
 import sys
-from exprl_jax import loop, main
+from exprl_jax import main
 from exprl_jax.reward.verifiers.grading import Graders
+from exprl_jax.run import loop
 submit, write, hung = Graders.submit, loop.Metrics.write, []
 Graders.submit = lambda self, rows: submit(self, [(problem, text + r"\\boxed{7}") for problem, text in rows])
 def fail(self, step, row):
@@ -111,8 +113,9 @@ sys.exit(main.main(sys.argv))
 # Three processes of one host, the first of which grades nothing, and one of another; as many workers as they have.
 GRADERS = """
 import sys, socket
-from exprl_jax import config, distributed
-from exprl_jax.train import open_graders
+from exprl_jax import config
+from exprl_jax.reward.verifiers.grading import open_graders
+from exprl_jax.run import distributed
 coordinator, processes, process = sys.argv[1], *map(int, sys.argv[2:])
 socket.gethostname = lambda: "one" if process < 3 else "two"
 distributed.connect(coordinator, processes, process, 60)

@@ -20,16 +20,16 @@ from tiny_runs import (
     parameters,
     rows,
     seen_by,
+    take_step,
 )
 
-import exprl_jax.sft as loop
+from exprl_jax import sft
 from exprl_jax.data.problems import Problem, batch_indices, read_problems
 from exprl_jax.data.prompts import PromptStyle, policy_prompt
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.learning import supervised
 from exprl_jax.resolve import resolve
-from exprl_jax.run import loop as every_loop
-from exprl_jax.run.clock import Clock
+from exprl_jax.run import loop
 
 ARITHMETIC = str(ROOT / "configs/data/arithmetic.jsonl")
 # Four updates; a rate at which each of them shows.
@@ -41,22 +41,21 @@ def tiny(changes=None):
 
 
 def run(config, folder):
-    loop.sft(config, str(folder))
+    sft.sft(config, str(folder))
     return folder
 
 
 @functools.cache
-def prepared():
-    return loop.prepare(tiny())
+def opened():
+    return sft.open_run(tiny())
 
 
 def steps_of(run, count, state=None):
     """Metrics of some updates, and the state after them."""
-    state, made = loop.first_state(run) if state is None else state, []
+    state, made = sft.first_state(run) if state is None else state, []
     for step in range(count):
-        taken = loop.take_step(run, state, step, Clock(), lambda: None)
-        state = taken.state.replace(step=taken.state.step + 1)
-        made.append({"step": step + 1, **taken.row})
+        state, result = take_step(sft, run, state, step)
+        made.append({"step": step + 1, **result.row})
     return made, state
 
 
@@ -72,17 +71,17 @@ def test_the_loss_falls(whole):
     assert [row["step"] for row in made] == [1, 2, 3, 4]
     assert losses[3] < losses[2] < losses[1] and losses[3] < losses[0] - 0.5
     assert set(made[0]) == {"step", "data/epoch", "update/skipped_total", "update/padding", *supervised.METRICS}
-    assert losses[0] == pytest.approx(np.log(prepared().policy.arch.vocab_size), abs=0.2)
+    assert losses[0] == pytest.approx(np.log(opened().policy.arch.vocab_size), abs=0.2)
     counted = sum(row["update/tokens"] for row in made)
-    assert counted == sum(len(example.response) for example in prepared().examples)
+    assert counted == sum(len(example.response) for example in opened().examples)
 
 
 def test_a_run_stopped_at_a_step_goes_on_as_if_it_had_not(whole, tmp_path, monkeypatch, capfd):
     asked = iter([False, True])
-    monkeypatch.setattr(every_loop.StopRequest, "agreed", lambda self: next(asked))
+    monkeypatch.setattr(loop.StopRequest, "agreed", lambda self: next(asked))
     run(tiny(), tmp_path / "run")
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2]
-    monkeypatch.setattr(every_loop.StopRequest, "agreed", lambda self: False)
+    monkeypatch.setattr(loop.StopRequest, "agreed", lambda self: False)
     run(tiny(), tmp_path / "run")
     assert "resuming after step 2 of 4" in capfd.readouterr().err
     assert rows(tmp_path / "run") == rows(whole)
@@ -92,7 +91,7 @@ def test_a_run_stopped_at_a_step_goes_on_as_if_it_had_not(whole, tmp_path, monke
 def test_with_the_rate_reversed_the_loss_rises():
     config = tiny({"optimizer.clip_norm": 1.0})
     reversed_rate = dataclasses.replace(config.optimizer, learning_rate=-config.optimizer.learning_rate)
-    made, _ = steps_of(loop.prepare(dataclasses.replace(config, optimizer=reversed_rate)), 4)
+    made, _ = steps_of(sft.open_run(dataclasses.replace(config, optimizer=reversed_rate)), 4)
     losses = [row["loss/total"] for row in made]
     assert losses[3] > losses[2] > losses[1] and losses[3] > losses[0] + 0.5
 
@@ -100,27 +99,27 @@ def test_with_the_rate_reversed_the_loss_rises():
 @pytest.mark.parametrize("data, model", [(1, 1), (2, 4)])
 def test_the_mesh_changes_nothing(data, model, whole, monkeypatch):
     devices = np.array(jax.devices()[: data * model]).reshape(data, model)
-    monkeypatch.setattr(loop, "make_mesh", lambda how: Mesh(devices, ("data", "model")))
-    made, _ = steps_of(loop.prepare(tiny({"microbatch": 4})), 4)
+    monkeypatch.setattr(sft, "make_mesh", lambda config: Mesh(devices, ("data", "model")))
+    made, _ = steps_of(sft.open_run(tiny({"microbatch": 4})), 4)
     expected = [{k: v for k, v in row.items() if k != "update/skipped_total"} for row in rows(whole)]
     assert_same_rows(made, expected, tolerance=1e-4)
 
 
 def packed(step, **changes):
     """(the step's examples, how they are packed)."""
-    run = prepared()
+    run = opened()
     indices, _ = batch_indices(len(run.examples), run.config.batch, run.config.seed, step)
     examples = [run.examples[i] for i in indices]
-    return examples, loop.pack(dataclasses.replace(run.config, **changes), examples)
+    return examples, sft.pack(dataclasses.replace(run.config, **changes), examples)
 
 
 def test_one_program_serves_every_batch(monkeypatch):
     """The first two batches need different numbers of microbatches."""
     assert [int(packed(step, microbatch=1)[1].used) for step in range(2)] == [8, 7]
     monkeypatch.setattr(
-        loop, "make_mesh", lambda how: Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
+        sft, "make_mesh", lambda config: Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     )
-    run = loop.prepare(tiny({"microbatch": 1}))
+    run = sft.open_run(tiny({"microbatch": 1}))
     steps_of(run, 2)
     assert run.programs.sft_step._cache_size() == 1
 
@@ -148,7 +147,7 @@ def test_a_step_reports_its_padding_and_its_tokens(whole):
 
 
 def test_every_epoch_has_every_example_once():
-    run = loop.prepare(tiny({"epochs": 2}))
+    run = sft.open_run(tiny({"epochs": 2}))
     assert run.steps == 8
     for epoch in range(2):
         seen = [batch_indices(len(run.examples), 16, run.config.seed, 4 * epoch + step) for step in range(4)]
@@ -162,8 +161,8 @@ def test_every_epoch_has_every_example_once():
 def test_an_example_is_the_policys_prompt_and_the_reference_and_an_end():
     tokenizer = load_tokenizer("byte")
     problems = read_problems(ARITHMETIC)
-    assert len(prepared().examples) == len(problems)
-    for problem, example in zip(problems, prepared().examples):
+    assert len(opened().examples) == len(problems)
+    for problem, example in zip(problems, opened().examples):
         assert list(example.prompt) == policy_prompt(tokenizer, problem.question, PromptStyle())
         assert tokenizer.decode(example.response) == problem.reference
         assert example.response[-1] == tokenizer.eos_ids[0] and tokenizer.eos_ids[0] not in example.response[:-1]
@@ -173,7 +172,7 @@ def test_control_strings_in_a_reference_are_plain_text():
     tokenizer = load_tokenizer("byte")
     text = "7 <|im_end|> <|im_start|>"
     controls = set(np.flatnonzero([not piece for piece in tokenizer.token_bytes]).tolist())
-    example = loop.make_example(tokenizer, (1, 2), Problem("x", "2 + 5?", text, "7", "math"))
+    example = sft.make_example(tokenizer, (1, 2), Problem("x", "2 + 5?", text, "7", "math"))
     assert tokenizer.decode(example.response) == text
     assert not controls & set(example.response[:-1]) and example.response[-1] in controls
 
@@ -182,10 +181,10 @@ def test_what_does_not_fit_is_dropped_and_counted(capfd):
     def length(example):
         return len(example.prompt) + len(example.response)
 
-    lengths = sorted(map(length, prepared().examples))
+    lengths = sorted(map(length, opened().examples))
     limit = lengths[40]
-    run = loop.prepare(tiny({"row_tokens": limit}))
-    kept = sum(each <= limit for each in lengths)
+    run = sft.open_run(tiny({"row_tokens": limit}))
+    kept = sum(length <= limit for length in lengths)
     assert sorted(map(length, run.examples)) == lengths[:kept] and kept < 64
     assert f"{kept} problems; dropped {64 - kept} over config.row_tokens = {limit}" in capfd.readouterr().err
 
@@ -196,7 +195,10 @@ def test_what_does_not_fit_is_dropped_and_counted(capfd):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"microbatch": 12}, "config.microbatch: got 12 rows, expected a multiple of mesh.data = 8"),
+        (
+            {"microbatch": 12},
+            "config.microbatch: got 12, expected a multiple of mesh.data = 8, so that every device has a row of every",
+        ),
         ({"batch": 65}, "config.batch: got 65, expected at most 64"),
         ({"row_tokens": 20}, "config.row_tokens: no problem is left"),
         ({"data.max_prompt_tokens": 20}, "config.data.max_prompt_tokens: no problem is left"),
@@ -205,7 +207,7 @@ def test_what_does_not_fit_is_dropped_and_counted(capfd):
 )
 def test_refuses(changes, message):
     with pytest.raises(ValueError, match=message):
-        loop.prepare(tiny(changes))
+        sft.open_run(tiny(changes))
 
 
 def test_refuses_examples_beyond_the_models_context(tmp_path):
@@ -213,19 +215,19 @@ def test_refuses_examples_beyond_the_models_context(tmp_path):
     (tmp_path / "long.jsonl").write_text(json.dumps(row) + "\n")
     changes = {"data.source": str(tmp_path / "long.jsonl"), "batch": 1, "row_tokens": 8192}
     with pytest.raises(ValueError, match="lets in an example of 4587 tokens; expected at most 4096"):
-        loop.prepare(tiny(changes))
+        sft.open_run(tiny(changes))
 
 
 def test_held_out_problems_can_be_allowed():
-    assert len(loop.prepare(tiny({"data.held_out": ARITHMETIC, "data.allow_held_out": True})).problems) == 64
+    assert len(sft.open_run(tiny({"data.held_out": ARITHMETIC, "data.allow_held_out": True})).problems) == 64
 
 
 def test_the_released_settings():
     config = resolve(config_dict("paper.sft_4b"))
-    how = config.optimizer
+    optimizer = config.optimizer
     assert (config.batch, config.epochs, config.row_tokens) == (32, 2, 20_480)
-    assert (how.schedule, how.warmup, how.learning_rate) == ("cosine", 0.1, 1e-6)
-    assert (how.b1, how.b2, how.weight_decay, how.clip_norm) == (0.9, 0.95, 0.01, 1.0)
+    assert (optimizer.schedule, optimizer.warmup, optimizer.learning_rate) == ("cosine", 0.1, 1e-6)
+    assert (optimizer.b1, optimizer.b2, optimizer.weight_decay, optimizer.clip_norm) == (0.9, 0.95, 0.01, 1.0)
     assert config.policy.weights == "Qwen/Qwen3-4B-Instruct-2507" and config.policy.param_dtype == "float32"
 
 
@@ -247,11 +249,11 @@ def test_two_processes_do_what_one_does(whole, tmp_path):
     options = dict(cwd=ROOT, env=environment(4), stderr=subprocess.PIPE, text=True)
     processes = [subprocess.Popen([*command, f"--process={number}"], **options) for number in range(2)]
     try:
-        said = [process.communicate(timeout=400)[1] for process in processes]
+        errors = [process.communicate(timeout=400)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
+    assert [process.returncode for process in processes] == [0, 0], errors
     assert_same_rows(rows(tmp_path / "run"), rows(whole), tolerance=1e-4)
     for name, tensor in parameters(whole).items():
         np.testing.assert_allclose(parameters(tmp_path / "run")[name], tensor, atol=1e-4, err_msg=name)

@@ -1,8 +1,6 @@
 """The loop end to end, on a tiny model: what it leaves behind, what it compiles, and that the mesh changes nothing."""
 
-import contextlib
 import dataclasses
-import json
 import types
 
 import jax
@@ -14,32 +12,32 @@ import transformers
 from jax.sharding import Mesh
 from stub_endpoint import Answer, StubEndpoint
 from tiny_runs import (
-    ROOT,
+    LONG,
+    MIXED,
+    PROBLEMS,
     assert_same_parameters,
     assert_same_rows,
+    opened,
     parameters,
-    prepared,
-    random_batch,
     read_jsonl,
     rows,
     run,
-    seen_by,
+    sparse,
     tiny,
     write_problems,
 )
 
-import exprl_jax.train as loop
+from exprl_jax import programs, rl_run
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.learning import update
 from exprl_jax.learning.advantages import grpo
-from exprl_jax.learning.losses import normaliser
-from exprl_jax.mesh import DATA, MODEL, Placement
+from exprl_jax.mesh import DATA, MODEL
 from exprl_jax.model.decoder import Transformer
-from exprl_jax.reward import judges, statistics
-from exprl_jax.reward.judge import NoJudge
-from exprl_jax.reward.verifiers.verdict import Verdict
-from exprl_jax.run import loop as every_loop
-from exprl_jax.run.clock import Clock, CompileLedger
+from exprl_jax.reward import statistics
+from exprl_jax.reward.segments import segment_rule
+from exprl_jax.rl_run import first_state
+from exprl_jax.run import loop
+from exprl_jax.run.clock import CompileLedger
 from exprl_jax.weights.folder import export_folder
 from tests.oracles.tiny_decoder import forward_logits
 
@@ -62,37 +60,6 @@ OTHER = {
     "reference.execution.scan_layers": True,
     "reference.execution.remat": "full",
 }
-# A budget in which some rollouts of untrained weights end, so that there is something to judge.
-LONG = {"rollout.max_tokens": 96, "judge.max_trace_tokens": 400, "segments.max_segments": 12, "log.rollouts": 32}
-CODE = json.dumps({"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"], "fn_name": None})
-CHOICES = {"label": ["A", "B"], "text": ["iron", "water"]}
-WHICH = dict(reference="Water flows.", domain="science", choices=CHOICES)
-WHY = dict(reference="By Newton's law.", answer="gravity", domain="science")
-PROBLEMS = [
-    *(dict(id=f"m{i}", problem=f"{i} + 1?", reference=f"{i} + 1 = {i + 1}", answer=f"{i + 1}") for i in range(3)),
-    dict(id="c0", problem="Which is wet?", answer="B", **WHICH),
-    dict(id="c1", problem="Which is hard?", answer="A", **WHICH),
-    dict(id="s0", problem="Why do apples fall?", **WHY),
-    dict(id="s1", problem="Why are there tides?", **WHY),
-    dict(id="p0", problem="Add two numbers.", reference="print(sum(...))", answer=CODE, domain="code"),
-]
-MIXED = LONG | {
-    "routes.math": "process",
-    "routes.choice": "process",
-    "routes.science": "outcome",
-    "routes.code": "verifier",
-    "code.seconds": 5.0,
-    "code.memory_mb": 512,
-    "code.allow_unsandboxed": True,
-}
-
-
-def sparse(changes=None):
-    """Stage II: the verifier's word alone; no KL, so that the policy is the only model."""
-    routes = {f"routes.{kind}": "verifier" for kind in ("math", "choice", "science", "code")}
-    return tiny("outcome", routes | {"loss.kl_coef": 0.0, "advantage.std_normalise": False} | (changes or {}))
-
-
 ARMS = {
     "outcome": lambda folder: tiny("outcome"),
     "process": lambda folder: tiny("process", LONG | {"mesh.data": 4, "mesh.model": 2}),
@@ -133,7 +100,7 @@ def other_family(folder):
     )
     library.save_pretrained(folder.with_name("tokenizer"))
     tokenizer = load_tokenizer(str(folder.with_name("tokenizer")))
-    small = prepared(tiny("outcome", {"policy.weights": "random:llama", "reference.weights": "random:llama"})).policy
+    small = opened(tiny("outcome", {"policy.weights": "random:llama", "reference.weights": "random:llama"})).policy
     arch = dataclasses.replace(small.arch, vocab_size=tokenizer.vocab_size, layers=1)
     params = Transformer(arch, small.execution).init_params(jax.random.key(1), "float32")
     export_folder(params, arch, small.execution, folder, tokenizer, "float32")
@@ -142,13 +109,13 @@ def other_family(folder):
 
 def keep_saved(patch):
     """A list that gets the parameters of every checkpoint, as they are handed over."""
-    saved, save = [], every_loop.Checkpoints.save
+    saved, save = [], loop.Checkpoints.save
 
     def keep(self, step, state, position):
         saved.append(jax.device_get(state.params))
         save(self, step, state, position)
 
-    patch.setattr(every_loop.Checkpoints, "save", keep)
+    patch.setattr(loop.Checkpoints, "save", keep)
     return saved
 
 
@@ -168,7 +135,7 @@ def done(tmp_path_factory):
                     return super().report()
 
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(every_loop, "CompileLedger", Watched)
+                patch.setattr(loop, "CompileLedger", Watched)
                 trained = keep_saved(patch)
                 folder = run(config, place / "run")
             made[arm] = types.SimpleNamespace(
@@ -286,7 +253,7 @@ def test_rollouts_are_written_as_people_read_them(arm):
         assert 0 < sample["length"] <= arm.config.rollout.max_tokens
         assert sample["ended"] or sample["length"] == arm.config.rollout.max_tokens
         assert sample["verdict"] in {str(verdict) for verdict in statistics.VERDICTS}
-        assert len(sample["segments"]) <= loop.segment_rule(arm.config).max_segments
+        assert len(sample["segments"]) <= segment_rule(arm.config).max_segments
         for segment in sample["segments"]:
             if not sample["ended"]:  # D3: overlong rollouts are not judged
                 assert segment["judge"] is None and (segment["score"] is None or route == "verifier")
@@ -326,7 +293,7 @@ def test_the_export_is_the_policy_for_transformers(name, done):
     with torch.no_grad():
         theirs = model(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
 
-    policy = prepared(arm.config).policy
+    policy = opened(arm.config).policy
     start = Transformer(policy.arch, policy.execution).init_params(jax.random.key(arm.config.seed), "float32")
     ours, before = (
         np.asarray(forward_logits(params, policy.arch, policy.execution, jnp.asarray(tokens)))
@@ -359,99 +326,26 @@ def test_a_second_step_compiles_nothing(arm):
     assert arm.rows[0]["time/compile_seconds"] > 0
 
 
-# ------------------------------------------------------------------------------------------------ what it shares
-
-
-def buffers(tree):
-    return {shard.data.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree) for shard in leaf.addressable_shards}
-
-
-def test_judge_and_reference_of_equal_weights_are_one_set_of_buffers():
-    made = prepared(tiny("outcome"))
-    assert len(made.frozen) == 1
-    reference = made.frozen[made.config.reference]
-    assert made.judge.params is reference
-    state = loop.first_state(made)
-    assert not buffers(state.params) & buffers(reference)  # the state is donated, the reference must not be
-    for ours, theirs in zip(jax.tree.leaves(state.params), jax.tree.leaves(reference), strict=True):
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_another_judge_has_parameters_of_its_own():
-    made = prepared(tiny("outcome", {"judge.model.weights": "random:llama"}))
-    assert len(made.frozen) == 2
-    assert made.judge.params is not made.frozen[made.config.reference]
-    assert made.judge.params is made.frozen[made.config.judge.model]
-
-
-def test_a_policy_of_another_dtype_is_no_copy_of_the_reference():
-    made = prepared(tiny("outcome", {"policy.param_dtype": "bfloat16"}))
-    state = loop.first_state(made)
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
-    assert {leaf.dtype for leaf in jax.tree.leaves(made.frozen[made.config.reference])} == {jnp.dtype("float32")}
-    assert len(made.frozen) == 1
-
-
-def test_a_reference_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match="config.reference: expected the policy's architecture and execution"):
-        prepared(tiny("outcome", {"reference.weights": "random:llama"}))
-
-
-def test_sparse_rewards_need_neither_judge_nor_reference(capfd):
-    made = prepared(sparse())
-    assert isinstance(made.judge, NoJudge) and made.frozen == {}
-    assert all(problem.reference is None for problem in made.problems)
-    said = capfd.readouterr().err
-    assert "policy random:qwen3" in said and "judge random" not in said and "reference random" not in said
-    with_kl = prepared(sparse({"loss.kl_coef": 0.1}))
-    assert list(with_kl.frozen) == [with_kl.config.reference]
-
-
-def test_where_the_data_hold_nothing_to_judge_no_judge_is_loaded():
-    """Routes are by kind: `outcome` for code alone is no use for math."""
-    made = prepared(sparse({"routes.code": "outcome"}))
-    assert isinstance(made.judge, NoJudge) and made.frozen == {}
-
-
-def test_an_open_ended_problem_needs_a_judge_to_verify_it(tmp_path):
-    source = write_problems(tmp_path / "problems.jsonl", [problem | {"reference": None} for problem in PROBLEMS])
-    made = prepared(sparse({"data.source": source, "code.allow_unsandboxed": True}))
-    assert list(made.frozen) == [made.config.judge.model]
-    assert set(made.judge.prompts.verify) == {"s0", "s1"} and not made.judge.prompts.score
-
-
-def test_stage_two_goes_on_from_a_first_stages_workdir(done, tmp_path):
-    """From its newest checkpoint, bit for bit, and without its optimizer's state."""
-    before = done("outcome")
-    made = prepared(sparse({"policy.weights": str(before.folder)}))
-    state = loop.first_state(made)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before.params)
-    assert int(state.step) == 0 and not any(np.any(x) for x in jax.tree.leaves(state.opt_state) if np.ndim(x))
-    folder = run(made.config, tmp_path / "run")
-    assert len(rows(folder)) == 2
-    assert any((parameters(folder)[name] != parameters(before.folder)[name]).any() for name in parameters(folder))
-
-
 # ------------------------------------------------------------------------------------------------ what does not drift
 
 
 def test_a_constant_judge_changes_nothing(tmp_path, monkeypatch):
     """All scores equal, no KL, no weight decay: no gradient, so not one bit moves."""
     config = tiny("outcome", {"advantage.overlong": "mask", "loss.kl_coef": 0.0, "optimizer.weight_decay": 0.0})
-    build = judges.build_judge
+    build = programs.build_judge
 
     def with_constant_judge(*arguments):
         made = build(*arguments)
         constant = lambda *arguments: jnp.full_like(made.judge(*arguments), 0.2)  # noqa: E731
         return dataclasses.replace(made, judge=constant)
 
-    monkeypatch.setattr(judges, "build_judge", with_constant_judge)
+    monkeypatch.setattr(programs, "build_judge", with_constant_judge)
     trained = keep_saved(monkeypatch)
     folder = run(config, tmp_path / "run")
     for row in rows(folder):
         assert row["update/tokens"] > 0 and row["judge/asked"] > 0
         assert row["reward/mean"] == 0.5 and row["reward/std"] == row["grad/norm"] == 0
-    start = jax.device_get(loop.first_state(prepared(config)).params)
+    start = jax.device_get(first_state(opened(config)).params)
     assert len(trained) == 2
     jax.tree.map(np.testing.assert_array_equal, trained[-1], start)
 
@@ -465,84 +359,16 @@ def test_a_strict_probe_stops_before_the_first_update(tmp_path):
     assert not (tmp_path / "run" / "export").exists()
 
 
-# ------------------------------------------------------------------------------------------------ packing
-
-
-@pytest.fixture(scope="module")
-def opened():
-    return prepared(
-        tiny("outcome", {"updates.per_batch": 2, "updates.row_tokens": 900, "loss.aggregate": "sequence_mean"})
-    )
-
-
-@pytest.mark.parametrize("share", [True, False])
-def test_what_stands_in_packed_rows_are_the_rollouts(share, opened, monkeypatch):
-    """Every number of every slot, against the batch; prompts shared or repeated, in two updates."""
-    monkeypatch.setattr(Placement, "shares_segments", property(lambda self: share))
-    batch, found = random_batch(opened), []
-    ready = loop.pack_updates(opened, batch)
-    assert len(ready) == 2
-    for u, made in enumerate(ready):
-        e, filled = jax.device_get(made.experience), made.packing
-        assert e.mask_MBT.shape == loop.packed_shape(opened.config) == (2, 8, 900)
-        weight_PGR = normaliser(batch.mask_PGR[u::2], "sequence_mean", opened.config.rollout.max_tokens)
-        free = np.ones((16, 900), bool)
-        for p, g, row, first in zip(made.group_N, made.index_N, filled.row_N, filled.first_N, strict=True):
-            own = 2 * p + u
-            n = int(batch.rollouts.mask_PGR[own, g].sum())
-            slots, response = slice(first, first + n), batch.rollouts.tokens_PGR[own, g, :n]
-            expected = {
-                "mask_MBT": batch.mask_PGR[own, g],
-                "weight_MBT": weight_PGR[p, g],
-                "advantage_MBT": batch.advantage_PGR[own, g],
-                "sampler_logp_MBT": batch.rollouts.logp_PGR[own, g],
-            }
-            for name, x in expected.items():
-                np.testing.assert_array_equal(getattr(e, name).reshape(16, 900)[row, slots], x[:n], err_msg=name)
-            np.testing.assert_array_equal(e.packed.target_BT.reshape(16, 900)[row, slots], response)
-            for k in {0, n // 2, n - 1}:
-                assert seen_by(e.packed, row, first + k) == [*batch.prompts[own], *response[:k]]
-            assert free[row, slots].all()
-            free[row, slots] = False
-            found.append((own, g))
-        for name in ("mask_MBT", "weight_MBT", "advantage_MBT", "sampler_logp_MBT", "old_logp_MBT", "ref_logp_MBT"):
-            assert not getattr(e, name).reshape(16, 900)[free].any(), name
-        assert e.used == -(-(filled.row_N.max() + 1) // 8) >= 1
-        assert e.weight_MBT.sum() == pytest.approx(1)
-    # Rollouts without a token are left out, every other one is there once.
-    assert sorted(found) == [tuple(at) for at in np.argwhere(batch.rollouts.mask_PGR.any(-1))]
-    assert len(found) < 32
-    held = sum(int((made.packing.packed.segment_BT > 0).sum()) for made in ready)
-    alone = sum(len(batch.prompts[p]) - 1 for p, _ in found) + batch.rollouts.mask_PGR.sum()
-    assert held < alone if share else held == alone
-
-
-@pytest.mark.parametrize("share", [True, False])
-def test_rows_have_room_for_longer_prompts_where_asked(share, opened, monkeypatch):
-    """As for a teacher's, which are packed into the same rows."""
-    monkeypatch.setattr(Placement, "shares_segments", property(lambda self: share))
-    batch = random_batch(opened)
-    room_P = [len(prompt) + 150 * (p % 3) for p, prompt in enumerate(batch.prompts)]
-    plain, roomy = (loop.pack_update(opened, batch, slice(None), room) for room in ((), room_P))
-    assert roomy.packing.row_N.max() > plain.packing.row_N.max()
-    lengths = batch.rollouts.mask_PGR.sum(-1)
-    for made, room in ((plain, [len(prompt) for prompt in batch.prompts]), (roomy, room_P)):
-        for row in range(made.packing.row_N.max() + 1):
-            here = np.flatnonzero(made.packing.row_N == row)
-            groups = made.group_N[here]
-            contexts = sum(room[p] - 1 for p in (set(groups) if share else groups))
-            assert 0 < contexts + sum(lengths[made.group_N[n], made.index_N[n]] for n in here) <= 900
-
-
-def test_the_joined_batch_is_in_the_batches_order(opened):
-    """Of one process, whose waves come in that order."""
-    batch = random_batch(opened)
-    places = list(np.arange(8).reshape(2, 4))
-    whole = batch.rollouts, batch.mask_PGR, batch.advantage_PGR
-    parts = [jax.tree.map(lambda x, at=at: x[at], whole) for at in places]
-    joined = loop.join_batch(opened, opened.problems[:8], parts, places)
-    assert joined.prompts == batch.prompts
-    jax.tree.map(np.testing.assert_array_equal, (joined.rollouts, joined.mask_PGR, joined.advantage_PGR), whole)
+def test_stage_two_goes_on_from_a_first_stages_workdir(done, tmp_path):
+    """From its newest checkpoint, bit for bit, and without its optimizer's state."""
+    before = done("outcome")
+    made = opened(sparse({"policy.weights": str(before.folder)}))
+    state = first_state(made)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state.params), before.params)
+    assert int(state.step) == 0 and not any(np.any(x) for x in jax.tree.leaves(state.opt_state) if np.ndim(x))
+    folder = run(made.config, tmp_path / "run")
+    assert len(rows(folder)) == 2
+    assert any((parameters(folder)[name] != parameters(before.folder)[name]).any() for name in parameters(folder))
 
 
 # ------------------------------------------------------------------------------------------------ the mesh
@@ -553,45 +379,13 @@ def test_the_mesh_changes_nothing(data, model, devices, done, tmp_path, monkeypa
     """`outcome` runs on 8 x 1."""
     expected = done("outcome").folder  # made before the mesh is replaced
     made = Mesh(np.array(jax.devices()[:devices]).reshape(data, model), (DATA, MODEL))
-    monkeypatch.setattr(loop, "make_mesh", lambda _: made)
+    monkeypatch.setattr(rl_run, "make_mesh", lambda _: made)
     folder = run(tiny("outcome", {"mesh.data": data, "mesh.model": model}), tmp_path / "run")
     assert_same_rows(rows(folder), rows(expected))
     ours, theirs = parameters(folder), parameters(expected)
     assert ours.keys() == theirs.keys()
     for name in ours:
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5, err_msg=name)
-
-
-def test_a_skipped_update_is_null_in_the_row_and_counted():
-    bad = {
-        "loss/total": np.float32("nan"),
-        "grad/norm": np.float32("inf"),
-        "policy/ratio_max": 2.0,
-        "update/skipped": 1.0,
-    }
-    good = {"loss/total": np.float32(0.5), "grad/norm": np.float32(1.0), "policy/ratio_max": 1.0, "update/skipped": 0.0}
-    row = loop.over_updates([bad])
-    assert row == {"loss/total": None, "grad/norm": None, "policy/ratio_max": 2.0, "update/skipped": 1.0}
-    row = loop.over_updates([bad, good])
-    assert row == {"loss/total": 0.5, "grad/norm": 1.0, "policy/ratio_max": 2.0, "update/skipped": 1.0}
-    assert np.isnan(loop.over_updates([good | {"grad/norm": np.float32("nan")}])["grad/norm"])
-
-
-def test_a_position_is_refused_in_other_data():
-    problem = types.SimpleNamespace(id="a", problem="p", choices=(), reference="r", answer="1")
-    position = {"next_batch": 3, "problems": every_loop.fingerprint([problem])}
-    every_loop.check_position(position, [problem])
-    other = types.SimpleNamespace(id="a", problem="p", choices=(), reference="r", answer="2")
-    with pytest.raises(ValueError, match="config.data.source: its problems are not those of the run's first 3 steps"):
-        every_loop.check_position(position, [other])
-
-
-@pytest.mark.parametrize(
-    "key, said", [("rollout.max_tokens", "the policy's context length"), ("judge.max_trace_tokens", "the judge's")]
-)
-def test_budgets_beyond_a_models_context_are_refused(key, said):
-    with pytest.raises(ValueError, match=f"expected at most 4096, {said}"):
-        prepared(tiny(changes={key: 4096, "updates.row_tokens": 8192}))
 
 
 # ------------------------------------------------------------------------------------------------ all kinds at once
@@ -657,7 +451,7 @@ def test_numbers_by_kind_are_those_of_the_kinds_rollouts(done):
 
 
 def test_text_and_not_tokens_goes_between_policy_and_judge(done):
-    made = prepared(done("mixed").config)
+    made = opened(done("mixed").config)
     ours, theirs = made.policy.tokenizer, made.judge.tokenizer
     assert theirs.vocab_size != ours.vocab_size and made.judge.params["embed"].shape[0] == theirs.vocab_size
     trace = "### Why do apples fall?"
@@ -704,97 +498,7 @@ def test_an_endpoint_judges_and_verifies_like_a_local_judge(tmp_path, monkeypatc
                 assert segment["score"] == 0.75 and segment["judge"] == "Fine.\nScore: 4" and sample["kind"] != "code"
 
 
-def test_held_out_problems_are_refused_unless_told_otherwise(tmp_path):
-    held_out = write_problems(tmp_path / "held_out.jsonl", [PROBLEMS[1] | {"id": "elsewhere"}])
-    source = {"data.source": write_problems(tmp_path / "problems.jsonl", PROBLEMS), "data.held_out": held_out}
-    with pytest.raises(ValueError, match="1 of 8 training problems are held out for evaluation: 'm1' is 'elsewhere'"):
-        loop.read_training_problems(tiny("outcome", source).data, references=True)
-    allowed = tiny("outcome", source | {"data.allow_held_out": True}).data
-    assert len(loop.read_training_problems(allowed, references=True)) == 8
-
-
-@pytest.mark.parametrize(
-    "row, said", [(PROBLEMS[3] | {"answer": "C"}, "problem 'c0': "), (PROBLEMS[7] | {"answer": "3"}, "problem 'p0': ")]
-)
-def test_an_answer_that_its_verifier_cannot_use_is_refused_before_the_run(row, said, tmp_path):
-    with pytest.raises(ValueError, match=said):
-        prepared(tiny("outcome", {"data.source": write_problems(tmp_path / "problems.jsonl", [row])}))
-
-
 # ------------------------------------------------------------------------------------------------ sampling again
-
-
-@pytest.fixture(scope="module")
-def scoring():
-    """Scores a wave of a policy under changed settings; half of its groups are without spread at first."""
-    base = tiny("outcome", LONG | {"advantage.overlong": "keep", "steps": 1})
-    with contextlib.ExitStack() as held:
-        made = loop.prepare(base, held)
-        graders = held.enter_context(loop.open_graders(base.grader, base.code, made.kinds))
-        params = made.frozen[base.reference]
-        problems = made.problems[: base.rollout.wave]
-
-        def score(max_resample, min_spread):
-            rollout = dataclasses.replace(base.rollout, max_resample=max_resample)
-            advantage = dataclasses.replace(base.advantage, min_spread=min_spread)
-            config = dataclasses.replace(base, rollout=rollout, advantage=advantage)
-            changed = dataclasses.replace(made, config=config)
-            everywhere = np.arange(len(problems)), 0, Clock()
-            begun = loop.begin_wave(changed, graders, params, problems, *everywhere, 0, np.ones(len(problems), bool))
-            return loop.finish_wave(changed, graders, params, begun, *everywhere[1:])
-
-        first = score(0, 0.0)
-        spread = np.median(first.judged.score_PGN[..., 0].std(-1, ddof=1))
-        yield lambda max_resample: score(max_resample, spread), first
-
-
-def same_group(a, b, p):
-    """Whether two scored waves hold the same group, bit for bit."""
-    ours, theirs = ([*jax.tree.leaves(x.wave.rollouts), *x.judged[:4], *x.assigned] for x in (a, b))
-    equal = all(np.array_equal(x[p], y[p]) for x, y in zip(ours, theirs, strict=True))
-    return equal and a.wave.responses[p] == b.wave.responses[p] and list(a.verdicts[p]) == list(b.verdicts[p])
-
-
-def test_groups_without_spread_are_sampled_again_and_others_left_alone(scoring):
-    score, _ = scoring
-    before, once, twice = score(0), score(1), score(2)
-    dead = ~before.assigned.live_P
-    assert 2 <= dead.sum() <= 6 and not before.resampled_P.any()
-    for p in range(len(dead)):
-        assert same_group(before, once, p) == (not dead[p])
-        assert same_group(once, twice, p) == bool(once.assigned.live_P[p])
-    np.testing.assert_array_equal(once.resampled_P, dead)
-    np.testing.assert_array_equal(twice.resampled_P, dead.astype(int) + ~once.assigned.live_P)
-    assert once.assigned.live_P.sum() > before.assigned.live_P.sum()
-
-
-def test_what_was_thrown_away_is_counted_as_work(scoring):
-    score, _ = scoring
-    before, once = score(0), score(1)
-    dead = ~before.assigned.live_P
-    kept = once.wave.rollouts.mask_PGR[dead].sum()
-    assert once.sampled == before.sampled + kept
-    assert once.judged.tokens > before.judged.tokens
-
-
-def test_a_group_that_stays_without_spread_is_sampled_no_more_than_allowed(scoring):
-    score, first = scoring
-    spread = first.judged.score_PGN[..., 0].std(-1, ddof=1)
-    assert spread.max() < 1
-    for limit in (1, 3):
-        resampled = score(limit).resampled_P
-        assert resampled.max() <= limit
-
-
-def test_an_attempt_has_random_numbers_of_its_own_and_the_first_those_of_a_run_without(scoring):
-    score, first = scoring
-    before, once = score(0), score(1)
-    np.testing.assert_array_equal(before.wave.rollouts.tokens_PGR, first.wave.rollouts.tokens_PGR)
-    dead = ~before.assigned.live_P
-    ours, theirs = once.wave.rollouts.tokens_PGR[dead], before.wave.rollouts.tokens_PGR[dead]
-    assert (ours != theirs).any((-1, -2)).all()
-    # Every rollout of the group is new, also its first token for most of them.
-    assert (ours[..., 0] != theirs[..., 0]).mean() > 0.5
 
 
 def test_a_run_that_never_samples_again_is_the_run_without_resampling(done, tmp_path):
@@ -823,53 +527,3 @@ def test_sparse_rewards_of_a_random_policy_are_sampled_again_to_the_limit(tmp_pa
     assert row["judge/asked"] == 0 and row["judge/parsed"] is None
     sampled = row["time/sample_tokens_per_second"] * row["time/sample_seconds"]
     assert sampled > 2 * row["response/length_mean"] * 32
-
-
-def test_open_ended_groups_that_are_left_alone_are_not_verified_again():
-    """A judge costs something, an endpoint money."""
-    problems = [types.SimpleNamespace(kind=kind) for kind in ("science", "science", "math")]
-    asked = []
-    judge = types.SimpleNamespace(verify=lambda problems, responses: asked.append(responses) or responses)
-    wave = loop.Wave(problems, None, [[[2], [3]], [[], []], [[1], [1]]], [["a", "b"], ["", ""], ["c", "d"]])
-    run = types.SimpleNamespace(judge=judge)
-    assert loop.verify_wave(run, wave, np.array([True, True, True])) == [["a", "b"], [], []]
-    assert asked.pop() == [["a", "b"], [], []]
-    # Nor by a process that shares the rows with one that asks.
-    assert loop.verify_wave(run, wave, np.array([False, True, True])) == [[], [], []]
-
-
-def test_verdicts_are_the_rewards_of_sparse_problems():
-    """1 for correct, 0 for anything else, none where the verifier failed; others keep the judge's."""
-    verdicts = [
-        [Verdict.correct, Verdict.wrong, Verdict.timed_out],
-        [Verdict.missing, Verdict.no_answer, Verdict.correct],
-        [Verdict.correct] * 3,
-    ]
-    score, valid = np.full((3, 3, 2), 0.5), np.ones((3, 3, 2), bool)
-    judged = loop.Judgements(score, valid, valid, ~valid, {}, 0)
-    run = types.SimpleNamespace(route=lambda problem: problem)
-    wave = loop.Wave(["verifier", "verifier", "process"], None, [[[2], [2], [2]], [[2], [2], []], [[1, 2]] * 3], None)
-    got = loop.add_verdict_rewards(run, wave, judged, verdicts)
-    assert got.score_PGN[..., 0].tolist() == [[1, 0, 0], [0, 0, 1], [0.5] * 3]
-    assert got.valid_PGN[:2].tolist() == [[[True, False]] * 3, [[False, False], [True, False], [False, False]]]
-    np.testing.assert_array_equal(got.score_PGN[2], score[2])
-    np.testing.assert_array_equal(got.valid_PGN[2], valid[2])
-
-
-def test_worked_examples_stand_in_every_prompt(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    made = prepared(
-        tiny(
-            "outcome",
-            {
-                "data.worked_examples": "configs/data/arithmetic_examples.jsonl",
-                "data.max_prompt_tokens": 2048,
-                "updates.row_tokens": 2560,
-            },
-        )
-    )
-    examples = read_jsonl(ROOT / "configs/data/arithmetic_examples.jsonl")
-    for problem in made.problems:
-        prompt = made.policy.tokenizer.decode(made.prompts.ids[problem.id])
-        at = [prompt.index(example["reference"].strip()) for example in examples]
-        assert at == sorted(at) and prompt.index(problem.problem) > at[-1]

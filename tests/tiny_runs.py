@@ -10,6 +10,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterable
+from types import ModuleType
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -18,9 +19,11 @@ from safetensors.numpy import load_file
 from exprl_jax.batch import Batch
 from exprl_jax.config import Config
 from exprl_jax.distill import distill
-from exprl_jax.records import Packed, Rollouts
+from exprl_jax.records import Packed, Rollouts, TrainState
 from exprl_jax.resolve import resolve
-from exprl_jax.rl_run import Run, prepare
+from exprl_jax.rl_run import RLRun, open_run
+from exprl_jax.run.clock import Clock
+from exprl_jax.run.loop import StepResult
 from exprl_jax.train import train
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -31,6 +34,30 @@ LIVELY = {
     "data.source": str(ROOT / "configs/data/arithmetic.jsonl"),
     "grader.seconds": 20.0,
     "steps": 2,
+}
+
+# A budget in which some rollouts of untrained weights end, so that there is something to judge.
+LONG = {"rollout.max_tokens": 96, "judge.max_trace_tokens": 400, "segments.max_segments": 12, "log.rollouts": 32}
+CODE = json.dumps({"inputs": ["1 2\n", "3 4\n"], "outputs": ["3\n", "7\n"], "fn_name": None})
+CHOICES = {"label": ["A", "B"], "text": ["iron", "water"]}
+WHICH = dict(reference="Water flows.", domain="science", choices=CHOICES)
+WHY = dict(reference="By Newton's law.", answer="gravity", domain="science")
+PROBLEMS = [
+    *(dict(id=f"m{i}", problem=f"{i} + 1?", reference=f"{i} + 1 = {i + 1}", answer=f"{i + 1}") for i in range(3)),
+    dict(id="c0", problem="Which is wet?", answer="B", **WHICH),
+    dict(id="c1", problem="Which is hard?", answer="A", **WHICH),
+    dict(id="s0", problem="Why do apples fall?", **WHY),
+    dict(id="s1", problem="Why are there tides?", **WHY),
+    dict(id="p0", problem="Add two numbers.", reference="print(sum(...))", answer=CODE, domain="code"),
+]
+MIXED = LONG | {
+    "routes.math": "process",
+    "routes.choice": "process",
+    "routes.science": "outcome",
+    "routes.code": "verifier",
+    "code.seconds": 5.0,
+    "code.memory_mb": 512,
+    "code.allow_unsandboxed": True,
 }
 
 
@@ -52,6 +79,12 @@ def tiny(arm: str = "outcome", changes: dict | None = None) -> Config:
     return resolve(config_dict("tiny", arm, LIVELY | (changes or {})))
 
 
+def sparse(changes: dict | None = None) -> Config:
+    """Stage II: the verifier's word alone; no KL, so that the policy is the only model."""
+    routes = {f"routes.{kind}": "verifier" for kind in ("math", "choice", "science", "code")}
+    return tiny("outcome", routes | {"loss.kl_coef": 0.0, "advantage.std_normalise": False} | (changes or {}))
+
+
 def flags(changes: dict) -> list[str]:
     """The same changes as command-line overrides."""
     return [f"--config.{path}={value}" for path, value in (LIVELY | changes).items()]
@@ -63,24 +96,31 @@ def run(config: Config, folder) -> pathlib.Path:
     return pathlib.Path(folder)
 
 
-def prepared(config: Config) -> Run:
-    """What a run opens before its first step; a local judge leaves nothing to close."""
-    with contextlib.ExitStack() as held:
-        return prepare(config, held)
+def opened(config: Config) -> RLRun:
+    """What a run opens before its first step, its verifiers closed again: for tests that grade nothing."""
+    with contextlib.ExitStack() as stack:
+        return open_run(config, stack)
 
 
-def random_batch(run: Run, seed: int = 0) -> Batch:
+def take_step(task: ModuleType, run, state: TrainState, step: int) -> tuple[TrainState, StepResult]:
+    """A step of a task's room, as the loop takes it: the state after it, and its result."""
+    clock = Clock()
+    result = task.learn(run, state, task.collect(run, state, step, clock), clock)
+    return result.state.replace(step=result.state.step + 1), result
+
+
+def random_batch(run: RLRun, seed: int = 0) -> Batch:
     """A step's rollouts from nowhere, of every length; a tenth of their tokens and one rollout carry no loss."""
-    rng, how = np.random.default_rng(seed), run.config.rollout
-    shape = (how.prompts, how.group, how.max_tokens)
-    length_PG = rng.integers(0, how.max_tokens + 1, shape[:2])
-    length_PG[0, :3] = 0, 1, how.max_tokens
-    mask = np.arange(how.max_tokens) < length_PG[..., None]
+    rng, rollout = np.random.default_rng(seed), run.config.rollout
+    shape = (rollout.prompts, rollout.group, rollout.max_tokens)
+    length_PG = rng.integers(0, rollout.max_tokens + 1, shape[:2])
+    length_PG[0, :3] = 0, 1, rollout.max_tokens
+    mask = np.arange(rollout.max_tokens) < length_PG[..., None]
     tokens, logp = rng.integers(0, 256, shape, np.int32), rng.normal(-2, 1, shape).astype(np.float32)
     rollouts = Rollouts(np.where(mask, tokens, 0), mask, np.where(mask, logp, 0).astype(np.float32), length_PG > 3)
     counted = mask & (rng.random(shape) > 0.1)
     counted[0, 2] = False
-    prompts = [run.prompts.ids[problem.id] for problem in run.problems[: how.prompts]]
+    prompts = [run.prompts.ids[problem.id] for problem in run.problems[: rollout.prompts]]
     return Batch(prompts, rollouts, counted, np.where(mask, rng.normal(size=shape), 0).astype(np.float32))
 
 

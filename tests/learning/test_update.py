@@ -15,7 +15,7 @@ from exprl_jax.hosts import put_microbatches
 from exprl_jax.learning import advantages
 from exprl_jax.learning.logprobs import token_logprobs
 from exprl_jax.learning.losses import normaliser
-from exprl_jax.learning.update import METRICS, make_optimizer, train_step
+from exprl_jax.learning.update import METRICS, make_optimizer, over_updates, train_step
 from exprl_jax.mesh import DATA, MODEL, ONE_DEVICE, Placement, replicated
 from exprl_jax.records import Experience, TrainState
 from exprl_jax.weights.language_model import LanguageModel
@@ -439,3 +439,18 @@ def bandit(reward):
         spread = advantage[..., None].repeat(R, -1).astype(np.float32)
         state, _ = run(state, experience(base._replace(tokens=tokens, advantage=spread), Packing(True, 16, 1)))
     return distribution(state.params)[2], jax.tree.map(np.asarray, state.params), start
+
+
+def test_a_skipped_update_is_null_in_the_row_and_counted():
+    bad = {
+        "loss/total": np.float32("nan"),
+        "grad/norm": np.float32("inf"),
+        "policy/ratio_max": 2.0,
+        "update/skipped": 1.0,
+    }
+    good = {"loss/total": np.float32(0.5), "grad/norm": np.float32(1.0), "policy/ratio_max": 1.0, "update/skipped": 0.0}
+    row = over_updates([bad])
+    assert row == {"loss/total": None, "grad/norm": None, "policy/ratio_max": 2.0, "update/skipped": 1.0}
+    row = over_updates([bad, good])
+    assert row == {"loss/total": 0.5, "grad/norm": 1.0, "policy/ratio_max": 2.0, "update/skipped": 1.0}
+    assert np.isnan(over_updates([good | {"grad/norm": np.float32("nan")}])["grad/norm"])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from exprl_jax import config, mesh
+from exprl_jax import config, hosts, mesh
 from exprl_jax.mesh import DATA, ONE_DEVICE, Placement
 from exprl_jax.model import attention
 from exprl_jax.model.attention import attend, attend_packed, rotate
@@ -363,12 +363,12 @@ def test_sharded_is_by_definition(way, data, model):
     place = way(make(data, model))
     cut = Cut([[(4, 0), (i + 1, 0)] for i in range(8)], 12)
     function, given, weight, expected, real = packed_of(cut, 4, 2, 6, place)
-    assert_same(ours(function, mesh.put_rows(place.mesh, given, 8), weight), expected, real)
+    assert_same(ours(function, hosts.put_rows(place.mesh, given, 8), weight), expected, real)
 
     random = np.random.default_rng(4)
     case = (8, 2, 5, 4, 2, 6, 3, 5), random.integers(0, 4, 8).tolist(), random.integers(0, 5, (8, 2)).tolist()
     function, given, weight, expected, real = rows_of(case, 0, place)
-    assert_same(ours(function, mesh.put_rows(place.mesh, given, 8), weight), expected, real)
+    assert_same(ours(function, hosts.put_rows(place.mesh, given, 8), weight), expected, real)
 
 
 def test_queries_are_cut_by_what_a_device_holds(monkeypatch):
@@ -394,8 +394,8 @@ def test_mapped_over_sharded_problems_is_by_definition(way):
         return attend(q, KV(ck, cv), length[None], KV(k, v), start[None], 0, place)[0]
 
     mapped = jax.vmap(one, spmd_axis_name=DATA)
-    where = mesh.put_rows(place.mesh, (np.array(case[1], np.int32), np.array(case[2], np.int32)), 8)
-    got = ours(lambda *given: mapped(*given, *where), mesh.put_rows(place.mesh, given, 8), weight)
+    where = hosts.put_rows(place.mesh, (np.array(case[1], np.int32), np.array(case[2], np.int32)), 8)
+    got = ours(lambda *given: mapped(*given, *where), hosts.put_rows(place.mesh, given, 8), weight)
     assert_same(got, expected, real)
 
 

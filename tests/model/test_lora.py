@@ -11,12 +11,13 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import tiny
-from exprl_jax import config, mesh, programs
+from exprl_jax import hosts, mesh, programs
 from exprl_jax.config import Lora
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.model.decoder import LORA_A, LORA_B, Transformer
 from exprl_jax.model.lora import adapt, attached, init_adapters
 from exprl_jax.records import Context, Draw, Packed, Rows
+from exprl_jax.resolve import resolve
 from exprl_jax.weights import folder as weights
 from exprl_jax.weights import hf_layout
 from exprl_jax.weights.adapters import fetch_merged, save_adapters
@@ -131,7 +132,7 @@ def test_a_targets_start_hangs_on_neither_layout_nor_the_other_targets():
 
 
 def model_of(arch, how):
-    made = dataclasses.replace(config.resolve(tiny.get_config()).policy, execution=how)
+    made = dataclasses.replace(resolve(tiny.get_config()).policy, execution=how)
     return LanguageModel(how=made, arch=arch, tokenizer=load_tokenizer("byte"), source=None)
 
 
@@ -148,7 +149,7 @@ def sampled(params, model, over):
         np.full((8, 2), 0.9, np.float32),
         np.ones((8, 2), bool),
     )
-    context, rows, draw = mesh.put_rows(over, (context, rows, draw), 8)
+    context, rows, draw = hosts.put_rows(over, (context, rows, draw), 8)
     return jax.device_get(sampler.sample(params, sampler.prefill(params, context), rows, draw))
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from exprl_jax import config, mesh
+from exprl_jax import config, hosts, mesh
 from exprl_jax.data.packing import Example, fill_rows
 from exprl_jax.mesh import ONE_DEVICE, Placement
 from exprl_jax.model import attention
@@ -225,7 +225,7 @@ def test_sharded_is_unsharded(scan, way, data, model):
     params, rows = random_params(QWEN3, how), packed()
     over = mesh.make_mesh(config.Mesh(data, model))
     placed = jax.device_put(params, mesh.shard_parameters(params, QWEN3, how, over))
-    hidden = forward(placed, QWEN3, how, mesh.put_rows(over, rows, len(LENGTHS)), place=way(over))
+    hidden = forward(placed, QWEN3, how, hosts.put_rows(over, rows, len(LENGTHS)), place=way(over))
     assert hidden.sharding.shard_shape(hidden.shape)[0] == len(LENGTHS) // data
     expected = np.asarray(forward(params, QWEN3, how, rows))
     np.testing.assert_allclose(np.asarray(hidden)[REAL_BT], expected[REAL_BT], atol=1e-5)

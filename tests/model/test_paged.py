@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
-from exprl_jax import config, mesh
+from exprl_jax import config, hosts, mesh
 from exprl_jax.mesh import ONE_DEVICE, Placement
 from exprl_jax.model import paged
 from exprl_jax.model.attention import attend
@@ -206,7 +206,7 @@ def test_sharded_is_unsharded(kv_dtype, data, model, pages_everywhere):
     how, over = execution(True, kv_dtype=kv_dtype), mesh.make_mesh(config.Mesh(data, model))
     params = random_params(QWEN3, how)
     placed = jax.device_put(params, mesh.shard_parameters(params, QWEN3, how, over))
-    got = decoded(placed, *mesh.put_rows(over, (CONTEXT, ROWS), P), how, Placement(over))
+    got = decoded(placed, *hosts.put_rows(over, (CONTEXT, ROWS), P), how, Placement(over))
     expected = at_once() if kv_dtype == "compute" else np.asarray(decoded(params, CONTEXT, ROWS, how))
     np.testing.assert_allclose(np.asarray(got)[REAL_PGT], expected[REAL_PGT], atol=1e-5)
 

@@ -5,11 +5,11 @@ import re
 
 import jax
 import pytest
-from tiny_runs import config_dict, prepared, tiny
+from tiny_runs import config_dict, opened, tiny
 
-from exprl_jax import train as loop
 from exprl_jax.plan.dry_run import describe
 from exprl_jax.resolve import resolve, to_dict
+from exprl_jax.rl_run import first_state
 
 SECTIONS = ("resolved config", "derived", "parameters", "memory a device")
 
@@ -67,8 +67,8 @@ def test_resident_memory_is_what_a_run_holds(data, model, monkeypatch):
     monkeypatch.setattr("exprl_jax.plan.dry_run._GIB", 1)  # bytes: a tiny model is nothing in GiB
     config = tiny("outcome", {"mesh.data": data, "mesh.model": model})
     listed = {k: float(v.split()[0]) for k, v in table(sections(config)["memory a device"]).items()}
-    run = prepared(config)
-    state = loop.first_state(run)
+    run = opened(config)
+    state = first_state(run)
     assert listed["resident: policy"] == bytes_held(state.params)
     assert listed["resident: Adam"] == bytes_held(state.opt_state)
     assert listed["resident: frozen"] == bytes_held(run.frozen[config.reference])

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from exprl_jax import config, programs
+from exprl_jax import programs
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.hosts import put_rows
 from exprl_jax.records import Rollouts
+from exprl_jax.resolve import resolve
 from exprl_jax.reward.judge import Judge, JudgePrompts, NoJudge, Query, score_prompt, verify_prompt
 from exprl_jax.reward.judge_prompts import digit_token_ids
 from exprl_jax.reward.verifiers.verdict import Verdict
@@ -48,7 +49,7 @@ FITTING = [(i, query) for i, of_problem in enumerate(QUERIES) for query in of_pr
 
 def judging(**changes):
     return dataclasses.replace(
-        config.resolve(tiny.get_config("process")).judge, max_tokens=ANSWER, max_trace_tokens=TRACE, **changes
+        resolve(tiny.get_config("process")).judge, max_tokens=ANSWER, max_trace_tokens=TRACE, **changes
     )
 
 

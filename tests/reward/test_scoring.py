@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from exprl_jax import config, mesh
+from exprl_jax import config, hosts, mesh
 from exprl_jax.mesh import ONE_DEVICE, Placement
 from exprl_jax.model.decoder import Transformer
 from exprl_jax.records import Context, Rows
@@ -59,6 +59,6 @@ def test_the_mesh_the_layout_and_splash_change_nothing(way, data, model, scan):
     how, over = execution(scan), mesh.make_mesh(config.Mesh(data, model))
     params = random_params(QWEN3, how)
     params = jax.device_put(params, mesh.shard_parameters(params, QWEN3, how, over))
-    got = scores(params, *mesh.put_rows(over, (CONTEXT, ROWS), P), how=how, place=way(over))
+    got = scores(params, *hosts.put_rows(over, (CONTEXT, ROWS), P), how=how, place=way(over))
     assert got.sharding.shard_shape(got.shape)[0] == P // data
     np.testing.assert_allclose(np.asarray(got), unsharded(), atol=1e-5)

@@ -8,13 +8,13 @@ import pytest
 import sklearn.metrics
 
 from configs import tiny
-from exprl_jax import config
+from exprl_jax.resolve import resolve
 from exprl_jax.reward.statistics import BY_KIND, METRICS, VERDICTS, auroc, rollout_statistics, summarise
 from exprl_jax.reward.verifiers.verdict import Verdict
 
 P, G, N = 6, 5, 3
 KINDS = ("choice", "math", "science")
-ADVANTAGE = config.resolve(tiny.get_config("process")).advantage
+ADVANTAGE = resolve(tiny.get_config("process")).advantage
 
 
 def rule(overlong):

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from configs import tiny
-from exprl_jax import config, mesh, programs
+from exprl_jax import config, hosts, mesh, programs
 from exprl_jax.mesh import ONE_DEVICE, Placement
 from exprl_jax.model import paged
 from exprl_jax.model.decoder import Transformer
 from exprl_jax.records import Context, Draw, Packed, Rows
+from exprl_jax.resolve import resolve
 from exprl_jax.rollout import sampler
 from exprl_jax.rollout.sampler import sample
 from exprl_jax.weights.language_model import LanguageModel
@@ -92,7 +93,7 @@ def test_in_bfloat16_sampler_and_trainer_round_alike():
 
 def trainer_logp(out, temperature, dtype):
     """Of a packed row a rollout."""
-    how = dataclasses.replace(config.resolve(tiny.get_config()).policy, execution=execution(dtype=dtype))
+    how = dataclasses.replace(resolve(tiny.get_config()).policy, execution=execution(dtype=dtype))
     one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     policy = LanguageModel(config=how, arch=QWEN3, tokenizer=None, source=None)
     length_B = np.repeat(CONTEXT.length_P, G)
@@ -315,10 +316,10 @@ def test_the_mesh_changes_nothing(data, model, scan, pages, request):
     how, over = execution(scan), mesh.make_mesh(config.Mesh(data, model))
     params = random_params(QWEN3, how)
     params = jax.device_put(params, mesh.shard_parameters(params, QWEN3, how, over))
-    out = run(params, *mesh.put_rows(over, twice, 2 * P), how=how, place=(Paged if pages else Placement)(over))
+    out = run(params, *hosts.put_rows(over, twice, 2 * P), how=how, place=(Paged if pages else Placement)(over))
     assert len(jnp.asarray(out.tokens_PGR).sharding.device_set) == 8
     whole = jax.device_put(out, mesh.rows_sharding(over))
-    assert_same(mesh.fetch_rows(whole), expected)
+    assert_same(hosts.fetch_rows(whole), expected)
 
 
 def test_rows_that_are_not_live_stay_empty_and_disturb_nobody():

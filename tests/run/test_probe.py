@@ -6,6 +6,7 @@ import pytest
 
 from configs import tiny
 from exprl_jax import config
+from exprl_jax.resolve import resolve, to_dict
 from exprl_jax.reward.statistics import METRICS
 from exprl_jax.run import probe
 
@@ -17,7 +18,7 @@ HEALTHY = {name: 0.5 for name in METRICS} | {
 
 
 def settings(strict=False, arm="outcome", **judge):
-    resolved = config.resolve(tiny.get_config(arm))
+    resolved = resolve(tiny.get_config(arm))
     return dataclasses.replace(resolved, probe=config.Probe(strict), judge=dataclasses.replace(resolved.judge, **judge))
 
 
@@ -82,7 +83,7 @@ def test_keys_that_the_lines_name_exist():
         for readout in ("text", "logits")
         for line in probe.warnings(worst, settings(arm=arm, readout=readout))
     )
-    tree = config.to_dict(settings())
+    tree = to_dict(settings())
     named = {word.strip(",:;'") for word in every.split() if word.split(".")[0] in tree and "." in word}
     assert len(named) >= 8
     for name in named:

@@ -20,7 +20,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 address, process, folder, out, scan = sys.argv[1:]
 jax.distributed.initialize(address, 2, int(process))
 from jax.sharding import NamedSharding, PartitionSpec
-from exprl_jax.model import weights
+from exprl_jax.weights import folder as weights
 from exprl_jax.config import Execution
 from exprl_jax.model.decoder import Transformer
 from exprl_jax.weights.sources import resolve_model
