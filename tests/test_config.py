@@ -416,7 +416,7 @@ def test_the_task_names_the_record():
         ),
         (
             lambda: evaluate(sampling=dict(group=3)),
-            "config.sampling.group: got 3, expected a divisor of sampling.samples = 8",
+            "config.sampling.group: got 3, expected a divisor of config.sampling.samples = 8",
         ),
     ],
 )

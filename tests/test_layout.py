@@ -37,7 +37,7 @@ def test_only_the_decoder_imports_linen():
 
 def test_only_programs_jit():
     """Besides them, random weights are initialised where they are to lie."""
-    assert rooms("jax.jit", "jit", "jax.pmap") == {"programs.py", "model/language_model.py"}
+    assert rooms("jax.jit", "jit", "jax.pmap") == {"programs.py", "weights/language_model.py"}
 
 
 def test_only_the_mesh_has_partition_specs():

@@ -140,14 +140,13 @@ def test_parameters_for_decoding_are_whole_along_data_only(scan):
     how, placement = execution(scan), mesh.Placement(make(2, 4))
     params = random_params(WIDE, how)
     shardings = mesh.shard_parameters(params, WIDE, how, placement.mesh)
-    decoding = jax.jit(lambda p: Transformer(WIDE, how, placement).decoding_params(p))(
-        jax.device_put(params, shardings)
-    )
+    model = Transformer(WIDE, how, placement)
+    decoding = jax.jit(model.decoding_params)(jax.device_put(params, shardings))
     for got, x, sharding in zip(*map(jax.tree.leaves, (decoding, params, shardings)), strict=True):
         np.testing.assert_array_equal(got, x)
         parts = [4 if axis == "model" else 1 for axis in [*sharding.spec, *[None] * (x.ndim - len(sharding.spec))]]
         assert got.sharding.shard_shape(x.shape) == tuple(n // part for n, part in zip(x.shape, parts))
-    kept = jax.jit(lambda p: Transformer(WIDE, how, placement).keep_sharded(p))(params)
+    kept = jax.jit(model.keep_sharded)(params)
     for got, sharding in zip(*map(jax.tree.leaves, (kept, shardings)), strict=True):
         assert got.sharding.is_equivalent_to(sharding, got.ndim)
 

@@ -66,7 +66,12 @@ ARMS = {
     "text": lambda folder: tiny("text"),
     "other": lambda folder: tiny("process", OTHER),
     "sparse": lambda folder: sparse(
-        {"loss.entropy_coef": 1e-3, "loss.dual_clip": 0.0, "loss.aggregate": "sequence_sum"}
+        {
+            "advantage.rollout_estimator": "rloo",
+            "loss.entropy_coef": 1e-3,
+            "loss.dual_clip": 0.0,
+            "loss.aggregate": "sequence_sum",
+        }
     ),
     "mixed": lambda folder: tiny(
         "outcome",

@@ -139,7 +139,7 @@ def test_what_a_run_does_not_load_takes_no_memory():
     [
         ({"mesh.data": 3}, "config.rollout.wave: got 4, expected a multiple"),
         ({"segments.rule": "stride:none"}, "config.segments.rule: got 'stride:none'"),
-        ({"updates.microbatch": 5}, "updates.microbatch: got 5 rows, expected a multiple of mesh.data = 2"),
+        ({"updates.microbatch": 5}, "updates.microbatch: got 5, expected a multiple of mesh.data = 2"),
         ({"policy.weights": "no/such/model/here"}, "no/such/model/here"),
     ],
 )
