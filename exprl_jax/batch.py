@@ -18,7 +18,7 @@ from exprl_jax.hosts import gather_rows, put_microbatches
 from exprl_jax.layout import packed_shape
 from exprl_jax.learning.advantages import to_tokens
 from exprl_jax.learning.losses import normaliser
-from exprl_jax.learning.update import over_updates
+from exprl_jax.learning.update import METRICS, over_updates
 from exprl_jax.mesh import Placement
 from exprl_jax.model import decoder
 from exprl_jax.records import Experience, Rollouts
@@ -48,12 +48,14 @@ class PackedUpdate(NamedTuple):
       experience: its arrays on the mesh.
       packed: the same rows on the host, and where each rollout is in them.
       group_N, index_N: of each packed rollout, its problem among the update's, and its index in the group.
+      has_advantage: some token that carries a loss has an advantage other than 0.
     """
 
     experience: Experience
     packed: PackedRows
     group_N: np.ndarray
     index_N: np.ndarray
+    has_advantage: bool
 
 
 def join_waves(run: RLRun, problems: Sequence[Problem], waves: Sequence[ScoredWave]) -> Batch:
@@ -131,7 +133,8 @@ def pack_update(run: RLRun, batch: Batch, chosen: slice, room_P: Sequence[int] =
         ref_logp_MBT=zeros,
         used=packed.used,
     )
-    return PackedUpdate(put_microbatches(run.mesh, experience), packed, group_N, index_N)
+    has_advantage = bool((mask_PGR & (advantage_PGR != 0)).any())
+    return PackedUpdate(put_microbatches(run.mesh, experience), packed, group_N, index_N, has_advantage)
 
 
 def add_logp(run: RLRun, policy: decoder.Params, experience: Experience) -> Experience:
@@ -152,8 +155,8 @@ def mean_padding(updates: Sequence[PackedUpdate]) -> float:
 
 
 def update_metrics(config: Config, updates: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """A step's updates as one row; what the loss did not need was not measured."""
-    row = over_updates(updates)
+    """A step's updates as one row; what the loss did not need was not measured, nor anything where none was made."""
+    row = over_updates(updates) if updates else dict.fromkeys(METRICS)
     if config.loss.kl_coef == 0:
         row["loss/kl"] = None
     return row

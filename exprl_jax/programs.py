@@ -17,7 +17,7 @@ from exprl_jax.config import Config, Judge, Lora, Model, Sft
 from exprl_jax.learning.distillation import distill_step
 from exprl_jax.learning.logprobs import token_logprobs
 from exprl_jax.learning.supervised import sft_step
-from exprl_jax.learning.update import learning_rate, make_optimizer, train_step
+from exprl_jax.learning.update import all_finite, learning_rate, make_optimizer, train_step
 from exprl_jax.mesh import Placement, microbatches_sharding, replicated, rows_sharding
 from exprl_jax.model.decoder import Params, Transformer
 from exprl_jax.model.lora import adapt, attached, init_adapters
@@ -40,11 +40,13 @@ class Programs:
         adapters the state is theirs alone.
       token_logp: params, Packed [M, B, T], used → log π of each slot's target, [M, B, T].
       train_step: TrainState (donated), the base of its adapters (() for none), Experience → TrainState, metrics.
+      all_finite: params → whether no parameter is infinite or NaN.
     """
 
     init_state: Callable
     token_logp: Callable
     train_step: Callable
+    all_finite: Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +71,14 @@ class SftPrograms:
       abstract, shardings: shapes and dtypes of the state, and where each of its arrays lies.
       init_state: params → TrainState.
       sft_step: TrainState (donated), base, Lesson → TrainState, metrics.
+      all_finite: params → whether no parameter is infinite or NaN.
     """
 
     abstract: TrainState
     shardings: TrainState
     init_state: Callable
     sft_step: Callable
+    all_finite: Callable
 
 
 def build(config: Config, mesh: Mesh, policy: LanguageModel) -> Programs:
@@ -97,6 +101,7 @@ def build(config: Config, mesh: Mesh, policy: LanguageModel) -> Programs:
         init_state=_jit("init_state", _init_state(config, policy, optimizer), state_shardings),
         token_logp=_jit("token_logp", functools.partial(every_logp, logp_fn=logp), microbatches_sharding(mesh)),
         train_step=_jit("train_step", updating, (state_shardings, replicated(mesh)), donate_argnums=0),
+        all_finite=_jit("all_finite", all_finite, replicated(mesh)),
     )
 
 
@@ -171,6 +176,7 @@ def build_sft(config: Sft, mesh: Mesh, policy: LanguageModel, updates: int) -> S
         shardings=shardings,
         init_state=_jit("init_state", initialise, shardings),
         sft_step=_jit("sft_step", updating, (shardings, replicated(mesh)), donate_argnums=0),
+        all_finite=_jit("all_finite", all_finite, replicated(mesh)),
     )
 
 

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from exprl_jax.config import TASKS, Annotate, AnyConfig, Calibrate, Config, Evaluate, Judge, Lora, Mesh, Model, Sampling
+from exprl_jax.config import TASKS, Annotate, AnyConfig, Calibrate, Config, Judge, Lora, Mesh, Model, Sampling
 
 
 def resolve(config: Mapping[str, Any]) -> AnyConfig:

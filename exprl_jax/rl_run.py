@@ -173,6 +173,8 @@ def task_of(run: RLRun, *, collect: Callable, learn: Callable) -> Task:
         problems=run.problems,
         collect=collect,
         learn=learn,
+        updates=config.updates.per_batch,
+        all_finite=run.programs.all_finite,
         describe=functools.partial(save_description, policy),
         export=functools.partial(export_policy, config.lora, policy, run.base),
         headline="reward" if config.task == "rl" else "accuracy",

@@ -168,6 +168,8 @@ def task_of(run: SftRun) -> Task:
         problems=run.problems,
         collect=functools.partial(collect, run),
         learn=functools.partial(learn, run),
+        updates=1,
+        all_finite=run.programs.all_finite,
         describe=functools.partial(save_description, run.policy),
         export=functools.partial(export_policy, run.config.lora, run.policy, run.base),
         headline="loss",

@@ -91,13 +91,20 @@ def collect(run: RLRun, state: TrainState, step: int, clock: Clock) -> Collected
 
 
 def learn(run: RLRun, state: TrainState, collected: Collected, clock: Clock) -> StepResult:
-    """Updates the policy with a step's rollouts; the state is donated."""
+    """Updates the policy with a step's rollouts; the state is donated.
+
+    Where every advantage is 0 and the loss is nothing but advantages, there is no gradient: such an update is left out,
+    or Adam would go on by its old momentum.
+    """
+    loss, metrics = run.config.loss, []
+    regularised = loss.kl_coef > 0 or loss.entropy_coef > 0
     with clock.phase("train"):
-        metrics = []
-        for experience in collected.experiences:
-            state, update = run.programs.train_step(state, run.base, experience)
-            metrics.append(jax.device_get(update))
+        for update, experience in zip(collected.updates, collected.experiences, strict=True):
+            if update.has_advantage or regularised:
+                state, measured = run.programs.train_step(state, run.base, experience)
+                metrics.append(jax.device_get(measured))
     row = {**collected.row, **update_metrics(run.config, metrics), "update/padding": mean_padding(collected.updates)}
+    row["update/without_advantage"] = len(collected.updates) - len(metrics)
     return StepResult(state, row, collected.tokens, row["reward/mean"], collected.samples)
 
 

@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Float, Float32
 
 from exprl_jax.learning.logprobs import reverse_kl
-from exprl_jax.learning.update import accumulate, apply_gradient
+from exprl_jax.learning.update import APPLIED, accumulate, apply_gradient
 from exprl_jax.mesh import Placement
 from exprl_jax.records import Experience, Packed, Teaching, TrainState
 
@@ -21,8 +21,7 @@ METRICS: Mapping[str, str] = {
     "distill/kl": (
         "reverse KL(policy ‖ teacher), mean over response tokens, nats; of the sampled tokens alone, or exact"
     ),
-    "grad/norm": "global norm of the gradient before the clip",
-    "update/skipped": "1 if loss or gradient were not finite and nothing was updated",
+    **APPLIED,
     "update/tokens": "counted tokens",
 }
 """Every key of `distill_step`'s metrics and what it is the value of."""

@@ -9,14 +9,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float32
 
-from exprl_jax.learning.update import PackedLogp, accumulate, apply_gradient
+from exprl_jax.learning.update import APPLIED, PackedLogp, accumulate, apply_gradient
 from exprl_jax.records import Lesson, TrainState
 
 METRICS: Mapping[str, str] = {
     "loss/total": "negative log-probability of the response tokens, end of sequence included, mean over them, nats",
     "policy/entropy": "entropy of the distributions that they were predicted with, mean over them, nats",
-    "grad/norm": "global norm of the gradient before the clip",
-    "update/skipped": "1 if loss or gradient were not finite and nothing was updated",
+    **APPLIED,
     "update/tokens": "counted tokens",
     "update/learning_rate": "learning rate of the update",
 }

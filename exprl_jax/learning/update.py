@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Bool, Float32
 
 from exprl_jax import config
 from exprl_jax.learning.losses import Diagnostics, policy_loss
@@ -17,6 +17,14 @@ from exprl_jax.records import Experience, Packed, TrainState
 
 PackedLogp = Callable[[Any, Packed], tuple[Float32[Array, "B T"], Float32[Array, "B T"]]]
 
+# Of every update, whatever its loss: see `apply_gradient`.
+APPLIED: Mapping[str, str] = {
+    "grad/norm": "global norm of the gradient before the clip",
+    "update/skipped": "1 if loss, gradient, update or new parameters were not finite, and nothing was updated",
+    "update/moved": (
+        "fraction of the parameters that the update changed: in bfloat16 a small learning rate is rounded away"
+    ),
+}
 METRICS: Mapping[str, str] = {
     "loss/total": (
         "what was minimised, under loss.aggregate: loss/policy plus kl_coef times the k3 KL minus entropy_coef times "
@@ -34,8 +42,7 @@ METRICS: Mapping[str, str] = {
         "mean absolute difference of the sampler's and the trainer's log-prob of the old policy, nats"
     ),
     "policy/sampler_gap_max": "largest such difference",
-    "grad/norm": "global norm of the gradient before the clip",
-    "update/skipped": "1 if loss or gradient were not finite and nothing was updated",
+    **APPLIED,
     "update/tokens": "counted tokens",
 }
 """Every key of `train_step`'s metrics and what it is the value of, for the update's whole batch."""
@@ -154,26 +161,44 @@ def accumulate(
 def apply_gradient(
     state: TrainState, gradient: Any, total: Array, optimizer: optax.GradientTransformation
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One step of the optimizer.  If the loss or the gradient's norm is not finite, parameters and optimizer state,
-    Adam's count included, stay as they are and `skipped` goes up by one.
+    """One step of the optimizer.  If loss, gradient, update or new parameters are not finite, parameters and optimizer
+    state, Adam's count included, stay as they are and `skipped` goes up by one.
+
+    A finite gradient is not enough: a learning rate beyond float32, or parameters near its end, give an update that is
+    not finite, and all later losses are NaN.
 
     Args:
       total: the loss.
 
     Returns:
-      (state, metrics `loss/total`, `grad/norm` before the clip, and `update/skipped`).
+      (state, metrics `loss/total` and those of `APPLIED`).
     """
     norm = optax.tree.norm(gradient)
-    finite = jnp.isfinite(total) & jnp.isfinite(norm)
     changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-    new = (optax.apply_updates(state.params, changes), opt_state)
+    updated = optax.apply_updates(state.params, changes)
+    finite = jnp.isfinite(total) & jnp.isfinite(norm) & all_finite(changes) & all_finite(updated)
     # Elementwise, so that it fuses with the update itself: no second copy of the state exists.
     params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old).astype(old.dtype), new, (state.params, state.opt_state)
+        lambda new, old: jnp.where(finite, new, old).astype(old.dtype),
+        (updated, opt_state),
+        (state.params, state.opt_state),
     )
+    unmoved, size = equal_entries(params, state.params), sum(x.size for x in jax.tree.leaves(params))
     skipped = 1 - finite.astype(jnp.int32)
     state = state.replace(params=params, opt_state=opt_state, skipped=state.skipped + skipped)
-    return state, {"loss/total": total, "grad/norm": norm, "update/skipped": skipped.astype(jnp.float32)}
+    metrics = {"loss/total": total, "grad/norm": norm, "update/moved": 1 - unmoved / size}
+    return state, metrics | {"update/skipped": skipped.astype(jnp.float32)}
+
+
+def all_finite(tree: Any) -> Bool[Array, ""]:
+    """Whether no number of a tree is infinite or NaN."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
+def equal_entries(new: Any, old: Any) -> Float32[Array, ""]:
+    """How many numbers of two trees are equal; float32, for a count of billions is no int32."""
+    equal = jax.tree.map(lambda a, b: jnp.sum(a == b, dtype=jnp.float32), new, old)
+    return jnp.stack(jax.tree.leaves(equal)).sum()
 
 
 def _summaries(mask, weight, diagnostics: Diagnostics, entropy, gap):

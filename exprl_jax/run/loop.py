@@ -21,6 +21,14 @@ from exprl_jax.run.metrics import Metrics, truncate_after, write_rollouts
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.workdir import Workdir, open_workdir
 
+# Steps in a row, all of whose updates were skipped, after which a run ends.
+_MOST_SKIPPED = 10
+_ALL_SKIPPED = (
+    "step {step}: every update of the last {count} steps was skipped, because loss, gradient, update or parameters "
+    "were not finite; lower optimizer.learning_rate, or start from other weights; the run stops, its earlier "
+    "checkpoints stand"
+)
+
 
 class StepResult(NamedTuple):
     """What a step leaves behind.
@@ -53,6 +61,8 @@ class Task:
       problems: what a position in the data refers to.
       collect: (state, step, clock) → a batch to learn from, of the task's own type; `step` counts from 0.
       learn: (state, batch, clock) → StepResult; donates the state.
+      updates: optimizer updates of a step, at most.
+      all_finite: parameters → whether every one is a finite number; of the whole mesh, so every process calls it.
       describe: writes what the policy is, its parameters left out, to a folder.
       export: writes a model from parameters to a workdir; every process calls it.
       headline: what the number that progress shows is called.
@@ -68,6 +78,8 @@ class Task:
     problems: Sequence[Problem]
     collect: Callable[[TrainState, int, Clock], Any]
     learn: Callable[[TrainState, Any, Clock], StepResult]
+    updates: int
+    all_finite: Callable[[Any], Any]
     describe: Callable[[pathlib.Path], None]
     export: Callable[[Any, Workdir], None]
     headline: str
@@ -98,9 +110,10 @@ def run_task(task: Task, workdir_path: str) -> None:
         if jax.process_index() == 0:
             task.describe(workdir.model)
         state, done = _restore_or_start(task, checkpoints, abstract)
+        _refuse_dead(task, state, done)
         truncate_after(workdir, done)
         with Metrics(workdir) as metrics, Progress(task.steps, done, task.headline) as progress:
-            clock = Clock()
+            clock, skipped, idle = Clock(), int(state.skipped), 0
             for step in range(done, task.steps):
                 batch = task.collect(state, step, clock)
                 # A save that still holds the state would keep it from being donated: there would be two of it.
@@ -112,6 +125,10 @@ def run_task(task: Task, workdir_path: str) -> None:
                 if result.samples:
                     write_rollouts(workdir, step + 1, result.samples)
                 metrics.write(step + 1, row)
+                idle = idle + 1 if int(state.skipped) - skipped == task.updates else 0
+                skipped = int(state.skipped)
+                if idle == min(_MOST_SKIPPED, task.steps):
+                    raise FloatingPointError(_ALL_SKIPPED.format(step=step + 1, count=idle))
                 progress.show(step + 1, result.headline, result.tokens["train"] / row["time/step_seconds"])
                 stopping = stop.agreed()
                 if stopping or (step + 1) % task.checkpoint.every == 0 or step + 1 == task.steps:
@@ -123,6 +140,7 @@ def run_task(task: Task, workdir_path: str) -> None:
         if int(state.step) < task.steps:
             say(f"stopped after step {int(state.step)} of {task.steps}; start again with the same command to go on")
             return
+        _refuse_dead(task, state, task.steps)
         task.export(state.params, workdir)
         _print_summary(workdir)
 
@@ -135,6 +153,19 @@ def _restore_or_start(task: Task, checkpoints: Checkpoints, abstract: TrainState
     check_position(restored.position, task.problems)
     say(f"resuming after step {restored.step} of {task.steps}")
     return restored.state, restored.step
+
+
+def _refuse_dead(task: Task, state: TrainState, step: int) -> None:
+    """Ends a run whose parameters hold no numbers: it could only sample noise and skip its updates.
+
+    Raises:
+      FloatingPointError: a parameter is infinite or NaN.
+    """
+    if not bool(task.all_finite(state.params)):
+        where = f"after step {step}" if step else "before the first step: the weights of config.policy"
+        raise FloatingPointError(
+            f"parameters that are infinite or NaN {where}; start from other weights, or from an earlier checkpoint"
+        )
 
 
 def _print_summary(workdir: Workdir) -> None:
