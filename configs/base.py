@@ -86,11 +86,12 @@ def base() -> ConfigDict:
                 weight_decay=0.01,
                 clip_norm=1.0,
             ),
-            checkpoint=dict(every=10, keep=2),
+            checkpoint=dict(every=10, keep=2, best="solve/accuracy", best_is="highest"),
             log=dict(rollouts=16),
             grader=dict(seconds=5.0, workers=4),
             code=dict(seconds=10.0, memory_mb=1024, allow_unsandboxed=False),
             probe=dict(strict=False),
+            watch=dict(window=10, strict=False),
         )
     )
 
@@ -151,6 +152,7 @@ def large(config: ConfigDict) -> ConfigDict:
 def supervised(config: ConfigDict) -> ConfigDict:
     """SFT on the references with what it shares with an RL config: data, mesh, policy, checkpoints."""
     shared = {name: config[name].to_dict() for name in ("data", "mesh", "policy", "lora", "checkpoint")}
+    shared["checkpoint"].update(best="loss/total", best_is="lowest")
     optimizer = config.optimizer.to_dict() | dict(b2=0.95, schedule="cosine", warmup=0.1)
     return ConfigDict(
         dict(

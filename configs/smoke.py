@@ -37,7 +37,7 @@ def get_config(arm: str = "outcome"):
     config.segments.rule = "line"
     config.segments.max_segments = 4
     config.updates = dict(per_batch=1, row_tokens=640, microbatch=1, logp_chunk=512)
-    config.checkpoint = dict(every=4, keep=1)
+    config.checkpoint.update(every=4, keep=1)
     config.log.rollouts = 16
     config.grader = dict(seconds=5.0, workers=1)
     return config.lock()

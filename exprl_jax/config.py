@@ -365,10 +365,15 @@ class Checkpoint:
     Attributes:
       every: RL steps between checkpoints; the last step is always saved.
       keep: newest checkpoints kept.
+      best: a metric by which the best checkpoint is kept beside them, its mean over the steps since the checkpoint
+        before; empty for none.
+      best_is: the `highest` or the `lowest` value.
     """
 
     every: Count
     keep: Count
+    best: str
+    best_is: Literal["highest", "lowest"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -422,6 +427,19 @@ class Probe:
 
 
 @dataclasses.dataclass(frozen=True)
+class Watch:
+    """The comparison of a run's last steps with its first.
+
+    Attributes:
+      window: steps whose means are compared.
+      strict: a warning of the watch ends the run.
+    """
+
+    window: Count
+    strict: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Training on the policy's own rollouts: Stage I, sparse GRPO and Stage II (`rl`), self-distillation (`distill`).
 
@@ -452,6 +470,7 @@ class Config:
       grader: the grader of math answers.
       code: running the programs of rollouts.
       probe: the check of the first batch, before the first update.
+      watch: the comparison of later steps with the first ones.
     """
 
     task: Literal["rl", "distill"]
@@ -476,6 +495,7 @@ class Config:
     grader: Grader
     code: Code
     probe: Probe
+    watch: Watch
 
     @property
     def reads_references(self) -> bool:

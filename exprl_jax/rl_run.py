@@ -178,6 +178,7 @@ def task_of(run: RLRun, *, collect: Callable, learn: Callable) -> Task:
         describe=functools.partial(save_description, policy),
         export=functools.partial(export_policy, config.lora, policy, run.base),
         headline="reward" if config.task == "rl" else "accuracy",
+        watch=config.watch,
     )
 
 

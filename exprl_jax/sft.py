@@ -173,6 +173,7 @@ def task_of(run: SftRun) -> Task:
         describe=functools.partial(save_description, run.policy),
         export=functools.partial(export_policy, run.config.lora, run.policy, run.base),
         headline="loss",
+        watch=None,
     )
 
 

@@ -16,6 +16,7 @@ and none can be read, that is an error, because a silent restart would overwrite
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging as std_logging
 import os
@@ -26,7 +27,7 @@ import sys
 import threading
 import types
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +35,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers
 
 from exprl_jax.files import sync_folder, write_atomically
 from exprl_jax.run.distributed import meet
@@ -77,8 +79,12 @@ class Checkpoints:
             _remove_unfinished(self._folder)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("unfinished checkpoints removed")
+        self._best: int | None = None
+        policies = checkpoint_managers.preservation_policy
         self._options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, create=False, async_options=ocp.AsyncOptions(barrier_sync_fn=_meet_unless_failed)
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), _Preserve(lambda: self._best)]),
+            create=False,
+            async_options=ocp.AsyncOptions(barrier_sync_fn=_meet_unless_failed),
         )
         self._manager = self._open()
         self._recording: threading.Thread | None = None
@@ -119,7 +125,7 @@ class Checkpoints:
         """The newest step saved or being saved, readable or not; None if there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: Any, position: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Any, position: Mapping[str, Any], best: int | None = None) -> None:
         """Starts saving, and returns once the state's buffers may be donated.
 
         They have been copied by then, or (on CPU) are referenced, in which case JAX answers a donation with a copy.  A
@@ -129,6 +135,7 @@ class Checkpoints:
           step: RL steps taken; must be later than every step saved.
           state: a pytree of arrays, a `TrainState`.
           position: where the data stands; JSON.
+          best: a step, this one or one before, whose checkpoint is kept besides the newest.
 
         Raises:
           ValueError: this save or the one before could not be written, for instance because the disk is full.
@@ -137,7 +144,7 @@ class Checkpoints:
         last = self.latest()
         if last is not None and step <= last:
             raise ValueError(f"checkpoint of step {step}: expected a step after {last}, the newest in {self._folder}")
-        self._saving = step
+        self._saving, self._best = step, best
         args = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             position=ocp.args.JsonSave(dict(position)),
@@ -239,6 +246,20 @@ class Checkpoints:
 
     def _agree(self, value: Any) -> Any:
         return multihost_utils.broadcast_one_to_all(value) if jax.process_count() > 1 else value
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preserve(checkpoint_managers.PreservationPolicy):
+    """Keeps the checkpoint of one step.
+
+    Attributes:
+      step: says which, at the time of asking.
+    """
+
+    step: Callable[[], int | None]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [checkpoint.step == self.step() for checkpoint in checkpoints]
 
 
 def newest_step(folder: pathlib.Path) -> int | None:

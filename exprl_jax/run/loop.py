@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from exprl_jax.config import Checkpoint
+from exprl_jax.config import Checkpoint, Watch
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.training import check_position, check_same_problems, fingerprint
 from exprl_jax.hosts import barrier, say
@@ -17,8 +18,9 @@ from exprl_jax.records import TrainState
 from exprl_jax.resolve import to_dict
 from exprl_jax.run.checkpoint import Checkpoints
 from exprl_jax.run.clock import Clock, CompileLedger, Progress
-from exprl_jax.run.metrics import Metrics, truncate_after, write_rollouts
+from exprl_jax.run.metrics import Metrics, read_metrics, truncate_after, write_rollouts
 from exprl_jax.run.stopping import StopRequest
+from exprl_jax.run.watch import RunWatch
 from exprl_jax.run.workdir import Workdir, open_workdir
 
 # Steps in a row, all of whose updates were skipped, after which a run ends.
@@ -66,6 +68,7 @@ class Task:
       describe: writes what the policy is, its parameters left out, to a folder.
       export: writes a model from parameters to a workdir; every process calls it.
       headline: what the number that progress shows is called.
+      watch: how the run is watched for a collapse; None where there is nothing to watch.
     """
 
     config: Any
@@ -83,6 +86,14 @@ class Task:
     describe: Callable[[pathlib.Path], None]
     export: Callable[[Any, Workdir], None]
     headline: str
+    watch: Watch | None
+
+
+class Best(NamedTuple):
+    """The best checkpoint so far, by `checkpoint.best`."""
+
+    step: int
+    value: float
 
 
 def run_task(task: Task, workdir_path: str) -> None:
@@ -96,7 +107,8 @@ def run_task(task: Task, workdir_path: str) -> None:
         lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), task.abstract, task.shardings
     )
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
-    needed = (task.checkpoint.keep + 1) * state_bytes + task.parameter_bytes
+    kept = task.checkpoint.keep + 1 + bool(task.checkpoint.best)  # one more while a save is under way
+    needed = kept * state_bytes + task.parameter_bytes
     config = to_dict(task.config)
     with (
         open_workdir(
@@ -109,11 +121,13 @@ def run_task(task: Task, workdir_path: str) -> None:
         check_same_problems(task.problems)
         if jax.process_index() == 0:
             task.describe(workdir.model)
-        state, done = _restore_or_start(task, checkpoints, abstract)
+        state, done, best = _restore_or_start(task, checkpoints, abstract)
         _refuse_dead(task, state, done)
         truncate_after(workdir, done)
+        barrier()  # every process watches the same rows
+        watch = RunWatch(task.watch, read_metrics(workdir.metrics)) if task.watch else None
         with Metrics(workdir) as metrics, Progress(task.steps, done, task.headline) as progress:
-            clock, skipped, idle = Clock(), int(state.skipped), 0
+            clock, skipped, idle, unsaved = Clock(), int(state.skipped), 0, []
             for step in range(done, task.steps):
                 batch = task.collect(state, step, clock)
                 # A save that still holds the state would keep it from being donated: there would be two of it.
@@ -129,11 +143,16 @@ def run_task(task: Task, workdir_path: str) -> None:
                 skipped = int(state.skipped)
                 if idle == min(_MOST_SKIPPED, task.steps):
                     raise FloatingPointError(_ALL_SKIPPED.format(step=step + 1, count=idle))
+                if watch is not None:
+                    watch.see(step + 1, row)
+                unsaved.append(row)
                 progress.show(step + 1, result.headline, result.tokens["train"] / row["time/step_seconds"])
                 stopping = stop.agreed()
                 if stopping or (step + 1) % task.checkpoint.every == 0 or step + 1 == task.steps:
+                    best, unsaved = better_of(best, task.checkpoint, step + 1, unsaved), []
                     position = {"next_batch": step + 1, "problems": fingerprint(task.problems)}
-                    checkpoints.save(step + 1, state, position)
+                    position["best"] = None if best is None else best._asdict()
+                    checkpoints.save(step + 1, state, position, None if best is None else best.step)
                 if stopping:
                     break
         checkpoints.wait()
@@ -142,17 +161,47 @@ def run_task(task: Task, workdir_path: str) -> None:
             return
         _refuse_dead(task, state, task.steps)
         task.export(state.params, workdir)
-        _print_summary(workdir)
+        _print_summary(workdir, task.checkpoint, best, [] if watch is None else watch.told)
 
 
-def _restore_or_start(task: Task, checkpoints: Checkpoints, abstract: TrainState) -> tuple[TrainState, int]:
-    """The state as it was left, or a new one; and the steps that it has taken."""
+def _restore_or_start(
+    task: Task, checkpoints: Checkpoints, abstract: TrainState
+) -> tuple[TrainState, int, Best | None]:
+    """The state as it was left, or a new one; the steps that it has taken, and its best checkpoint."""
     restored = checkpoints.restore(abstract)
     if restored is None:
-        return task.first_state(), 0
+        return task.first_state(), 0, None
     check_position(restored.position, task.problems)
     say(f"resuming after step {restored.step} of {task.steps}")
-    return restored.state, restored.step
+    best = restored.position.get("best")
+    return restored.state, restored.step, None if best is None else Best(**best)
+
+
+def better_of(best: Best | None, config: Checkpoint, step: int, rows: Sequence[Mapping[str, Any]]) -> Best | None:
+    """The better of the best checkpoint so far and the one that is about to be saved; the earlier where they tie.
+
+    Args:
+      rows: metrics of the steps since the checkpoint before; their mean of `config.best` is the new one's value.
+
+    Raises:
+      ValueError: the run has no such metric (names the nearest).
+    """
+    if not config.best:
+        return None
+    if config.best not in rows[-1]:
+        near = difflib.get_close_matches(config.best, rows[-1], n=3, cutoff=0.3)
+        hint = ", for instance " + ", ".join(near) if near else ""
+        raise ValueError(
+            f"config.checkpoint.best: got {config.best!r}, expected a metric of this run{hint}; '' for none"
+        )
+    values = [row[config.best] for row in rows if row[config.best] is not None]
+    if not values:
+        return best
+    new = Best(step, sum(values) / len(values))
+    if best is None:
+        return new
+    gain = new.value - best.value if config.best_is == "highest" else best.value - new.value
+    return new if gain > 0 else best
 
 
 def _refuse_dead(task: Task, state: TrainState, step: int) -> None:
@@ -168,10 +217,12 @@ def _refuse_dead(task: Task, state: TrainState, step: int) -> None:
         )
 
 
-def _print_summary(workdir: Workdir) -> None:
+def _print_summary(workdir: Workdir, checkpoint: Checkpoint, best: Best | None, warnings: Sequence[str]) -> None:
     if jax.process_index() == 0:
+        known = "" if best is None else f"  best         step {best.step}, {checkpoint.best} {best.value:.4g}\n"
+        told = "".join(f"  watch        {warning}\n" for warning in warnings)
         print(
-            f"done\n  checkpoints  {workdir.checkpoints}\n  metrics      {workdir.metrics}\n"
+            f"done\n{told}  checkpoints  {workdir.checkpoints}\n{known}  metrics      {workdir.metrics}\n"
             f"  TensorBoard  {workdir.tensorboard}\n  rollouts     {workdir.rollouts}\n  export       {workdir.export}",
             flush=True,
         )

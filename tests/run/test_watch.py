@@ -1,0 +1,103 @@
+"""Collapses that public runs have shown, and runs that are well."""
+
+import pytest
+
+from exprl_jax.config import Checkpoint, Watch
+from exprl_jax.run.loop import Best, better_of
+from exprl_jax.run.watch import SYMPTOMS, RunWatch
+
+HEALTHY = {
+    "segments/mean": 7.5,
+    "response/overlong": 0.1,
+    "advantage/live_groups": 0.8,
+    "response/length_mean": 900.0,
+    "policy/entropy": 0.4,
+    "solve/accuracy": 0.3,
+}
+# The process run of the issue: segments 10 → 1.5, overlong share up to .94.
+COLLAPSED = {
+    "segments/mean": 1.5,
+    "response/overlong": 0.94,
+    "advantage/live_groups": 0.02,
+    "response/length_mean": 100.0,
+    "policy/entropy": 0.01,
+    "solve/accuracy": 0.05,
+}
+BETTER = {"segments/mean": 9.0, "response/overlong": 0.02, "solve/accuracy": 0.6, "advantage/live_groups": 0.5}
+
+
+def told(rows, capsys, window=3, strict=False, before=()):
+    watch = RunWatch(Watch(window, strict), before)
+    for step, row in enumerate(rows, len(before) + 1):
+        watch.see(step, row)
+    assert capsys.readouterr().err.splitlines() == [f"warning: watch: {line}" for line in watch.told]
+    return watch.told
+
+
+def test_every_symptom_has_a_case():
+    assert {symptom.metric for symptom in SYMPTOMS} == set(HEALTHY) == set(COLLAPSED)
+
+
+@pytest.mark.parametrize("metric", HEALTHY)
+def test_a_collapse_is_told_once_with_its_cure(metric, capsys):
+    rows = [HEALTHY] * 5 + [HEALTHY | {metric: COLLAPSED[metric]}] * 8
+    (line,) = told(rows, capsys)
+    cure = next(symptom.cure for symptom in SYMPTOMS if symptom.metric == metric)
+    assert f": {metric} went from {HEALTHY[metric]:.3g} to " in line and line.endswith(cure)
+
+
+def test_a_run_that_is_well_or_gets_better_is_told_nothing(capsys):
+    assert told([HEALTHY] * 20, capsys) == told([HEALTHY] * 5 + [HEALTHY | BETTER] * 20, capsys) == []
+
+
+def test_a_run_shorter_than_two_windows_is_told_nothing(capsys):
+    assert told([HEALTHY] * 3 + [COLLAPSED] * 2, capsys) == []
+
+
+def test_what_is_not_defined_is_no_symptom(capsys):
+    assert told([HEALTHY] * 3 + [dict.fromkeys(HEALTHY)] * 6, capsys) == []
+    assert told([{}] * 12, capsys) == []
+
+
+def test_a_symptom_that_comes_back_is_told_again(capsys):
+    bad = HEALTHY | {"response/overlong": 0.9}
+    assert len(told([HEALTHY] * 3 + [bad] * 4 + [HEALTHY] * 4 + [bad] * 4, capsys)) == 2
+
+
+def test_a_run_that_goes_on_is_compared_with_its_own_start_and_told_nothing_twice(capsys):
+    before = [HEALTHY] * 3 + [COLLAPSED] * 3
+    assert told([COLLAPSED] * 4, capsys, before=before) == []
+    assert len(told([COLLAPSED] * 4, capsys, before=before[:4])) == len(SYMPTOMS)
+
+
+def test_a_strict_watch_ends_the_run(capsys):
+    with pytest.raises(ValueError, match="watch: step 5: response/overlong .*config.watch.strict is set"):
+        told([HEALTHY] * 3 + [HEALTHY | {"response/overlong": 0.99}] * 3, capsys, strict=True)
+
+
+HIGHEST, LOWEST = (Checkpoint(10, 2, "solve/accuracy", best_is) for best_is in ("highest", "lowest"))
+
+
+def rows(*values):
+    return [{"solve/accuracy": value} for value in values]
+
+
+def test_the_best_checkpoint_is_by_the_mean_since_the_one_before():
+    best = better_of(None, HIGHEST, 10, rows(0.1, 0.3))
+    assert best == Best(10, 0.2)
+    assert better_of(best, HIGHEST, 20, rows(0.2, 0.4)) == Best(20, pytest.approx(0.3))
+    assert better_of(best, LOWEST, 20, rows(0.2, 0.4)) == best
+    assert better_of(best, LOWEST, 20, rows(0.1)) == Best(20, 0.1)
+
+
+def test_what_ties_or_is_not_defined_is_no_better():
+    best = Best(10, 0.2)
+    assert better_of(best, HIGHEST, 20, rows(0.2)) == better_of(best, HIGHEST, 20, rows(None)) == best
+    assert better_of(best, HIGHEST, 20, rows(None, 0.4)) == Best(20, 0.4)
+    assert better_of(None, HIGHEST, 20, rows(None)) is None
+    assert better_of(None, Checkpoint(10, 2, "", "highest"), 20, rows(1.0)) is None
+
+
+def test_a_metric_that_the_run_does_not_have_is_named_with_the_nearest():
+    with pytest.raises(ValueError, match="checkpoint.best: got 'solve/acuracy'.*solve/accuracy"):
+        better_of(None, Checkpoint(10, 2, "solve/acuracy", "highest"), 10, rows(0.1))
