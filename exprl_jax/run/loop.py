@@ -20,7 +20,7 @@ from exprl_jax.run.checkpoint import Checkpoints
 from exprl_jax.run.clock import Clock, CompileLedger, Progress
 from exprl_jax.run.metrics import Metrics, read_metrics, truncate_after, write_rollouts
 from exprl_jax.run.stopping import StopRequest
-from exprl_jax.run.watch import RunWatch
+from exprl_jax.run.watch import RunWatch, check_moved
 from exprl_jax.run.workdir import Workdir, open_workdir
 
 # Steps in a row, all of whose updates were skipped, after which a run ends.
@@ -143,6 +143,8 @@ def run_task(task: Task, workdir_path: str) -> None:
                 skipped = int(state.skipped)
                 if idle == min(_MOST_SKIPPED, task.steps):
                     raise FloatingPointError(_ALL_SKIPPED.format(step=step + 1, count=idle))
+                if step == done:
+                    check_moved(step + 1, row)
                 if watch is not None:
                     watch.see(step + 1, row)
                 unsaved.append(row)

@@ -30,6 +30,7 @@ class Symptom(NamedTuple):
     cure: str
 
 
+_LEAST_MOVED = 0.2
 _BACK = "go back to a checkpoint before it (checkpoint.best keeps one), then"
 SYMPTOMS = (
     Symptom(
@@ -116,6 +117,19 @@ class RunWatch:
                 told = f"{symptom.metric} went from {first:.3g} to {last:.3g} (means of {window} steps): {symptom.cure}"
                 showing.append((symptom, told))
         return showing
+
+
+def check_moved(step: int, row: Row) -> None:
+    """Warns of an update that left nearly all parameters where they were: what is learned is lost in rounding.
+
+    A parameter in bfloat16 has 8 bits: it does not change by less than 1 part in 256 or so.
+    """
+    moved = row.get("update/moved")
+    if moved is not None and moved < _LEAST_MOVED:
+        say(
+            f"warning: step {step}: the update changed {moved:.1%} of the parameters; hold them in float32 "
+            "(policy.param_dtype), or raise optimizer.learning_rate"
+        )
 
 
 def _mean(rows: Sequence[Row], name: str) -> float | None:

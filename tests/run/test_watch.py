@@ -4,7 +4,7 @@ import pytest
 
 from exprl_jax.config import Checkpoint, Watch
 from exprl_jax.run.loop import Best, better_of
-from exprl_jax.run.watch import SYMPTOMS, RunWatch
+from exprl_jax.run.watch import SYMPTOMS, RunWatch, check_moved
 
 HEALTHY = {
     "segments/mean": 7.5,
@@ -71,8 +71,17 @@ def test_a_run_that_goes_on_is_compared_with_its_own_start_and_told_nothing_twic
 
 
 def test_a_strict_watch_ends_the_run(capsys):
-    with pytest.raises(ValueError, match="watch: step 5: response/overlong .*config.watch.strict is set"):
+    with pytest.raises(ValueError, match="watch: step 6: response/overlong .*config.watch.strict is set"):
         told([HEALTHY] * 3 + [HEALTHY | {"response/overlong": 0.99}] * 3, capsys, strict=True)
+
+
+def test_parameters_that_do_not_move_are_told_whatever_the_task(capsys):
+    check_moved(3, {"update/moved": 0.019})
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: step 3: the update changed 1.9% of the parameters") and "param_dtype" in line
+    for row in ({"update/moved": 0.6}, {"update/moved": None}, {}):
+        check_moved(3, row)
+    assert capsys.readouterr().err == ""
 
 
 HIGHEST, LOWEST = (Checkpoint(10, 2, "solve/accuracy", best_is) for best_is in ("highest", "lowest"))
