@@ -34,6 +34,7 @@ class Range:
 _TINIEST, _BELOW_ONE, _INT32 = 5e-324, 1 - 2**-53, 2**31 - 1
 Count = Annotated[int, Range(1, _INT32, "a positive number below 2^31")]
 CountOrNone = Annotated[int, Range(0, _INT32, "zero or more, below 2^31")]
+GroupSize = Annotated[int, Range(1, 1 << 16, "a positive number, at most 65536")]
 Workers = Annotated[int, Range(1, 1024, "a positive number of processes, at most 1024")]
 Seed = Annotated[int, Range(0, 2**32 - 1, "zero or more, below 2^32")]
 Positive = Annotated[float, Range(_TINIEST, math.inf, "a positive number")]
@@ -155,7 +156,7 @@ class Rollout:
     """
 
     prompts: Count
-    group: Count
+    group: GroupSize
     max_tokens: Count
     temperature: NotNegative
     wave: Count
@@ -561,8 +562,8 @@ class Sampling:
       temperature: the policy's; 0 is greedy.
     """
 
-    samples: Count
-    group: Count
+    samples: GroupSize
+    group: GroupSize
     wave: Count
     max_tokens: Count
     temperature: NotNegative
@@ -608,7 +609,7 @@ class Repeats:
     """
 
     rollouts: CountOrNone
-    count: Count
+    count: GroupSize
     temperature: NotNegative
 
 
@@ -654,7 +655,7 @@ class Calibrate:
     mesh: Mesh
     judges: dict[str, Judge]
     wave: Count
-    group: Count
+    group: GroupSize
     repeats: Repeats
     prefixes: Prefixes
     policy: Model

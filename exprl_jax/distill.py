@@ -72,7 +72,7 @@ class Collected(NamedTuple):
     epoch: float
 
 
-def distill(config: Config, workdir_path: str) -> None:
+def distill(config: Config, workdir_path: str, accept_lost_records: bool = False) -> None:
     """Runs the experiment in its folder, from where it stands to its last step.
 
     Raises:
@@ -83,7 +83,7 @@ def distill(config: Config, workdir_path: str) -> None:
     with contextlib.ExitStack() as stack:
         distilled = open_distill_run(config, stack)
         collecting, learning = functools.partial(collect, distilled), functools.partial(learn, distilled)
-        run_task(task_of(distilled.run, collect=collecting, learn=learning), workdir_path)
+        run_task(task_of(distilled.run, collect=collecting, learn=learning), workdir_path, accept_lost_records)
 
 
 def open_distill_run(config: Config, stack: contextlib.ExitStack) -> DistillRun:

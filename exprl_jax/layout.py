@@ -29,6 +29,23 @@ def check_layout(config: Config | Sft | Evaluate, shards: int) -> None:
                 f"{part}"
             )
 
+    if not isinstance(config, Evaluate):
+        _check_microbatch(config, shards)
+
+
+def _check_microbatch(config: Config | Sft, shards: int) -> None:
+    """Rows beyond those that an update can fill, and that every device needs, would only take memory."""
+    if isinstance(config, Sft):
+        key, rows, size = "microbatch", config.batch, config.microbatch
+    else:
+        rows = config.rollout.prompts // config.updates.per_batch * config.rollout.group
+        key, size = "updates.microbatch", config.updates.microbatch
+    if size >= rows + shards:
+        raise ValueError(
+            f"config.{key}: got {size} rows, expected less than {rows + shards}: an update has at most {rows} "
+            f"sequences, on {shards} devices along mesh.data"
+        )
+
 
 def check_lengths(config: Config, policy: Architecture) -> None:
     """Checks that prompt and response within their budgets are within the policy's context length.

@@ -6,7 +6,9 @@ fault in this program itself is printed.
 
 from __future__ import annotations
 
+import os
 import sys
+import traceback
 from typing import Any
 
 from absl import flags
@@ -17,6 +19,9 @@ _CONFIG = define_config("config", "The experiment: a file in configs/, optionall
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; starting again in it resumes.")
 _DIFF = define_config("diff", "Another config: print what differs between the two, and exit.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the config resolves to and what it needs, and exit.")
+_ACCEPT_LOST = flags.DEFINE_bool(
+    "accept_lost_records", False, "Go on in a workdir whose checkpoints or metrics somebody has deleted."
+)
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed", "none", ["none", "auto"], "auto: one process of the Cloud TPU slice, Slurm step or MPI job."
 )
@@ -29,7 +34,18 @@ _HEARTBEAT = flags.DEFINE_integer(
     "A process that is silent for so long (100 by default) is taken for dead, and the others end.",
     lower_bound=1,
 )
-_OPTIONS = (_CONFIG, _WORKDIR, _DIFF, _DRY_RUN, _DISTRIBUTED, _COORDINATOR, _PROCESSES, _PROCESS, _HEARTBEAT)
+_OPTIONS = (
+    _CONFIG,
+    _WORKDIR,
+    _DIFF,
+    _DRY_RUN,
+    _ACCEPT_LOST,
+    _DISTRIBUTED,
+    _COORDINATOR,
+    _PROCESSES,
+    _PROCESS,
+    _HEARTBEAT,
+)
 
 
 def main(argv: list[str]) -> int:
@@ -55,7 +71,7 @@ def main(argv: list[str]) -> int:
             )
         settings = _CONFIG.value.to_dict()
         others = {} if _DIFF.value is None else _DIFF.value.to_dict()
-    except (flags.Error, ValueError, AttributeError, KeyError, TypeError, OSError, ImportError, SyntaxError) as error:
+    except Exception as error:  # a config file is a program, and may raise anything
         return _complain(_reason(error), 2)
 
     # Only now the slow imports, so that a typing error is answered at once.
@@ -86,7 +102,7 @@ def main(argv: list[str]) -> int:
         elif _DISTRIBUTED.value == "auto":
             distributed.connect_detected(_HEARTBEAT.value)
         with distributed.ending_together():
-            _run(config, _WORKDIR.value)
+            _run(config, _WORKDIR.value, _ACCEPT_LOST.value)
     except (ValueError, FloatingPointError, OSError) as error:
         return _complain(error, 1)
     except jax.errors.JaxRuntimeError as error:
@@ -94,6 +110,10 @@ def main(argv: list[str]) -> int:
             raise
         return _complain(
             f"out of device memory: {str(error).splitlines()[0]}; lower the config's wave or microbatch", 1
+        )
+    except MemoryError as error:
+        return _complain(
+            f"out of host memory: {error}; lower the config's rollout.group, updates.row_tokens or microbatch", 1
         )
     except KeyboardInterrupt:
         return _complain("interrupted; the last checkpoint stands", 130)
@@ -109,28 +129,42 @@ def _help_topic(argv: list[str]) -> str | None:
     return None
 
 
-def _run(config: Any, workdir: str) -> None:
+def _run(config: Any, workdir: str, accept_lost_records: bool) -> None:
     """Hands over to the task that the config names."""
     from exprl_jax.run.workdir import recorded_config
     from exprl_jax.weights.language_model import pin_checkpoints
 
+    config = pin_checkpoints(config, recorded_config(workdir))
     if config.task == "rl":
-        from exprl_jax.train import train as task
+        from exprl_jax.train import train
+
+        train(config, workdir, accept_lost_records)
     elif config.task == "distill":
-        from exprl_jax.distill import distill as task
+        from exprl_jax.distill import distill
+
+        distill(config, workdir, accept_lost_records)
     elif config.task == "sft":
-        from exprl_jax.sft import sft as task
+        from exprl_jax.sft import sft
+
+        sft(config, workdir, accept_lost_records)
     elif config.task == "evaluate":
-        from exprl_jax.evaluation.evaluate import evaluate as task
+        from exprl_jax.evaluation.evaluate import evaluate
+
+        evaluate(config, workdir)
     elif config.task == "calibrate":
-        from exprl_jax.evaluation.calibrate import calibrate as task
+        from exprl_jax.evaluation.calibrate import calibrate
+
+        calibrate(config, workdir)
     else:
-        from exprl_jax.evaluation.annotate import annotate as task
-    task(pin_checkpoints(config, recorded_config(workdir)), workdir)
+        from exprl_jax.evaluation.annotate import annotate
+
+        annotate(config, workdir)
 
 
 def _reason(error: BaseException) -> str:
     """The part that matters of what absl, config_flags or a config file raised."""
+    if (line := _config_line(error)) is not None:
+        return f"--config: {line}: {type(error).__name__}: {error}"
     if isinstance(error, AttributeError) and "get_config" in str(error):
         return f"--config: {error}"
     if isinstance(error, KeyError | AttributeError):
@@ -141,7 +175,24 @@ def _reason(error: BaseException) -> str:
         return lines[-1].partition(": ")[2]
     if isinstance(error, OSError):  # config_flags lists its attempts; the last line says why the last one failed
         return f"--config: {lines[-1].strip()}"
-    return str(error)
+    return f"{error}" or type(error).__name__
+
+
+def _config_line(error: BaseException) -> str | None:
+    """The line of the config file that an error comes from; None where it does not come from one.
+
+    What a config raises on purpose (a ValueError for an arm that it does not have) needs no line.
+    """
+    if isinstance(error, ValueError | OSError):
+        return None
+    files = {os.path.abspath(name) for name in _config_files()}
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if os.path.abspath(frame.filename) in files]
+    return f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else None
+
+
+def _config_files() -> list[str]:
+    options = [argument.partition("=") for argument in sys.argv[1:]]
+    return [value.partition(":")[0] for name, _, value in options if name.lstrip("-") in ("config", "diff")]
 
 
 def _complain(error: object, status: int) -> int:

@@ -72,7 +72,7 @@ class Collected(NamedTuple):
     epoch: float
 
 
-def sft(config: Sft, workdir_path: str) -> None:
+def sft(config: Sft, workdir_path: str, accept_lost_records: bool = False) -> None:
     """Runs the experiment in its folder, from where it stands to its last step.
 
     Raises:
@@ -80,7 +80,7 @@ def sft(config: Sft, workdir_path: str) -> None:
       FloatingPointError: a metric is not finite (names step and metric).
     """
     check_workdir(workdir_path, to_dict(config))
-    run_task(task_of(open_run(config)), workdir_path)
+    run_task(task_of(open_run(config)), workdir_path, accept_lost_records)
 
 
 def collect(run: SftRun, state: TrainState, step: int, clock: Clock) -> Collected:

@@ -50,7 +50,7 @@ class Collected(NamedTuple):
     samples: Sequence[Mapping[str, Any]]
 
 
-def train(config: Config, workdir_path: str) -> None:
+def train(config: Config, workdir_path: str, accept_lost_records: bool = False) -> None:
     """Runs the experiment in its folder, from where it stands to its last step.
 
     Raises:
@@ -61,7 +61,7 @@ def train(config: Config, workdir_path: str) -> None:
     with contextlib.ExitStack() as stack:
         run = open_run(config, stack)
         task = task_of(run, collect=functools.partial(collect, run), learn=functools.partial(learn, run))
-        run_task(task, workdir_path)
+        run_task(task, workdir_path, accept_lost_records)
 
 
 def collect(run: RLRun, state: TrainState, step: int, clock: Clock) -> Collected:

@@ -6,7 +6,8 @@
 
 Orbax notices a truncated or missing array file, but restores a flipped byte in one without a word (its array chunks
 carry no checksum), hence the manifest.  It is written right after Orbax's rename.  A checkpoint of a run that was
-killed between the two has none: it is complete, and is read with Orbax's own checks alone.
+killed between the two has none: it is complete, and is read with Orbax's own checks alone, which is logged.  Whether a
+folder N is the checkpoint of step N is told by the position in it, so that a renamed copy is not taken for another.
 
 What a restore does, newest first: a checkpoint that is not as it was written is reported in one log line, renamed to
 `N.corrupt`, and the one before is tried.  If there never was a checkpoint the run starts from scratch; if there were
@@ -220,12 +221,15 @@ class Checkpoints:
         choice = (-1, 0)
         if self._first_process:
             for step in sorted(_steps(self._folder), reverse=True):
-                reason = _difference(self._folder / str(step))
+                reason = _damage(self._folder / str(step))
                 if reason is None:
-                    choice = (step, int((self._folder / str(step) / _MANIFEST).exists()))
+                    recorded = (self._folder / str(step) / _MANIFEST).exists()
+                    if not recorded:
+                        logging.warning("checkpoint of step %d has no %s: its bytes are not checked", step, _MANIFEST)
+                    choice = (step, int(recorded))
                     break
                 self._set_aside(step, reason)
-        step, recorded = (int(each) for each in self._agree(np.asarray(choice, np.int32)))
+        step, recorded = map(int, self._agree(np.asarray(choice, np.int32)))
         self._manager.reload()
         return (step, bool(recorded)) if step >= 0 else None
 
@@ -274,10 +278,13 @@ def restore_params(checkpoint: pathlib.Path, abstract_params: Any) -> Any:
       checkpoint: `checkpoints/N` of a workdir.
       abstract_params: `jax.ShapeDtypeStruct`s with the shardings to restore to.
 
+    Every process must call this; the first reads the files an extra time, to check them.
+
     Raises:
       ValueError: its files are not as they were written, or hold other parameters.
     """
-    if (reason := _difference(checkpoint)) is not None:
+    reason = _damage(checkpoint) if jax.process_index() == 0 else None
+    if reason is not None:
         raise ValueError(f"checkpoint {checkpoint} is damaged ({reason}); name another one of its run")
     wanted = {"params": abstract_params}
     args = ocp.args.PyTreeRestore(
@@ -303,15 +310,30 @@ def _remove_unfinished(folder: pathlib.Path) -> None:
 
 def _fingerprints(folder: pathlib.Path) -> dict[str, list[int]]:
     """[bytes, CRC-32] of every file; zlib's CRC runs outside the interpreter lock."""
-    found = {}
+    files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file() and path != folder / _MANIFEST and not path.name.endswith(".tmp"):
             crc = 0
             with open(path, "rb") as file:
                 while block := file.read(_BLOCK):
                     crc = zlib.crc32(block, crc)
-            found[path.relative_to(folder).as_posix()] = [path.stat().st_size, crc]
-    return found
+            files[path.relative_to(folder).as_posix()] = [path.stat().st_size, crc]
+    return files
+
+
+def _damage(folder: pathlib.Path) -> str | None:
+    """What is wrong with the checkpoint in a folder, in words; None if nothing is."""
+    return _difference(folder) or _misplaced(folder)
+
+
+def _misplaced(folder: pathlib.Path) -> str | None:
+    """Whether a folder N holds the checkpoint of another step."""
+    try:
+        position = json.loads((folder / "position" / "metadata").read_text(encoding="utf-8"))
+        step = position["next_batch"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return f"its position is not what was written: {_one_line(error)}"
+    return None if step == int(folder.name) else f"it is the checkpoint of step {step}"
 
 
 def _difference(folder: pathlib.Path) -> str | None:
@@ -324,15 +346,15 @@ def _difference(folder: pathlib.Path) -> str | None:
         expected = {name: [int(size), int(crc)] for name, (size, crc) in recorded.items()}
     except (ValueError, TypeError, AttributeError) as error:
         return f"{_MANIFEST} is not what was written: {_one_line(error)}"
-    found = _fingerprints(folder)
-    for name in sorted({*expected, *found}):
-        if name not in found:
+    files = _fingerprints(folder)
+    for name in sorted({*expected, *files}):
+        if name not in files:
             return f"{name} is missing"
         if name not in expected:
             return f"{name} was not part of it"
-        if found[name][0] != expected[name][0]:
-            return f"{name} has {found[name][0]} bytes, expected {expected[name][0]}"
-        if found[name] != expected[name]:
+        if files[name][0] != expected[name][0]:
+            return f"{name} has {files[name][0]} bytes, expected {expected[name][0]}"
+        if files[name] != expected[name]:
             return f"{name} has the right size but other content"
     return None
 

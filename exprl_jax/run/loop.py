@@ -96,11 +96,14 @@ class Best(NamedTuple):
     value: float
 
 
-def run_task(task: Task, workdir_path: str) -> None:
+def run_task(task: Task, workdir_path: str, accept_lost_records: bool = False) -> None:
     """Takes a run from where its folder stands to its last step, and exports the policy.
 
+    Args:
+      accept_lost_records: go on although checkpoints or metrics of steps that were taken are gone.
+
     Raises:
-      ValueError: the folder is another run's, the data have changed, the disk is too small.
+      ValueError: the folder is another run's, records are gone, the data have changed, the disk is too small.
       FloatingPointError: a metric is not finite (names step and metric).
     """
     abstract = jax.tree.map(
@@ -123,6 +126,10 @@ def run_task(task: Task, workdir_path: str) -> None:
             task.describe(workdir.model)
         state, done, best = _restore_or_start(task, checkpoints, abstract)
         _refuse_dead(task, state, done)
+        barrier()  # every process sees the records as they are before they are cut to the checkpoint
+        if not accept_lost_records:
+            check_records(workdir, task.checkpoint.every, done)
+        barrier()
         truncate_after(workdir, done)
         barrier()  # every process watches the same rows
         watch = RunWatch(task.watch, read_metrics(workdir.metrics)) if task.watch else None
@@ -204,6 +211,29 @@ def better_of(best: Best | None, config: Checkpoint, step: int, rows: Sequence[M
         return new
     gain = new.value - best.value if config.best_is == "highest" else best.value - new.value
     return new if gain > 0 else best
+
+
+def check_records(workdir: Workdir, every: int, done: int) -> None:
+    """Refuses to start over, or to go on with half a record, where somebody has deleted a part of the workdir.
+
+    A step's metrics are written only when the checkpoint before it is on disk, so metrics of more than `every` steps
+    are those of a run that had one; and a checkpoint has the metrics of all its steps beside it.
+
+    Raises:
+      ValueError: names what is gone.
+    """
+    rows = read_metrics(workdir.metrics)
+    last = rows[-1]["step"] if rows else 0
+    if done == 0 and last > every:
+        lost = f"its metrics go to step {last}, but it has no checkpoint"
+    elif done > last:
+        lost = f"its newest checkpoint is of step {done}, but its metrics go to step {last}"
+    else:
+        return
+    raise ValueError(
+        f"--workdir {workdir.path}: {lost}; put back what was deleted, choose another --workdir, or pass "
+        "--accept_lost_records to go on without it"
+    )
 
 
 def _refuse_dead(task: Task, state: TrainState, step: int) -> None:

@@ -12,9 +12,10 @@
     lock              held by the training process as long as it lives
 
 Starting in a workdir that already has a `config.json` resumes its run.  Of the config only the `NEUTRAL_KEYS` may
-differ then, on which no number depends (a larger `steps` extends a finished run, if its learning rate is constant).
-Everything else could change the numbers of the steps to come, and is refused, unless the run has not taken its first
-step yet.
+differ then, on which no number depends beyond the order of sums: how long a run is and what is kept of it (a larger
+`steps` extends a finished run, if its learning rate is constant), and on which machines, in how large parts and within
+which time limits it is computed, so that a run can move to another slice or be given less memory.  Everything else
+could change the numbers of the steps to come, and is refused, unless the run has not taken its first step yet.
 
 The folder is on a file system: local, NFS or a mounted bucket, shared by all processes of a multi-host run.  Bucket
 URLs are refused, because `metrics.jsonl` needs append and rename.
@@ -26,6 +27,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import fnmatch
 import json
 import os
 import pathlib
@@ -38,15 +40,33 @@ from typing import Any
 from exprl_jax.files import write_atomically
 from exprl_jax.resolve import differences
 
-# Keys of the resolved config that may differ when a run resumes.
+# Keys of the resolved config that may differ when a run resumes; `*` stands for any name.
 NEUTRAL_KEYS = (
+    # How long the run is, and what is kept and said of it.
     "steps",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "log.rollouts",
-    "grader.workers",
-    "probe.strict",
+    "checkpoint.*",
+    "log.*",
+    "probe.*",
+    "watch.*",
     "label",
+    # Where it is computed, and in how large parts.
+    "mesh.*",
+    "*.execution.remat",
+    "rollout.wave",
+    "sampling.wave",
+    "*.sampling.wave",
+    "wave",
+    "updates.microbatch",
+    "updates.logp_chunk",
+    "microbatch",
+    "logp_chunk",
+    # Within which limits others answer.
+    "grader.*",
+    "code.seconds",
+    "*.endpoint.concurrency",
+    "*.endpoint.seconds",
+    "*.endpoint.retries",
+    "*.endpoint.max_missing",
 )
 # What a run writes as it goes, besides checkpoints: once there is any, the run has begun.
 RECORDS = ("metrics.jsonl", "samples/*.jsonl", "scores.jsonl", "annotations.jsonl")
@@ -130,10 +150,10 @@ def open_workdir(
         raise ValueError(f"--workdir {path}: expected a folder, got a URL; mount the bucket and pass the mount's path")
     folder = pathlib.Path(path).expanduser().absolute()
     config = json.loads(json.dumps(resolved_config))  # as it will be read back: tuples become lists
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         if process == 0:
             try:
-                workdir = _enter(folder, config, folders, needed_bytes, held)
+                workdir = _enter(folder, config, folders, needed_bytes, stack)
             finally:
                 barrier()
         else:
@@ -148,10 +168,10 @@ def open_workdir(
             workdir = Workdir(folder, resumed=True)
             theirs = _read_config(workdir.config)
             _refuse_other_config(folder, theirs, config)
-            if found := differences(config, theirs):
+            if different := differences(config, theirs):
                 raise ValueError(
                     f"process {process} was started with another config than process 0 (its value != the value there): "
-                    f"{_listed(found)}; give every process the same"
+                    f"{_listed(different)}; give every process the same"
                 )
         yield workdir
 
@@ -179,7 +199,7 @@ def recorded_config(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _enter(
-    folder: pathlib.Path, config: dict[str, Any], folders: Sequence[str], needed_bytes: int, held: contextlib.ExitStack
+    folder: pathlib.Path, config: dict[str, Any], folders: Sequence[str], needed_bytes: int, stack: contextlib.ExitStack
 ) -> Workdir:
     try:
         if folder.exists() and not folder.is_dir():
@@ -195,14 +215,14 @@ def _enter(
             _refuse_other_config(folder, _read_config(folder / "config.json"), config)
         _check_space(folder, needed_bytes)
         folder.mkdir(parents=True, exist_ok=True)
-        held.enter_context(_lock(folder))
+        stack.enter_context(_lock(folder))
         workdir = Workdir(folder, resumed=(folder / "config.json").exists())
         for leftover in folder.glob(".*.writing-*"):  # of an export or a description that was killed
             shutil.rmtree(leftover)
         if workdir.resumed:  # read again: until the lock was held another process could write it
             _refuse_other_config(folder, _read_config(workdir.config), config)
-        for each in folders:
-            (folder / each).mkdir(exist_ok=True)
+        for name in folders:
+            (folder / name).mkdir(exist_ok=True)
         if not workdir.resumed or _read_config(workdir.config) != config:
             write_atomically(workdir.config, json.dumps(config, indent=2) + "\n")
     except OSError as error:
@@ -225,30 +245,31 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _refuse_other_config(folder: pathlib.Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    taken = _steps_taken(folder)
-    if "steps" in ours and ours["steps"] < taken:
+    steps = _steps_taken(folder)
+    if "steps" in ours and ours["steps"] < steps:
         raise ValueError(
-            f"--workdir {folder}: its run has taken {taken} steps, expected config.steps of at least that, got "
+            f"--workdir {folder}: its run has taken {steps} steps, expected config.steps of at least that, got "
             f"{ours['steps']}"
         )
-    found = [each for each in differences(ours, theirs) if each.partition(":")[0] not in _neutral(ours)]
-    if found and (taken or any(file.stat().st_size for name in RECORDS for file in folder.glob(name))):
+    different = [line for line in differences(ours, theirs) if not _is_neutral(line.partition(":")[0], ours)]
+    if different and (steps or any(file.stat().st_size for name in RECORDS for file in folder.glob(name))):
         raise ValueError(
             f"--workdir {folder} holds a run of another config (this start's value != the value there): "
-            f"{_listed(found)}; choose another --workdir"
+            f"{_listed(different)}; choose another --workdir"
         )
 
 
-def _listed(found: Sequence[str]) -> str:
-    more = f" and {len(found) - _SHOWN_DIFFERENCES} more" if len(found) > _SHOWN_DIFFERENCES else ""
-    return "; ".join(found[:_SHOWN_DIFFERENCES]) + more
+def _listed(lines: Sequence[str]) -> str:
+    more = f" and {len(lines) - _SHOWN_DIFFERENCES} more" if len(lines) > _SHOWN_DIFFERENCES else ""
+    return "; ".join(lines[:_SHOWN_DIFFERENCES]) + more
 
 
-def _neutral(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """A rate that goes to 0 at the last step depends on how many there are."""
-    rate = config["optimizer"] if "optimizer" in config else {"schedule": "constant", "warmup": 0}
-    bound = rate["schedule"] != "constant" or rate["warmup"] > 0
-    return tuple(key for key in NEUTRAL_KEYS if not bound or key != "steps")
+def _is_neutral(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether no number depends on a key; a rate that goes to 0 at the last step depends on how many there are."""
+    if key == "steps" and "optimizer" in config:
+        rate = config["optimizer"]
+        return rate["schedule"] == "constant" and rate["warmup"] == 0
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in NEUTRAL_KEYS)
 
 
 def _steps_taken(folder: pathlib.Path) -> int:
@@ -261,9 +282,9 @@ def _check_space(folder: pathlib.Path, needed_bytes: int) -> None:
     while not standing.exists():
         standing = standing.parent
     kept = (folder / "checkpoints", folder / "export")
-    taken = sum(file.stat().st_size for part in kept for file in part.rglob("*") if file.is_file())
+    kept_bytes = sum(file.stat().st_size for part in kept for file in part.rglob("*") if file.is_file())
     free = shutil.disk_usage(standing).free
-    if free + taken < needed_bytes:
+    if free + kept_bytes < needed_bytes:
         raise ValueError(
             f"--workdir {folder}: the run needs {needed_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free; "
             "free some, keep fewer checkpoints (checkpoint.keep) or choose another --workdir"

@@ -55,7 +55,7 @@ def write(folder, steps, keep=3):
     with Checkpoints(folder, keep, CONFIG) as checkpoints:
         for step in steps:
             states[step] = make_state(step, step)
-            checkpoints.save(step, states[step], {"epoch": 0, "index": step})
+            checkpoints.save(step, states[step], {"next_batch": step})
     return states
 
 
@@ -80,7 +80,7 @@ def test_state_position_and_config_come_back_and_old_ones_go(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "4"]
     with Checkpoints(tmp_path, 2, CONFIG) as checkpoints:
         found = checkpoints.restore(abstract(states[4]))
-    assert found.step == 4 and found.position == {"epoch": 0, "index": 4}
+    assert found.step == 4 and found.position == {"next_batch": 4}
     assert_bitwise(found.state, states[4])
     assert json.loads((tmp_path / "4" / "config" / "metadata").read_text()) == CONFIG
 
@@ -94,7 +94,7 @@ def test_donating_the_state_right_after_save_does_not_reach_the_checkpoint(tmp_p
     assert all(x.is_deleted() for x in jax.tree.leaves(other))
     expected = snapshot(state)
     with Checkpoints(tmp_path, 1, CONFIG) as checkpoints:
-        checkpoints.save(1, state, {})
+        checkpoints.save(1, state, {"next_batch": 1})
         shapes = abstract(state)
         for _ in range(3):
             state = step(state)
@@ -117,7 +117,7 @@ def test_restores_onto_other_meshes(tmp_path):
     expected = snapshot(state)
     shardings = place(state, (8, 1))
     with Checkpoints(tmp_path, 1, CONFIG) as checkpoints:
-        checkpoints.save(7, jax.device_put(state, shardings), {})
+        checkpoints.save(7, jax.device_put(state, shardings), {"next_batch": 7})
     for target in (place(state, (2, 4)), jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(devices[3]), state)):
         wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, target)
         with Checkpoints(tmp_path, 1, CONFIG) as checkpoints:
@@ -136,6 +136,11 @@ def truncate(path):
     os.truncate(path, path.stat().st_size // 2)
 
 
+def unrecorded(folder, position):
+    (folder / "manifest.json").unlink()
+    (folder / "position" / "metadata").write_text(json.dumps(position))
+
+
 DAMAGE = {
     "a truncated array": (lambda f: truncate(array_file(f)), "bytes, expected"),
     "a flipped byte in an array": (lambda f: flip(array_file(f)), "right size but other content"),
@@ -149,6 +154,16 @@ DAMAGE = {
         "reading",
     ),
     "nothing recorded and an empty folder": (lambda f: [shutil.rmtree(f), f.mkdir()], "Error"),
+    "nothing recorded and no position": (lambda f: unrecorded(f, {}), "KeyError"),
+    "nothing recorded and a position that is a list": (lambda f: unrecorded(f, []), "TypeError"),
+    "a copy of the one before": (
+        lambda f: [shutil.rmtree(f), shutil.copytree(f.with_name("1"), f)],
+        "it is the checkpoint of step 1",
+    ),
+    "an unrecorded copy of the one before": (
+        lambda f: [shutil.rmtree(f), shutil.copytree(f.with_name("1"), f), (f / "manifest.json").unlink()],
+        "it is the checkpoint of step 1",
+    ),
 }
 
 
@@ -161,22 +176,31 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, logg
     spoil(tmp_path / "2")
     with Checkpoints(tmp_path, 3, CONFIG) as checkpoints:
         found = checkpoints.restore(abstract(states[1]))
-        assert found.step == 1 and found.position == {"epoch": 0, "index": 1}
+        assert found.step == 1 and found.position == {"next_batch": 1}
         assert_bitwise(found.state, states[1])
-        (line,) = logged()
+        *before, line = logged()
+        assert all("has no manifest.json" in earlier for earlier in before)
         assert "step 2 is damaged" in line and words in line and "\n" not in line
         assert sorted(p.name for p in tmp_path.iterdir()) == ["1", "2.corrupt"]
         gc.collect()
-        checkpoints.save(2, states[2], {"index": 2})  # the run comes by again
+        checkpoints.save(2, states[2], {"next_batch": 2})  # the run comes by again
     with Checkpoints(tmp_path, 3, CONFIG) as checkpoints:
         assert_bitwise(checkpoints.restore(abstract(states[2])).state, states[2])
 
 
-def test_a_checkpoint_killed_before_its_manifest_is_used(tmp_path):
+def test_a_checkpoint_killed_before_its_manifest_is_used_and_said(tmp_path, logged):
     states = write(tmp_path, [1, 2])
     (tmp_path / "2" / "manifest.json").unlink()
     with Checkpoints(tmp_path, 3, CONFIG) as checkpoints:
         assert checkpoints.restore(abstract(states[2])).step == 2
+    assert logged() == ["checkpoint of step 2 has no manifest.json: its bytes are not checked"]
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+    with Checkpoints(tmp_path, 1, CONFIG) as checkpoints:
+        for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 5), (6, 5)):
+            checkpoints.save(step, make_state(step, step), {"next_batch": step}, best)
+    assert sorted(int(path.name) for path in tmp_path.iterdir()) == [5, 6]
 
 
 def test_a_run_with_only_damaged_checkpoints_does_not_start_over(tmp_path):
@@ -200,9 +224,9 @@ def test_an_intact_checkpoint_of_other_shapes_is_refused_and_kept(tmp_path):
 
 def test_steps_go_forward(tmp_path):
     with Checkpoints(tmp_path, 3, CONFIG) as checkpoints:
-        checkpoints.save(2, make_state(0), {})
+        checkpoints.save(2, make_state(0), {"next_batch": 2})
         with pytest.raises(ValueError, match="expected a step after 2"):
-            checkpoints.save(2, make_state(0), {})
+            checkpoints.save(2, make_state(0), {"next_batch": 2})
 
 
 def test_remains_of_a_killed_save_are_removed(tmp_path, logged):
@@ -220,13 +244,13 @@ import resource, signal, sys
 import jax, jax.numpy as jnp
 from exprl_jax.run.checkpoint import Checkpoints
 with Checkpoints(sys.argv[1], 2, {}) as checkpoints:
-    checkpoints.save(1, {"w": jnp.ones(10)}, {})
+    checkpoints.save(1, {"w": jnp.ones(10)}, {"next_batch": 1})
     checkpoints.wait()
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     big = {"w": jax.random.normal(jax.random.key(0), (1_000_000,))}
     try:
-        checkpoints.save(2, big, {})
+        checkpoints.save(2, big, {"next_batch": 2})
         checkpoints.wait()
     except ValueError as error:
         print(error)
@@ -235,7 +259,7 @@ with Checkpoints(sys.argv[1], 2, {}) as checkpoints:
     found = checkpoints.restore({"w": jax.ShapeDtypeStruct((10,), jnp.float32)})
     print(found.step, float(found.state["w"].sum()))
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    checkpoints.save(2, big, {})
+    checkpoints.save(2, big, {"next_batch": 2})
 """
 
 
@@ -257,11 +281,11 @@ from exprl_jax.run.checkpoint import Checkpoints
 with Checkpoints(sys.argv[1], 2, {}) as checkpoints:
     found = checkpoints.restore({"w": jax.ShapeDtypeStruct((50_000,), jnp.float32)})
     step = found.step if found else 0
-    assert found is None or found.position == {"step": step} and bool((found.state["w"] == step).all())
+    assert found is None or found.position == {"next_batch": step} and bool((found.state["w"] == step).all())
     print(step, flush=True)
     while True:
         step += 1
-        checkpoints.save(step, {"w": jnp.full(50_000, step, jnp.float32)}, {"step": step})
+        checkpoints.save(step, {"w": jnp.full(50_000, step, jnp.float32)}, {"next_batch": step})
 """
 
 
@@ -297,14 +321,14 @@ state = {"w": jax.make_array_from_callback(w.shape, rows, lambda index: w[index]
 with Checkpoints(folder, 3, {}) as checkpoints:
     assert checkpoints.restore(state) is None
     for step in (1, 2):
-        checkpoints.save(step, state, {"step": step})
+        checkpoints.save(step, state, {"next_batch": step})
 multihost_utils.sync_global_devices("saved")
 if process == 0:
     largest = max((folder / "2" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(bytes(largest.stat().st_size))
 with Checkpoints(folder, 3, {}) as checkpoints:
     found = checkpoints.restore({"w": jax.ShapeDtypeStruct(w.shape, jnp.float32, sharding=both)})
-    assert found.step == 1 and found.position == {"step": 1}
+    assert found.step == 1 and found.position == {"next_batch": 1}
     for shard in found.state["w"].addressable_shards:
         np.testing.assert_array_equal(shard.data, w[shard.index])
 print("agreed", flush=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,10 @@ import pytest
 
 from exprl_jax.files import write_atomically
 from exprl_jax.run import workdir as room
-from exprl_jax.run.workdir import open_workdir
+from exprl_jax.resolve import resolve, to_dict
+from exprl_jax.run.loop import check_records
+from exprl_jax.run.workdir import check_workdir, open_workdir
+from tiny_runs import config_dict
 
 CONFIG = {"seed": 1, "steps": 10, "loss": {"clip_low": 0.2, "pair": (1, 2)}, "data": {"source": "a.jsonl"}}
 
@@ -245,3 +249,83 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
     (tmp_path / "rows.tmp").unlink()
     write_atomically(path, "new")
     assert path.read_text() == "new" and os.listdir(tmp_path) == ["rows"]
+
+
+RL = to_dict(resolve(config_dict("tiny")))
+NEUTRAL = {
+    "mesh.data": 2,
+    "mesh.model": 2,
+    "rollout.wave": 4,
+    "updates.microbatch": 16,
+    "updates.logp_chunk": 64,
+    "grader.seconds": 1.0,
+    "grader.workers": 3,
+    "code.seconds": 1.0,
+    "judge.endpoint.concurrency": 1,
+    "judge.endpoint.seconds": 1.0,
+    "policy.execution.remat": "full",
+    "judge.model.execution.remat": "full",
+    "checkpoint.best": "solve/none",
+    "watch.window": 99,
+}
+BINDING = {
+    "rollout.group": 2,
+    "rollout.temperature": 0.5,
+    "updates.per_batch": 2,
+    "updates.row_tokens": 900,
+    "optimizer.learning_rate": 1.0,
+    "seed": 1,
+    "policy.execution.compute_dtype": "bfloat16",
+    "judge.readout": "text",
+    "code.memory_mb": 1,
+}
+
+
+def with_key(config, path, value):
+    changed = json.loads(json.dumps(config))
+    *sections, leaf = path.split(".")
+    section = changed
+    for name in sections:
+        section = section[name]
+    assert section[leaf] != value
+    section[leaf] = value
+    return changed
+
+
+def taken(folder):
+    with open_workdir(folder, RL) as workdir:
+        (workdir.checkpoints / "3").mkdir()
+
+
+@pytest.mark.parametrize("key", NEUTRAL)
+def test_a_run_goes_on_elsewhere_in_other_parts_and_within_other_limits(key, tmp_path):
+    taken(tmp_path)
+    changed = with_key(RL, key, NEUTRAL[key])
+    with open_workdir(tmp_path, changed) as workdir:
+        assert json.loads(workdir.config.read_text()) == changed
+
+
+@pytest.mark.parametrize("key", BINDING)
+def test_a_run_does_not_go_on_with_what_changes_its_numbers(key, tmp_path):
+    taken(tmp_path)
+    with pytest.raises(ValueError, match=f"another config.*{re.escape(key)}: "):
+        check_workdir(tmp_path, with_key(RL, key, BINDING[key]))
+
+
+@pytest.mark.parametrize(
+    "steps, done, lost",
+    [(range(1, 13), 0, "metrics go to step 12, but it has no checkpoint"), ((), 10, "metrics go to step 0")]
+    + [(range(1, 8), 10, "newest checkpoint is of step 10, but its metrics go to step 7")],
+)
+def test_records_that_somebody_has_deleted_are_missed(steps, done, lost, tmp_path):
+    with open_workdir(tmp_path, RL) as workdir:
+        workdir.metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in steps))
+        with pytest.raises(ValueError, match=f"{lost}; .*--accept_lost_records"):
+            check_records(workdir, 10, done)
+
+
+@pytest.mark.parametrize("last, done", [(0, 0), (10, 0), (10, 10), (14, 10), (10, 5)])
+def test_what_a_kill_leaves_is_no_loss(last, done, tmp_path):
+    with open_workdir(tmp_path, RL) as workdir:
+        workdir.metrics.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, last + 1)))
+        check_records(workdir, 10, done)
