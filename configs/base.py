@@ -67,6 +67,7 @@ def base() -> ConfigDict:
                 rollout_estimator="grpo",
                 std_normalise=True,
                 min_spread=0.0,
+                min_logits_spread=0.02,
                 overlong="zero_score",
                 overlong_penalty=-1.0,
                 missing="drop_segment",

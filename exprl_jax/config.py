@@ -267,7 +267,9 @@ class Advantage:
       estimator: advantages on the route `process`: `delta_norm` (Eq. 2/5), `end_norm` (Eq. 4) or `group_norm` (Eq. 6).
         The other routes have one score a rollout, normalised within its group.
       std_normalise: on the other routes, divide by the group's standard deviation.
-      min_spread: on the other routes, a group whose standard deviation is below this gets advantage 0.
+      min_spread: of `rollout_estimator`: a group whose standard deviation is below this gets advantage 0.
+      min_logits_spread: the same where the scores are a judge's by `logits`: they are never quite equal, and
+        `std_normalise` would make advantages of 1 out of differences of 0.0001.
       overlong: what happens to rollouts that never ended: `zero_score` (every score 0), `mask` (no loss), `penalty`, or
         `keep` (scored like any other, as in the released sparse runs).
       overlong_penalty: the advantage of every token of an overlong rollout under `penalty`; negative.
@@ -279,6 +281,7 @@ class Advantage:
     rollout_estimator: Literal["grpo", "rloo", "maxrl"]
     std_normalise: bool
     min_spread: NotNegative
+    min_logits_spread: NotNegative
     overlong: Literal["zero_score", "mask", "penalty", "keep"]
     overlong_penalty: Number
     missing: Literal["drop_segment", "drop_rollout"]

@@ -200,12 +200,14 @@ def score_wave(run: RLRun, pending: PendingWave, clock: Clock) -> ScoredWave:
     verdicts = [judged or graded for judged, graded in zip(pending.judge_verdicts, of_verifiers)]
     judgements, verdicts = _agree(pending.request.index_P, pending.judgements, verdicts)
     judgements = add_verdict_rewards(run, wave, judgements, verdicts)
+    routes = [run.route(problem) for problem in wave.problems]
     advantages = assign_advantages(
         judgements.score_PGN,
         judgements.valid_PGN,
         wave.count_PG,
         overlong_PG=~wave.rollouts.ended_PG,
-        process_P=np.array([run.route(problem).per_segment for problem in wave.problems]),
+        process_P=np.array([route.per_segment for route in routes]),
+        logits_P=np.array([route.judged and run.config.judge.readout == "logits" for route in routes]),
         rules=run.config.advantage,
     )
     resampled_P = (pending.request.live_P & (pending.request.attempt > 0)).astype(np.int32)

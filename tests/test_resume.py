@@ -24,7 +24,7 @@ def whole(tmp_path_factory):
 
 def resampling(changes):
     """A spread that untrained rollouts seldom have, so that groups are sampled again at every step."""
-    again = {"rollout.max_resample": 2, "advantage.min_spread": 0.5, "advantage.overlong": "keep"}
+    again = {"rollout.max_resample": 2, "advantage.min_logits_spread": 0.5, "advantage.overlong": "keep"}
     return tiny("outcome", {"steps": STEPS} | again | changes)
 
 

@@ -28,7 +28,7 @@ def scoring():
 
         def score(max_resample, min_spread):
             rollout = dataclasses.replace(base.rollout, max_resample=max_resample)
-            advantage = dataclasses.replace(base.advantage, min_spread=min_spread)
+            advantage = dataclasses.replace(base.advantage, min_logits_spread=min_spread)
             config = dataclasses.replace(base, rollout=rollout, advantage=advantage)
             changed, clock, index_P = dataclasses.replace(run, config=config), Clock(), np.arange(len(problems))
             request = WaveRequest(problems, index_P, step=0, attempt=0, live_P=np.ones(len(problems), bool))

@@ -30,6 +30,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIVELY = {
     "advantage.overlong": "penalty",
     "advantage.overlong_penalty": -0.5,
+    "advantage.min_logits_spread": 0.0,  # an untrained judge hardly tells its rollouts apart
     "optimizer.eps": 1e-4,  # Adam turns rounding noise of a gradient near zero into whole steps
     "data.source": str(ROOT / "configs/data/arithmetic.jsonl"),
     "grader.seconds": 20.0,

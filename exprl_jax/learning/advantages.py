@@ -33,14 +33,14 @@ def grpo(
     valid_PG: Bool[np.ndarray, "P G"],
     *,
     std_normalise: bool,
-    min_spread: float,
+    min_spread: float | np.ndarray,
     eps: float = 1e-6,
 ) -> tuple[Float32[np.ndarray, "P G"], Bool[np.ndarray, "P"]]:
     """Group-normalised advantage of whole rollouts: A = (R − mean_group) / (std_group + eps)   (paper §3).
 
     Mean and standard deviation (unbiased, as in the released code) are over the group's valid rollouts.  A group gives
     advantage 0 and is not live with fewer than two valid rollouts, with equal scores, or with a standard deviation
-    below `min_spread`, whether or not the advantage is divided by it.
+    below `min_spread` (of all groups, or [P, 1]), whether or not the advantage is divided by it.
 
     Returns:
       (advantage_PG, 0 where not valid; live_P).
@@ -50,7 +50,7 @@ def grpo(
 
 
 def rloo(
-    score_PG: Float[np.ndarray, "P G"], valid_PG: Bool[np.ndarray, "P G"], *, min_spread: float
+    score_PG: Float[np.ndarray, "P G"], valid_PG: Bool[np.ndarray, "P G"], *, min_spread: float | np.ndarray
 ) -> tuple[Float32[np.ndarray, "P G"], Bool[np.ndarray, "P"]]:
     """Leave-one-out advantage of whole rollouts: A_i = R_i − mean of the group's other R_j   (arXiv 2402.14740, Eq. 4).
 
@@ -64,7 +64,7 @@ def rloo(
 
 
 def maxrl(
-    score_PG: Float[np.ndarray, "P G"], valid_PG: Bool[np.ndarray, "P G"], *, min_spread: float
+    score_PG: Float[np.ndarray, "P G"], valid_PG: Bool[np.ndarray, "P G"], *, min_spread: float | np.ndarray
 ) -> tuple[Float32[np.ndarray, "P G"], Bool[np.ndarray, "P"]]:
     """Advantage of whole rollouts relative to their group's mean: A = (R − mean_group) / mean_group   (arXiv
     2602.02710).
@@ -137,6 +137,7 @@ def assign_advantages(
     count_PG: Int[np.ndarray, "P G"],
     overlong_PG: Bool[np.ndarray, "P G"],
     process_P: Bool[np.ndarray, "P"],
+    logits_P: Bool[np.ndarray, "P"],
     rules: config.Advantage,
 ) -> SegmentAdvantages:
     """Advantages of a batch under `rules`, with the rules for missing scores (D2) and overlong rollouts (D3).
@@ -158,6 +159,7 @@ def assign_advantages(
       count_PG: segments of each rollout, 0 ≤ count ≤ N.
       overlong_PG: rollouts that reached the token limit without EOS.
       process_P: problems whose rollouts have a score a segment.
+      logits_P: problems whose scores are a judge's by its digits' probabilities.
       rules: estimator, and what becomes of missing scores and overlong rollouts.
 
     Raises:
@@ -183,9 +185,8 @@ def assign_advantages(
 
     advantage, counted = PROCESS_ESTIMATORS[rules.estimator](score, valid, count)
     options = {"std_normalise": rules.std_normalise} if rules.rollout_estimator == "grpo" else {}
-    whole, _ = ROLLOUT_ESTIMATORS[rules.rollout_estimator](
-        score[..., 0], valid[..., 0], min_spread=rules.min_spread, **options
-    )
+    least_P1 = np.where(np.asarray(logits_P, bool), rules.min_logits_spread, rules.min_spread)[:, None]
+    whole, _ = ROLLOUT_ESTIMATORS[rules.rollout_estimator](score[..., 0], valid[..., 0], min_spread=least_P1, **options)
     first = np.arange(N) == 0
     advantage = np.where(process[:, None, None], advantage, np.where(first, whole[..., None], np.float32(0)))
     counted = np.where(process[:, None, None], counted, valid & first)

@@ -3,13 +3,16 @@ cure."""
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Mapping
 
 import jax
 
 from exprl_jax.config import Config
+from exprl_jax.reward.routes import ROUTES
+
+# A standard deviation of scores in [0, 1] below which they are taken for equal.
+_NEARLY_EQUAL = 0.01
 
 
 def probe_batch(row: Mapping[str, float | None], config: Config) -> None:
@@ -35,8 +38,8 @@ def warnings(row: Mapping[str, float | None], config: Config) -> list[str]:
     def value(name: str) -> float:
         return row[name] if row[name] is not None else 0.0
 
-    problems, routes = [], set(dataclasses.astuple(config.routes))
-    sparse = routes == {"verifier"}
+    problems, routes = [], [ROUTES[name] for name in config.routes.all]
+    sparse = not any(route.judged for route in routes)
     if value("response/overlong") > 0.5:
         scored = "" if config.advantage.overlong == "keep" else " and are not scored"
         problems.append(
@@ -45,10 +48,11 @@ def warnings(row: Mapping[str, float | None], config: Config) -> list[str]:
         )
     # Sparse rewards leave many groups without any; that is what the first stage is for.
     if value("advantage/live_groups") < (0.1 if sparse else 0.5):
-        if "process" in routes:
+        if any(route.per_segment for route in routes):
             cure = "choose a segments.rule that cuts these rollouts, set judge.logits_value to 'expected'"
         else:
-            cure = "raise rollout.group or rollout.max_resample, lower advantage.min_spread"
+            key = "min_logits_spread" if config.judge.readout == "logits" and not sparse else "min_spread"
+            cure = f"raise rollout.group or rollout.max_resample, lower advantage.{key}"
             cure += ", start from a primed policy" if sparse else ", set judge.logits_value to 'expected'"
         problems.append(
             f"only {value('advantage/live_groups'):.0%} of the groups have any advantage: {cure}, or take problems of "
@@ -61,6 +65,13 @@ def warnings(row: Mapping[str, float | None], config: Config) -> list[str]:
             else "raise judge.max_trace_tokens"
         )
         problems.append(f"only {value('judge/parsed'):.0%} of the judge's answers held a score: {cure}")
+    spread = row["judge/group_spread"]
+    if spread is not None and 0 < spread < _NEARLY_EQUAL and config.advantage.std_normalise:
+        problems.append(
+            f"the scores of a group differ by {spread:.1g} (standard deviation): that is noise, which "
+            "advantage.std_normalise makes advantages of 1 from; take a judge that tells these rollouts apart, or keep "
+            "advantage.min_spread and min_logits_spread above it"
+        )
     if row["reward/std"] == 0 and not sparse:
         problems.append(
             "all scores are equal: look at rollouts/step_000001.jsonl, and take a judge that tells these rollouts "

@@ -21,6 +21,7 @@ def how(estimator="delta_norm", **changes):
         rollout_estimator="grpo",
         std_normalise=True,
         min_spread=0.0,
+        min_logits_spread=0.02,
         overlong="zero_score",
         overlong_penalty=-1.0,
         missing="drop_segment",
@@ -28,10 +29,10 @@ def how(estimator="delta_norm", **changes):
     return config.Advantage(**(settings | changes))
 
 
-def assigned(packed, overlong_PG, process_P, how):
-    """`assign` where every problem has the same route, or each its own."""
-    process_P = np.broadcast_to(process_P, len(packed[0]))
-    return advantages.assign_advantages(*packed, overlong_PG, process_P, how)
+def assigned(packed, overlong_PG, process_P, how, logits_P=False):
+    """`assign_advantages` where every problem has the same route and judge, or each its own."""
+    process_P, logits_P = (np.broadcast_to(x, len(packed[0])) for x in (process_P, logits_P))
+    return advantages.assign_advantages(*packed, overlong_PG, process_P, logits_P, how)
 
 
 def pack(groups):
@@ -274,6 +275,18 @@ def test_small_spread_is_no_signal():
     got = assigned(packed, np.zeros((2, 2), bool), WHOLE, how(min_spread=0.1, std_normalise=False))
     np.testing.assert_allclose(got.advantage_PGN[..., 0], [[0, 0], [-0.3, 0.3]], atol=1e-6)
     assert got.live_P.tolist() == [False, True]
+
+
+def test_noise_of_a_judge_read_by_its_digits_is_no_signal():
+    """A spread of 1e-4 in written scores is a difference; in expectations over digits it is rounding."""
+    noise, signal = [[[0.5], [0.5001], [0.4999]]], [[[0.2], [0.5], [0.9]]]
+    packed, none = pack(noise * 2 + signal * 2), np.zeros((4, 3), bool)
+    made = assigned(packed, none, WHOLE, how(), logits_P=np.array([True, False, True, False]))
+    assert made.live_P.tolist() == [False, True, True, True] and not made.advantage_PGN[0].any()
+    np.testing.assert_array_equal(made.advantage_PGN[2], made.advantage_PGN[3])
+    assert np.abs(made.advantage_PGN[1]).max() > 0.9
+    kept = assigned(packed, none, WHOLE, how(min_logits_spread=0.0), logits_P=True)
+    assert kept.live_P.all()
 
 
 def test_missing_rules():

@@ -32,6 +32,7 @@ FAULTS = [
     ({"advantage/live_groups": 0.25}, {}, ["only 25% of the groups have any advantage", "raise rollout.group"]),
     ({"judge/parsed": 0.1}, dict(readout="text"), ["10% of the judge's answers", "raise judge.max_tokens"]),
     ({"judge/parsed": 0.1}, dict(readout="logits"), ["10% of the judge's answers", "raise judge.max_trace_tokens"]),
+    ({"judge/group_spread": 1e-4}, {}, ["differ by 0.0001", "that is noise", "min_logits_spread"]),
     ({"reward/std": 0.0}, {}, ["all scores are equal", "rollouts/step_000001.jsonl"]),
 ]
 
@@ -52,7 +53,7 @@ def test_dead_groups_are_cured_by_what_the_routes_allow():
     """Whole rollouts are compared within a group, steps with one another."""
     dead = HEALTHY | {"advantage/live_groups": 0.25}
     (whole,), (steps,) = (probe.warnings(dead, settings(arm=arm)) for arm in ("outcome", "process"))
-    assert "raise rollout.group or rollout.max_resample, lower advantage.min_spread" in whole
+    assert "raise rollout.group or rollout.max_resample, lower advantage.min_logits_spread" in whole
     assert "choose a segments.rule that cuts these rollouts" in steps and "rollout.group" not in steps
 
 
