@@ -134,6 +134,7 @@ def distill(config: ConfigDict) -> ConfigDict:
     config.rollout.update(prompts=32, group=16)
     config.updates.per_batch = 1
     config.loss.kl_coef = 0.0
+    config.updates.row_tokens = 40_960  # the teacher's prompt holds the reference too
     config.optimizer.learning_rate = 1e-7
     return config
 

@@ -25,6 +25,7 @@ from exprl_jax.config import Config
 from exprl_jax.data.packing import Example, fill_rows
 from exprl_jax.data.problems import batch_indices
 from exprl_jax.data.prompts import teacher_prompt
+from exprl_jax.data.training import kinds_of, within_budget
 from exprl_jax.hosts import gather_rows, put_microbatches
 from exprl_jax.layout import packed_shape
 from exprl_jax.learning.update import over_updates
@@ -34,7 +35,7 @@ from exprl_jax.resolve import to_dict
 from exprl_jax.reward.statistics import VERDICTS, rollout_statistics
 from exprl_jax.reward.verifiers.grading import Verdicts
 from exprl_jax.reward.verifiers.verdict import Verdict
-from exprl_jax.rl_run import RLRun, open_run, task_of
+from exprl_jax.rl_run import RLRun, check_enough, open_run, task_of
 from exprl_jax.rollout.call import Prompts, make_prompts
 from exprl_jax.rollout_log import rollout_row
 from exprl_jax.run.clock import Clock
@@ -89,20 +90,20 @@ def distill(config: Config, workdir_path: str, accept_lost_records: bool = False
 def open_distill_run(config: Config, stack: contextlib.ExitStack) -> DistillRun:
     """Opens what the run needs, and the teacher's prompts.
 
+    Problems whose reference leaves no room for a response within the teacher's context are dropped and counted.
+
     Raises:
-      ValueError: a teacher's prompt leaves no room for a response within the model's context.
+      ValueError: too few problems are left, or anything that `open_run` refuses.
     """
     run = open_run(config, stack)
     prompts = {problem.id: teacher_prompt(run.policy.tokenizer, problem) for problem in run.problems}
-    longest = max(prompts, key=lambda name: len(prompts[name]))
     room = min(run.policy.arch.max_positions, config.updates.row_tokens) - config.rollout.max_tokens
-    if len(prompts[longest]) > room:
-        raise ValueError(
-            f"problem {longest!r}: its reference makes the teacher's prompt {len(prompts[longest])} tokens long, "
-            f"expected at most {room}, the smaller of the model's context and updates.row_tokens less "
-            "rollout.max_tokens; raise "
-            "updates.row_tokens, leave the problem out or shorten the reference"
-        )
+    lengths = {name: len(prompt) for name, prompt in prompts.items()}
+    # The room is the smaller of the model's context and the row's, less a response.
+    problems = within_budget("updates.row_tokens less rollout.max_tokens", room, run.problems, lengths)
+    check_enough(problems, config.rollout.prompts)
+    run = dataclasses.replace(run, problems=problems, kinds=kinds_of(problems))
+    prompts = {problem.id: prompts[problem.id] for problem in problems}
     return DistillRun(run, programs_room.build_teacher(config, run.mesh, run.policy), make_prompts(prompts))
 
 

@@ -96,11 +96,7 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
     problems = within_budget("data.max_prompt_tokens", config.data.max_prompt_tokens, problems, lengths)
     lengths = builder.lengths(problems)
     problems = within_budget("judge.max_context_tokens", config.judge.max_context_tokens, problems, lengths)
-    if len(problems) < config.rollout.prompts:
-        raise ValueError(
-            f"config.rollout.prompts: got {config.rollout.prompts}, expected at most {len(problems)}, the problems "
-            "that are left"
-        )
+    check_enough(problems, config.rollout.prompts)
     # In one order on every process: loading may run programs over the whole mesh.
     frozen = _load_frozen(config, mesh, policy)
 
@@ -129,6 +125,18 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
         splitter=Splitter(policy.tokenizer.token_bytes, rule),
         frozen=frozen,
     )
+
+
+def check_enough(problems: Sequence[Problem], batch: int) -> None:
+    """Refuses to run on fewer problems than a step takes.
+
+    Raises:
+      ValueError: names the key to lower.
+    """
+    if len(problems) < batch:
+        raise ValueError(
+            f"config.rollout.prompts: got {batch}, expected at most {len(problems)}, the problems that are left"
+        )
 
 
 def _judge_builder(config: Config, problems: Sequence[Problem]) -> JudgeBuilder:

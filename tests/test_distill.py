@@ -233,12 +233,23 @@ def test_waves_and_the_mesh_change_nothing(kl, whole, tmp_path):
     "changes, room",
     [({"rollout.max_tokens": 3500, "updates.row_tokens": 5000}, 596), ({"updates.row_tokens": 700}, 676)],
 )
-def test_a_teachers_prompt_beyond_context_or_row_is_named(changes, room, tmp_path):
+def test_a_problem_whose_reference_leaves_no_room_is_dropped_and_counted(changes, room, tmp_path, capsys):
+    """As every other arm does: one long solution must not end the paper's distillation at its start."""
     problems = read_jsonl(ROOT / "configs/data/arithmetic.jsonl")
     problems[3]["reference"] = "Count. " * 100
     source = write_problems(tmp_path / "problems.jsonl", problems)
-    with contextlib.ExitStack() as stack, pytest.raises(ValueError) as caught:
-        distill.open_distill_run(config("full", {"data.source": source, **changes}), stack)
-    text = str(caught.value)
-    assert text.startswith("problem 'arithmetic/03': its reference makes the teacher's prompt") and "\n" not in text
-    assert f"expected at most {room}, the smaller of the model's context and updates.row_tokens less rollout" in text
+    with contextlib.ExitStack() as stack:
+        distilled = distill.open_distill_run(config("full", {"data.source": source, **changes}), stack)
+    kept = {problem.id for problem in distilled.run.problems}
+    assert kept == {problem["id"] for problem in problems} - {"arithmetic/03"} == set(distilled.prompts.ids)
+    said = f"63 problems; dropped 1 over config.updates.row_tokens less rollout.max_tokens = {room}"
+    assert said in capsys.readouterr().err
+
+
+def test_too_few_problems_left_for_a_batch_is_one_line(tmp_path):
+    problems = read_jsonl(ROOT / "configs/data/arithmetic.jsonl")
+    for problem in problems[5:]:
+        problem["reference"] = "Count. " * 100
+    source = write_problems(tmp_path / "problems.jsonl", problems)
+    with contextlib.ExitStack() as stack, pytest.raises(ValueError, match="rollout.prompts: got 8, expected at most 5"):
+        distill.open_distill_run(config("full", {"data.source": source, "updates.row_tokens": 700}), stack)
