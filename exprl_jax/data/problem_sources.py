@@ -13,6 +13,7 @@ import numpy as np
 from exprl_jax.packaged import locate
 
 _SUFFIXES = (".jsonl", ".parquet")
+_PARQUET_ROWS = 256
 _EXPECTED = "expected .jsonl or .parquet files, hf:<id>, tfds:<name> or a benchmark's name"
 
 
@@ -26,13 +27,21 @@ class Row(NamedTuple):
 def split_sources(source: str) -> list[str]:
     """The single sources of one that names several, with commas between.
 
+    A file whose path has commas is one source: of the ways to read a comma, that which names a file there is.
+
     Raises:
       ValueError: it names none.
     """
-    parts = [part for part in map(str.strip, source.split(",")) if part]
-    if not parts:
+    parts, sources = source.split(","), []
+    while parts:
+        joined = [",".join(parts[:count]).strip() for count in range(len(parts), 1, -1)]
+        path = next((path for path in joined if Path(locate(path)).is_file()), parts[0].strip())
+        sources.append(path)
+        parts = parts[path.count(",") + 1 :]
+    sources = [name for name in sources if name]
+    if not sources:
         raise ValueError(f"{source!r} names no problems: {_EXPECTED}")
-    return parts
+    return sources
 
 
 def read_rows(source: str, split: str) -> Iterator[Row]:
@@ -75,6 +84,8 @@ def _jsonl(path: Path, name: str) -> Iterator[Row]:
                 columns = json.loads(line.decode("utf-8"))
             except ValueError as error:
                 raise ValueError(f"{where} is not JSON: {error}") from error
+            except RecursionError as error:
+                raise ValueError(f"{where} is nested too deeply for a problem: expected text by column") from error
             if not isinstance(columns, dict):
                 raise ValueError(f"{where} must be a JSON object, got {line.decode()!r:.60}")
             yield Row(where, columns)
@@ -84,12 +95,16 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        table = pyarrow.parquet.ParquetFile(str(path)).read()
+        # In small batches: a whole row group is one array a column, and nested arrays of over 2 GB cannot be read.
+        for batch in pyarrow.parquet.ParquetFile(str(path)).iter_batches(batch_size=_PARQUET_ROWS):
+            for columns in batch.to_pylist():
+                yield Row(f"{name} row {number}", columns)
+                number += 1
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{name} is not a parquet file: {str(error).splitlines()[0]}") from error
-    for number, columns in enumerate(table.to_pylist()):
-        yield Row(f"{name} row {number}", columns)
+        where = f"{name}, after {number} rows," if number else name
+        raise ValueError(f"{where} is not a parquet file: {str(error).splitlines()[0]}") from error
 
 
 def _hub_file(name: str) -> Iterator[Row]:

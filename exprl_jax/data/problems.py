@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import hashlib
 import re
@@ -14,7 +15,10 @@ import numpy as np
 
 from exprl_jax.data.benchmarks import BENCHMARKS, STARTER, read_benchmark
 from exprl_jax.data.problem_sources import Row, read_rows, split_sources
+from exprl_jax.hosts import say
 
+# Of a row in our own schema.
+COLUMNS = ("id", "problem", "reference", "answer", "domain", "choices")
 Kind = Literal["math", "choice", "science", "code"]
 DOMAINS = {"math": "math", "science": "science", "physics": "science", "code": "code"}
 
@@ -86,8 +90,13 @@ def read_problems(source: str, *, split: str = "train", references: bool = True)
     """
     problems: dict[str, Problem] = {}
     wheres: dict[str, str] = {}
+    unread: dict[str, str] = {}
     for row in _rows(source, split):
-        problem = _released(row, references) if "extra_info" in row.columns else _plain(row, references)
+        if "extra_info" in row.columns:
+            problem = _released(row, references)
+        else:
+            problem = _plain(row, references)
+            unread |= {name: row.where for name in row.columns if name not in (*COLUMNS, *unread)}
         if problem.id in problems:
             raise ValueError(
                 f"{row.where}: problem id {problem.id!r} is already that of {wheres[problem.id]}; ids must be unique:"
@@ -96,6 +105,9 @@ def read_problems(source: str, *, split: str = "train", references: bool = True)
         problems[problem.id], wheres[problem.id] = problem, row.where
     if not problems:
         raise ValueError(f"{source} holds no problems: expected at least one row")
+    for name, where in unread.items():
+        near = difflib.get_close_matches(str(name), COLUMNS, n=1)
+        say(f"{where}: column {name!r} is not read{f'; did you mean {near[0]!r}?' if near else ''}")
     return list(problems.values())
 
 
@@ -124,16 +136,16 @@ def check_held_out(problems: Sequence[Problem], held_out: Sequence[Problem]) -> 
     known: dict[str, list[Problem]] = {}
     for problem in held_out:
         known.setdefault(problem_hash(problem.problem), []).append(problem)
-    found = []
+    shared = []
     for problem in problems:
         for other in known.get(problem_hash(problem.problem), ()):
             if not problem.choices or not other.choices or _options(problem) == _options(other):
-                found.append(f"{problem.id!r} is {other.id!r}")
+                shared.append(f"{problem.id!r} is {other.id!r}")
                 break
-    if found:
+    if shared:
         raise ValueError(
-            f"{len(found)} of {len(problems)} training problems are held out for evaluation: {'; '.join(found[:3])}"
-            f"{'; …' if len(found) > 3 else ''}: remove them, or set data.allow_held_out to train on them all the same"
+            f"{len(shared)} of {len(problems)} training problems are held out for evaluation: {'; '.join(shared[:3])}"
+            f"{'; …' if len(shared) > 3 else ''}: remove them, or set data.allow_held_out to train on them all the same"
         )
 
 
@@ -204,9 +216,9 @@ def _rows(source: str, split: str) -> Iterator[Row]:
 def _plain(row: Row, references: bool) -> Problem:
     columns = row.columns
     text = _text(row, columns, "problem")
-    given = columns.get("id")
+    has_id = columns.get("id") is not None
     return Problem(
-        id=_text(row, columns, "id") if given is not None else _hash(text),
+        id=_text(row, columns, "id") if has_id else _hash(text),
         problem=text,
         reference=_text(row, columns, "reference") if references else None,
         answer=_text(row, columns, "answer"),
@@ -245,7 +257,19 @@ def _text(row: Row, columns: Mapping[str, Any], key: str, prefix: str = "") -> s
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{row.where}: {prefix}{key} must be a non-empty string, got {value!r:.60}")
-    return value
+    return _encodable(row, f"{prefix}{key}", value)
+
+
+def _encodable(row: Row, key: str, text: str) -> str:
+    """Text that UTF-8 can hold: JSON may spell half of a surrogate pair, which stands for no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{row.where}: {key} holds {text[error.start]!r} at character {error.start}, half of a surrogate pair; "
+            "write the whole character"
+        ) from error
+    return text
 
 
 def _struct(row: Row, columns: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -283,4 +307,7 @@ def _choices(row: Row, value: Any) -> tuple[tuple[str, str], ...]:
             f'{row.where}: choices must be {{"label": [strings], "text": [strings]}} of equal length or a list of such'
             f" pairs, got {value!r:.80}"
         )
-    return tuple(zip(labels, texts, strict=True))
+    return tuple(
+        (_encodable(row, "choices", label), _encodable(row, "choices", text))
+        for label, text in zip(labels, texts, strict=True)
+    )

@@ -11,6 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from exprl_jax.data import problem_sources
+from exprl_jax.data.problem_sources import split_sources
 from exprl_jax.data.problems import Problem, batch_indices, drop_overlong, order, read_problems
 
 PLAIN = [
@@ -295,3 +297,60 @@ def test_answers_and_ids_may_be_written_as_whole_numbers(tmp_path):
     path.write_text(json.dumps(PLAIN[0] | {"answer": 2, "id": 17}) + "\n")
     (problem,) = read_problems(str(path))
     assert (problem.answer, problem.id) == ("2", "17")
+
+
+def lines(path, *rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+GOOD = dict(problem="1 + 1?", reference="2.", answer="2")
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        (dict(GOOD, answer="\ud800"), "line 2: answer holds .* at character 0, half of a surrogate pair"),
+        (dict(GOOD, problem="a \udfff b"), "line 2: problem holds .* at character 2"),
+        (dict(GOOD, reference="x\ud83d"), "line 2: reference holds"),
+        (dict(GOOD, choices={"label": ["A", "B"], "text": ["\ud800", "b"]}), "line 2: choices holds"),
+        ('{"problem": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "line 2 is nested too deeply"),
+        ("[" * 100_000 + "\n", "line 2 is "),
+    ],
+)
+def test_a_row_that_is_no_text_is_named(row, words, tmp_path):
+    source = lines(tmp_path / "a.jsonl", GOOD, row)
+    with pytest.raises(ValueError, match=words) as caught:
+        read_problems(source)
+    str(caught.value).encode()
+
+
+@pytest.mark.parametrize("name", ["a,b.jsonl", "a, b.jsonl", ",.jsonl", "x,y,z.jsonl"])
+def test_a_path_may_hold_commas(name, tmp_path):
+    other = lines(tmp_path / "other.jsonl", dict(GOOD, problem="other?"))
+    source = lines(tmp_path / name, GOOD)
+    assert split_sources(source) == [source]
+    assert split_sources(f"{source},{other}") == [source, other] and split_sources(f"{other} , {source}") == [
+        other,
+        source,
+    ]
+    assert len(read_problems(f"{other},{source}")) == 2
+
+
+def test_columns_that_are_not_read_are_named(tmp_path, capsys):
+    source = lines(tmp_path / "a.jsonl", GOOD, dict(GOOD, problem="2 + 2?", refrence="4", level=3))
+    read_problems(source, references=False)
+    assert capsys.readouterr().err.splitlines() == [
+        f"{source} line 2: column 'refrence' is not read; did you mean 'reference'?",
+        f"{source} line 2: column 'level' is not read",
+    ]
+
+
+def test_parquet_is_read_in_batches(tmp_path, monkeypatch):
+    """One read of a row group fails where a nested column has over 2 GB; here the batch is what is small."""
+    monkeypatch.setattr(problem_sources, "_PARQUET_ROWS", 2)
+    monkeypatch.setattr("pyarrow.parquet.ParquetFile.read", None)
+    rows = [dict(GOOD, problem=f"{i}?", choices={"label": ["A"], "text": [str(i)]}) for i in range(5)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    problems = read_problems(str(tmp_path / "a.parquet"))
+    assert [(p.problem, p.choices) for p in problems] == [(f"{i}?", (("A", str(i)),)) for i in range(5)]
