@@ -11,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 from tiny_runs import LIVELY, ROOT, config_dict
 
+from configs import ablations
 from exprl_jax.config import TASKS, Config, Evaluate, Sft
 from exprl_jax.layout import check_layout
 from exprl_jax.resolve import differences, resolve, to_dict
@@ -32,6 +33,7 @@ PAPER = (
 )
 # The arms of each file, the default first.
 ARMS = {
+    "ablations": tuple(ablations.ARMS),
     "annotate": ("4b", "smoke", "tiny"),
     "calibrate": ("4b", "smoke", "tiny"),
     "evaluate": ("4b", "8b", "smoke", "tiny"),
@@ -82,6 +84,14 @@ def test_an_unknown_arm_is_refused_with_the_known_ones(name):
     with pytest.raises(ValueError, match=rf"configs/{name}\.py:proces: expected ") as caught:
         config_dict(name, "proces")
     assert all(arm in str(caught.value) for arm in ARMS[name])
+
+
+@pytest.mark.parametrize("arm", ablations.ARMS)
+def test_an_ablation_changes_what_it_says_and_nothing_else(arm):
+    start, changes = ablations.ARMS[arm]
+    found = differences(to_dict(changed({}, "ablations", arm)), to_dict(resolve(start())))
+    implied = {"reference.execution.kv_dtype"} if arm == "int8" else set()
+    assert {line.partition(":")[0] for line in found} == set(changes) | implied
 
 
 def test_an_arm_is_a_short_difference():

@@ -12,7 +12,7 @@ SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}
 
 
 @dataclasses.dataclass(frozen=True)
-class Example:
+class WorkedExample:
     """A worked example: a problem that is not trained on, and its solution as an assistant should write it."""
 
     question: Question
@@ -29,10 +29,10 @@ class PromptStyle:
     """
 
     system: str = SYSTEM
-    examples: tuple[Example, ...] = ()
+    examples: tuple[WorkedExample, ...] = ()
 
 
-def worked_examples(problems: Sequence[Problem]) -> tuple[Example, ...]:
+def worked_examples(problems: Sequence[Problem]) -> tuple[WorkedExample, ...]:
     """Problems with their references as worked examples.  Never give it problems that a policy trains on.
 
     Raises:
@@ -41,7 +41,7 @@ def worked_examples(problems: Sequence[Problem]) -> tuple[Example, ...]:
     for problem in problems:
         if problem.reference is None:
             raise ValueError(f"problem {problem.id!r} was read without its reference: it cannot be a worked example")
-    return tuple(Example(problem.question, problem.reference) for problem in problems)
+    return tuple(WorkedExample(problem.question, problem.reference) for problem in problems)
 
 
 def policy_messages(question: Question, style: PromptStyle) -> list[Message]:

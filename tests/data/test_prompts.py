@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from exprl_jax.data.problems import Problem, Question, read_problems
-from exprl_jax.data.prompts import SYSTEM, Example, PromptStyle, policy_messages, policy_prompt, worked_examples
+from exprl_jax.data.prompts import SYSTEM, PromptStyle, WorkedExample, policy_messages, policy_prompt, worked_examples
 from exprl_jax.data.tokenizer import Message, load_tokenizer
 
 DATA = Path(__file__).parents[2] / "configs" / "data"
@@ -21,7 +21,7 @@ def test_the_system_prompt_asks_for_a_backslash_and_a_b():
 
 
 def test_the_chat_is_system_examples_then_the_problem_with_its_choices():
-    style = PromptStyle("Think.", (Example(Question("1+1?"), "\\boxed{2}"),))
+    style = PromptStyle("Think.", (WorkedExample(Question("1+1?"), "\\boxed{2}"),))
     question = Question(" Which metal? ", (("A", "iron"), ("B", "gold")))
     assert policy_messages(question, style) == [
         Message("system", "Think."),
@@ -45,7 +45,7 @@ def test_no_reference_and_no_answer_reaches_a_prompt():
 
 
 def test_a_problem_cannot_be_its_own_worked_example():
-    style = PromptStyle(examples=(Example(Question("1+1?"), "2"),))
+    style = PromptStyle(examples=(WorkedExample(Question("1+1?"), "2"),))
     with pytest.raises(ValueError, match="also a worked example"):
         policy_messages(Question("1+1? "), style)
 
