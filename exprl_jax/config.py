@@ -8,14 +8,16 @@ declared type.  `resolve` turns the one into the other and checks it; nothing el
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
+
+from exprl_jax.kinds import KINDS
 
 Route = Literal["process", "outcome", "verifier"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Range:
+class Range(NamedTuple):
     """What numbers a key takes; `resolve` checks it.
 
     Attributes:
@@ -27,7 +29,8 @@ class Range:
     most: float
     expected: str
 
-    def __contains__(self, value: float) -> bool:
+    def holds(self, value: float) -> bool:
+        """Whether a number is in it."""
         return self.least <= value <= self.most
 
 
@@ -177,25 +180,13 @@ class Segments:
     max_segments: Count
 
 
-@dataclasses.dataclass(frozen=True)
-class Routes:
+class _RouteByKind:
     """Where the reward of a problem comes from, by its kind: `choice` has answer choices, the others their domain.
 
     `process`: the judge scores every prefix or step of a rollout; advantages by `advantage.estimator`.
-    `outcome`: the judge scores the whole rollout; advantages are group-normalised.
-    `verifier`: 1 for a correct answer and 0 for any other; group-normalised (sparse GRPO).
-
-    Attributes:
-      math: route of math problems.
-      choice: route of problems with answer choices.
-      science: route of open-ended science problems.
-      code: route of programming problems.
+    `outcome`: the judge scores the whole rollout; advantages by `advantage.rollout_estimator`.
+    `verifier`: 1 for a correct answer and 0 for any other; advantages likewise (sparse GRPO).
     """
-
-    math: Route
-    choice: Route
-    science: Route
-    code: Route
 
     def of(self, kind: str) -> Route:
         """What scores the rollouts of a kind of problem."""
@@ -205,6 +196,17 @@ class Routes:
     def all(self) -> set[Route]:
         """The routes that are in use."""
         return set(dataclasses.astuple(self))
+
+
+_ROUTE_MEANINGS = "".join(f"\n  {name}: route of {kind.plural}." for name, kind in KINDS.items())
+# One key for each kind of problem that there is.
+Routes = dataclasses.make_dataclass(
+    "Routes",
+    [(name, Route) for name in KINDS],
+    bases=(_RouteByKind,),
+    frozen=True,
+    namespace={"__doc__": f"{inspect.cleandoc(_RouteByKind.__doc__)}\n\nAttributes:{_ROUTE_MEANINGS}\n"},
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,8 +267,9 @@ class Advantage:
 
     Attributes:
       estimator: advantages on the route `process`: `delta_norm` (Eq. 2/5), `end_norm` (Eq. 4) or `group_norm` (Eq. 6).
-        The other routes have one score a rollout, normalised within its group.
-      std_normalise: on the other routes, divide by the group's standard deviation.
+      rollout_estimator: advantages on the other routes, which have one score a rollout: `grpo` (less the group's mean),
+        `rloo` (less the mean of the group's others) or `maxrl` (less the group's mean, divided by it).
+      std_normalise: `grpo` divides by the group's standard deviation.
       min_spread: of `rollout_estimator`: a group whose standard deviation is below this gets advantage 0.
       min_logits_spread: the same where the scores are a judge's by `logits`: they are never quite equal, and
         `std_normalise` would make advantages of 1 out of differences of 0.0001.

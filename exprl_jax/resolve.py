@@ -88,7 +88,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if typing.get_origin(hint) is Annotated:
         kind, within = typing.get_args(hint)
         value = _value(kind, value, path)
-        _require(value in within, path, value, within.expected)
+        _require(within.holds(value), path, value, within.expected)
         return value
     if hint is float and type(value) is int and abs(value) < 2**53:
         return float(value)

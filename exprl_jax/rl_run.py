@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from exprl_jax import programs as programs_room
 from exprl_jax.config import Config, Model
-from exprl_jax.data.problems import Kind, Problem
+from exprl_jax.data.problems import Problem
 from exprl_jax.data.training import kinds_of, policy_prompts, read_training_problems, within_budget
 from exprl_jax.hosts import owned_problems, say
 from exprl_jax.layout import check_layout, check_lengths
@@ -48,7 +48,7 @@ class RLRun:
     sampler: Sampler
     programs: programs_room.Programs
     problems: Sequence[Problem]
-    kinds: Sequence[Kind]
+    kinds: Sequence[str]
     prompts: Prompts
     splitter: Splitter
     frozen: Mapping[Model, decoder.Params]
@@ -145,7 +145,7 @@ def _judge_builder(config: Config, problems: Sequence[Problem]) -> JudgeBuilder:
     return JudgeBuilder(
         config.judge,
         scored=[p for p in rewarded if route_of(config, p).judged],
-        verified=[p for p in rewarded if p.kind == "science"],
+        verified=[p for p in rewarded if p.traits.by_judge],
         unit=lambda p: config.judge.unit if route_of(config, p).per_segment else "outcome",
     )
 

@@ -22,12 +22,12 @@ from exprl_jax.config import Config
 from exprl_jax.data.problems import batch_indices
 from exprl_jax.records import Experience, TrainState
 from exprl_jax.resolve import to_dict
+from exprl_jax.reward.probe import probe_batch
 from exprl_jax.reward.statistics import summarise
 from exprl_jax.rl_run import RLRun, open_run, task_of
 from exprl_jax.rollout_log import gather_table, sample_rows
 from exprl_jax.run.clock import Clock
 from exprl_jax.run.loop import StepResult, run_task
-from exprl_jax.run.probe import probe_batch
 from exprl_jax.run.workdir import check_workdir
 from exprl_jax.wave import finish_wave, start_wave, wave_requests
 

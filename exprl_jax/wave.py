@@ -185,7 +185,7 @@ def verify_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> list[list[Verdict
     and where this process does not ask."""
     sampled_P = (wave.count_PG > 0).any(-1) & asks_P
     asked = [
-        group if p.kind == "science" and sampled else []
+        group if p.traits.by_judge and sampled else []
         for p, group, sampled in zip(wave.problems, wave.responses, sampled_P)
     ]
     return run.judge.verify(wave.problems, asked)

@@ -13,6 +13,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # A room is a folder of the package or a file beside them.  From the ground upwards: a room imports rooms of lower floors
 # alone.
 FLOORS = (
+    ("kinds",),
     ("architecture", "config", "files", "gguf_reader", "packaged", "records", "text_tables"),
     ("help", "layout", "mesh", "resolve"),
     ("hosts",),
@@ -27,7 +28,7 @@ FLOORS = (
     ("distill", "train"),
     ("main",),
 )
-GROUND = {"architecture", "config", "files", "hosts", "mesh", "records"}
+GROUND = {"architecture", "config", "files", "hosts", "kinds", "mesh", "records"}
 
 
 def dotted(path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tiny_runs import LONG, tiny
 
+from exprl_jax.kinds import KINDS
 from exprl_jax.reward.judge import Judgements
 from exprl_jax.reward.routes import ROUTES
 from exprl_jax.reward.verifiers.verdict import Verdict
@@ -90,7 +91,7 @@ def test_an_attempt_has_random_numbers_of_its_own_and_the_first_those_of_a_run_w
 
 def test_open_ended_groups_that_are_left_alone_are_not_verified_again():
     """A judge costs something, an endpoint money."""
-    problems = [types.SimpleNamespace(kind=kind) for kind in ("science", "science", "math")]
+    problems = [types.SimpleNamespace(kind=kind, traits=KINDS[kind]) for kind in ("science", "science", "math")]
     asked = []
     judge = types.SimpleNamespace(verify=lambda problems, responses: asked.append(responses) or responses)
     wave = Wave(problems, None, [[[2], [3]], [[], []], [[1], [1]]], [["a", "b"], ["", ""], ["c", "d"]])

@@ -9,18 +9,17 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from exprl_jax.data.benchmarks import BENCHMARKS, STARTER, read_benchmark
 from exprl_jax.data.problem_sources import Row, read_rows, split_sources
 from exprl_jax.hosts import say
+from exprl_jax.kinds import DOMAINS, KINDS, ProblemKind
 
 # Of a row in our own schema.
 COLUMNS = ("id", "problem", "reference", "answer", "domain", "choices")
-Kind = Literal["math", "choice", "science", "code"]
-DOMAINS = {"math": "math", "science": "science", "physics": "science", "code": "code"}
 
 
 class Question(NamedTuple):
@@ -51,9 +50,14 @@ class Problem:
     choices: tuple[tuple[str, str], ...] = ()
 
     @property
-    def kind(self) -> Kind:
-        """What decides its verifier and its reward: `choice` with answer choices, else its domain."""
+    def kind(self) -> str:
+        """What decides its verifier and its reward, of `kinds.KINDS`: `choice` with answer choices, else its domain."""
         return "choice" if self.choices else self.domain
+
+    @property
+    def traits(self) -> ProblemKind:
+        """What holds of its kind."""
+        return KINDS[self.kind]
 
     @property
     def question(self) -> Question:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from exprl_jax.config import Data
-from exprl_jax.data.problems import Kind, Problem, check_held_out, drop_overlong, read_problems
+from exprl_jax.data.problems import Problem, check_held_out, drop_overlong, read_problems
 from exprl_jax.data.prompts import PromptStyle, policy_prompt, worked_examples
 from exprl_jax.data.tokenizer import Tokenizer
 from exprl_jax.hosts import say
@@ -28,7 +28,7 @@ def read_training_problems(data: Data, references: bool) -> list[Problem]:
     return problems
 
 
-def kinds_of(problems: Sequence[Problem]) -> list[Kind]:
+def kinds_of(problems: Sequence[Problem]) -> list[str]:
     """The kinds among them, in a fixed order."""
     return sorted({problem.kind for problem in problems})
 

@@ -21,8 +21,8 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from exprl_jax.data.tokenizer import Message, Tokenizer
+from exprl_jax.kinds import KINDS
 
-Domain = Literal["math", "science", "code"]
 Unit = Literal["outcome", "prefix", "step"]
 Readout = Literal["text", "logits"]
 
@@ -30,7 +30,6 @@ DIGITS = (1, 2, 3, 4, 5)
 # What the judge's turn is begun with.
 CONTINUATION = {"text": "", "logits": "Score: "}
 
-_TASK = {"math": "math problem", "science": "science question", "code": "programming task"}
 _TITLE = {"outcome": "Attempt", "prefix": "Attempt so far", "step": "Step"}
 
 # --- the long rubric (text read-out) ---------------------------------------------------------------------------------
@@ -75,23 +74,6 @@ _SCALE = {
         "3: some use; partly right, or right but routine.",
         "4: useful; right, and it brings the result closer.",
         "5: decisive; right, and it carries out a key idea of the solution.",
-    ),
-}
-
-_ADVICE = {
-    "math": (
-        "A different method counts as much as the reference's where it is valid. Equal values in another form are "
-        "equal. A right result from wrong reasoning, or by guessing, is worth no more than 2."
-    ),
-    "science": (
-        "A different line of argument counts as much as the reference's where it is valid. Check quantities, units, "
-        "signs and conditions; where the problem offers choices, check which one is meant, not how it is worded. A "
-        "right result from wrong reasoning, or by guessing, is worth no more than 2."
-    ),
-    "code": (
-        "A different program counts as much as the reference where it does the same. Trace it on a small input and on "
-        "an edge case, check that it reads and prints what the task asks for, and that it is fast enough for the "
-        "task's largest input. Style counts for nothing."
     ),
 }
 
@@ -154,7 +136,7 @@ def judge_messages(
     problem: str,
     choices: Sequence[tuple[str, str]],
     reference: str,
-    domain: Domain,
+    domain: str,
     unit: Unit,
     readout: Readout,
     marker: str,
@@ -188,7 +170,7 @@ def reference_last_messages(
     problem: str,
     choices: Sequence[tuple[str, str]],
     reference: str,
-    domain: Domain,
+    domain: str,
     unit: Unit,
     readout: Readout,
     marker: str,
@@ -206,7 +188,7 @@ def reference_last_messages(
 
 
 def blind_messages(
-    problem: str, choices: Sequence[tuple[str, str]], domain: Domain, readout: Readout, marker: str
+    problem: str, choices: Sequence[tuple[str, str]], domain: str, readout: Readout, marker: str
 ) -> list[Message]:
     """Asks for the quality of a whole attempt without a reference solution, on the same scale and in the same form.
 
@@ -214,23 +196,27 @@ def blind_messages(
     """
     _check_kinds(domain, "outcome", readout)
     if readout == "text":
-        rubric = "\n".join([_BLIND_ROLE.format(task=_TASK[domain]), "", *_BLIND_SCALE, "", _BLIND_ADVICE, _UNTRUSTED])
+        role = _BLIND_ROLE.format(task=KINDS[domain].task)
+        rubric = "\n".join([role, "", *_BLIND_SCALE, "", _BLIND_ADVICE, _UNTRUSTED])
         closing = f"That is the end of the attempt. {_ANALYSE_BLIND}"
     else:
-        rubric, closing = f"{_BLIND_SHORT.format(task=_TASK[domain])} {_SHORT_UNTRUSTED}", _DIGIT_ONLY
+        rubric, closing = f"{_BLIND_SHORT.format(task=KINDS[domain].task)} {_SHORT_UNTRUSTED}", _DIGIT_ONLY
     return _chat(rubric, f"{_stated(problem, choices)}{_TITLE['outcome']}:\n", closing, problem, marker)
 
 
 def _check_kinds(domain: str, unit: str, readout: str) -> None:
-    for name, got, kinds in (("domain", domain, Domain), ("unit", unit, Unit), ("readout", readout, Readout)):
-        if got not in get_args(kinds):
-            raise ValueError(f"unknown judge {name} {got!r}; expected one of {', '.join(get_args(kinds))}")
+    domains = [name for name, kind in KINDS.items() if kind.domains]
+    options = (("domain", domain, domains), ("unit", unit, get_args(Unit)), ("readout", readout, get_args(Readout)))
+    for name, value, known in options:
+        if value not in known:
+            raise ValueError(f"unknown judge {name} {value!r}; expected one of {', '.join(known)}")
 
 
-def _rubric(domain: Domain, unit: Unit, readout: Readout) -> str:
+def _rubric(domain: str, unit: Unit, readout: Readout) -> str:
+    kind = KINDS[domain]
     if readout == "text":
-        return "\n".join([_ROLE[unit].format(task=_TASK[domain]), "", *_SCALE[unit], "", _ADVICE[domain], _UNTRUSTED])
-    return f"{_SHORT[unit].format(task=_TASK[domain])} {_SHORT_UNTRUSTED}"
+        return "\n".join([_ROLE[unit].format(task=kind.task), "", *_SCALE[unit], "", kind.advice, _UNTRUSTED])
+    return f"{_SHORT[unit].format(task=kind.task)} {_SHORT_UNTRUSTED}"
 
 
 def _stated(problem: str, choices: Sequence[tuple[str, str]]) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from exprl_jax import config
-from exprl_jax.data.problems import Kind
 from exprl_jax.reward.judge_prompts import DIGITS
 from exprl_jax.reward.verifiers.verdict import Verdict
 
@@ -64,7 +63,7 @@ BY_KIND = (
 
 
 def summarise(
-    rows: Mapping[str, np.ndarray], advantage: config.Advantage, kinds: Sequence[Kind]
+    rows: Mapping[str, np.ndarray], advantage: config.Advantage, kinds: Sequence[str]
 ) -> dict[str, float | None]:
     """The metrics of one step.
 

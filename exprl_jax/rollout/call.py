@@ -92,14 +92,14 @@ class Sampler:
 
 
 def describe_problem(problem: Problem) -> dict[str, str | None]:
-    """A problem as records of rollouts hold it.  Of code the answer is left out: its tests are megabytes."""
+    """A problem as records of rollouts hold it.  Long answers are left out (`kinds.ProblemKind`)."""
     return {
         "id": problem.id,
         "domain": problem.domain,
         "kind": problem.kind,
         "problem": problem.problem,
         "reference": problem.reference,
-        "answer": None if problem.kind == "code" else problem.answer,
+        "answer": problem.answer if problem.traits.keeps_answer else None,
     }
 
 

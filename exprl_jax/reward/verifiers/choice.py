@@ -20,6 +20,7 @@ from collections.abc import Iterator
 
 from exprl_jax.reward.verifiers.math import MAX_ANSWER, last_boxed
 from exprl_jax.reward.verifiers.verdict import Verdict
+from exprl_jax.reward.verifiers.verifier import Verifier
 
 _Choices = tuple[tuple[str, str], ...]
 
@@ -254,3 +255,11 @@ def _key(bare: str) -> str:
     key = _SYMBOL.sub(lambda found: _SYMBOLS.get(found[0], found[0]), bare)
     key = _FRACTION.sub(r"\1/\2", _DEGREE.sub("°", "".join(key.split())))
     return _POWER.sub(r"^{\1}", key).rstrip(".") or key
+
+
+VERIFIER = Verifier(
+    open=None,
+    row=lambda problem, response: grade_choice(response, problem.answer, problem.choices),
+    check=lambda problem: correct_label(problem.answer, problem.choices),
+    vote=None,
+)

@@ -25,6 +25,7 @@ from exprl_jax.data.benchmarks import unpack_string
 from exprl_jax.reward.verifiers.math import Grading
 from exprl_jax.reward.verifiers.sandbox import Isolation, Outcome, Sandbox, complaint
 from exprl_jax.reward.verifiers.verdict import Verdict
+from exprl_jax.reward.verifiers.verifier import Verifier
 
 # Characters; longer programs are not run.
 MAX_PROGRAM = 1 << 18
@@ -290,3 +291,13 @@ class CodeGrader:
             if not _passes(case, outcome):
                 return Verdict.wrong
         return Verdict.correct
+
+
+VERIFIER = Verifier(
+    open=lambda grader, code: CodeGrader(
+        grader.workers, code.seconds, code.memory_mb * 1_000_000, code.allow_unsandboxed
+    ),
+    row=lambda problem, response: (response, problem.answer),
+    check=lambda problem: parse_tests(problem.answer),
+    vote=None,
+)

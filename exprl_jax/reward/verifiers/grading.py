@@ -14,27 +14,27 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from exprl_jax import config
-from exprl_jax.data.problems import Kind, Problem
+from exprl_jax.data.problems import Problem
 from exprl_jax.hosts import processes_here, say
-from exprl_jax.reward.verifiers.choice import correct_label, grade_choice
-from exprl_jax.reward.verifiers.code import CodeGrader, parse_tests
-from exprl_jax.reward.verifiers.math import Grading, MathGrader
+from exprl_jax.reward.verifiers.math import Grading
 from exprl_jax.reward.verifiers.verdict import Verdict
+from exprl_jax.reward.verifiers.verifier import verifier_of
 
 
 class Verdicts:
     """Verdicts that are being worked out."""
 
-    def __init__(self, ready: Sequence[Verdict], pending: Sequence[tuple[Sequence[int], Grading]]):
-        self._ready = list(ready)
+    def __init__(self, verdicts: Sequence[Verdict], pending: Sequence[tuple[Sequence[int], Grading]]):
+        """Args: verdicts: of all rows, those that are known at once; pending: (indices of rows, their grading)."""
+        self._verdicts = list(verdicts)
         self._pending = pending
 
     def result(self) -> list[Verdict]:
         """Waits for every row; verdicts in row order.  Open-ended science rows are `missing`: see `Judge.verify`."""
-        verdicts = list(self._ready)
-        for places, grading in self._pending:
-            for place, verdict in zip(places, grading.result(), strict=True):
-                verdicts[place] = verdict
+        verdicts = list(self._verdicts)
+        for indices, grading in self._pending:
+            for index, verdict in zip(indices, grading.result(), strict=True):
+                verdicts[index] = verdict
         return verdicts
 
 
@@ -75,48 +75,47 @@ class Graders:
       throughput: of the pools; multiple choice is graded in no time, where it is submitted.
     """
 
-    def __init__(self, grader: config.Grader, code: config.Code, kinds: Collection[Kind]):
+    def __init__(self, grader: config.Grader, code: config.Code, kinds: Collection[str]):
         """Starts what the kinds need.
 
         Raises:
           ValueError: programs would have to be run without isolation.
         """
         self.throughput = Throughput()
-        self._open = contextlib.ExitStack()
-        self._pools = {}
-        if "math" in kinds:
-            self._pools["math"] = self._open.enter_context(MathGrader(grader.workers, grader.seconds))
-        if "code" in kinds:
-            self._pools["code"] = self._open.enter_context(
-                CodeGrader(grader.workers, code.seconds, code.memory_mb * 1_000_000, code.allow_unsandboxed)
-            )
+        self._stack = contextlib.ExitStack()
+        self._verifiers = {kind: verifier_of(kind) for kind in kinds}
+        self._pools = {
+            kind: self._stack.enter_context(verifier.open(grader, code))
+            for kind, verifier in self._verifiers.items()
+            if verifier.open is not None
+        }
 
     @property
     def isolation(self) -> str:
         """What keeps the programs of rollouts apart from this machine; empty where none are run."""
-        return self._pools["code"].isolation.sentence if "code" in self._pools else ""
+        return "; ".join(pool.isolation.sentence for pool in self._pools.values() if hasattr(pool, "isolation"))
 
     def __enter__(self) -> Graders:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._open.close()
+        self._stack.close()
 
     def submit(self, rows: Sequence[tuple[Problem, str]]) -> Verdicts:
         """Begins to grade (problem, response) rows and returns at once."""
-        ready, places = [Verdict.missing] * len(rows), {kind: [] for kind in self._pools}
-        for place, (problem, response) in enumerate(rows):
-            if problem.kind == "choice":
-                ready[place] = grade_choice(response, problem.answer, problem.choices)
-            elif problem.kind in places:
-                places[problem.kind].append(place)
+        verdicts, waiting = [Verdict.missing] * len(rows), {kind: [] for kind in self._pools}
+        for index, (problem, response) in enumerate(rows):
+            if problem.kind in waiting:
+                waiting[problem.kind].append(index)
+            else:
+                verdicts[index] = self._verifiers[problem.kind].row(problem, response)
         pending = []
-        for kind, found in places.items():
-            self.throughput.begin(len(found))
-            grading = self._pools[kind].submit([(rows[place][1], rows[place][0].answer) for place in found])
+        for kind, indices in waiting.items():
+            self.throughput.begin(len(indices))
+            grading = self._pools[kind].submit([self._verifiers[kind].row(*rows[index]) for index in indices])
             grading.when_done(self.throughput.end)
-            pending.append((found, grading))
-        return Verdicts(ready, pending)
+            pending.append((indices, grading))
+        return Verdicts(verdicts, pending)
 
 
 def check_answers(problems: Sequence[Problem]) -> None:
@@ -127,15 +126,12 @@ def check_answers(problems: Sequence[Problem]) -> None:
     """
     for problem in problems:
         try:
-            if problem.kind == "choice":
-                correct_label(problem.answer, problem.choices)
-            elif problem.kind == "code":
-                parse_tests(problem.answer)
+            verifier_of(problem.kind).check(problem)
         except ValueError as error:
             raise ValueError(f"problem {problem.id!r}: {error}") from error
 
 
-def open_graders(grader: Any, code: Any, kinds: Sequence[Kind], grades: bool = True) -> Graders:
+def open_graders(grader: Any, code: Any, kinds: Sequence[str], grades: bool = True) -> Graders:
     """The verifiers of these kinds; says what isolates the programs of rollouts, where there are any.
 
     Every process must call this: those of a host share its `grader.workers`, and each has one at least.

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from exprl_jax.reward.verifiers.verdict import Verdict
+from exprl_jax.reward.verifiers.verifier import Verifier
 
 # Longer answers are not mathematics that anyone would box, and parsing time grows faster than length.
 MAX_ANSWER = 2000
@@ -262,3 +263,11 @@ class _Worker:
             self._unread += received
         line, _, self._unread = self._unread.partition(b"\n")
         return json.loads(line)
+
+
+VERIFIER = Verifier(
+    open=lambda grader, code: MathGrader(grader.workers, grader.seconds),
+    row=lambda problem, response: (response, problem.answer),
+    check=lambda problem: None,
+    vote=None,
+)

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 
 from exprl_jax.data.tokenizer import Message
 from exprl_jax.reward.verifiers.verdict import Verdict
+from exprl_jax.reward.verifiers.verifier import Verifier, unverified
 
 Readout = Literal["text", "logits"]
 
@@ -137,3 +138,6 @@ def verdict_from_digits(probability_5: Sequence[float]) -> Verdict:
     if not no + yes > 0:  # not a number, too
         return Verdict.missing
     return Verdict.correct if yes > no else Verdict.wrong
+
+
+VERIFIER = Verifier(open=None, row=unverified, check=lambda problem: None, vote=None)

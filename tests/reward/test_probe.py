@@ -7,8 +7,8 @@ import pytest
 from configs import tiny
 from exprl_jax import config
 from exprl_jax.resolve import resolve, to_dict
+from exprl_jax.reward import probe
 from exprl_jax.reward.statistics import METRICS
-from exprl_jax.run import probe
 
 HEALTHY = {name: 0.5 for name in METRICS} | {
     "response/overlong": 0.1,
