@@ -125,7 +125,7 @@ def test_a_topic_is_a_section_a_key_or_a_task(topic, told):
 
 
 def test_a_section_lists_what_is_in_it_and_nothing_else():
-    rows = [line.split()[0] for line in describe("checkpoint", {}).splitlines() if line.startswith("  ")]
+    rows = [line.split()[0] for line in describe("checkpoint", {}).splitlines() if line.startswith("  checkpoint.")]
     assert rows == ["checkpoint.every", "checkpoint.keep", "checkpoint.best", "checkpoint.best_is"]
 
 
