@@ -21,7 +21,7 @@ FLOORS = (
     ("rollout", "run"),
     ("weights",),
     ("reward",),
-    ("programs",),
+    ("metric_tables", "programs"),
     ("evaluation", "plan", "rl_run", "sft"),
     ("compile_check", "report", "wave"),
     ("batch", "rollout_log"),
