@@ -5,6 +5,8 @@ Numbers: arXiv 2606.17024 and the released 4B scripts.  All keys and their meani
 
 from ml_collections import ConfigDict
 
+from exprl_jax.kinds import KINDS
+
 QWEN3_4B = "Qwen/Qwen3-4B-Instruct-2507"
 QWEN3_8B = "Qwen/Qwen3-8B"
 # LiveCodeBench v6 with the paper's oracle solutions is trained on; v5, on which the paper evaluates, is a part of it.
@@ -40,7 +42,7 @@ def base() -> ConfigDict:
             policy=model(QWEN3_4B, param_dtype="float32", **accelerator),
             lora=dict(rank=0, alpha=32.0, targets="q,k,v,o,gate,up,down"),
             reference=model(QWEN3_4B, param_dtype="bfloat16", **accelerator),
-            routes=dict(math="outcome", choice="outcome", science="outcome", code="outcome"),
+            routes=dict.fromkeys(KINDS, "outcome"),
             judge=dict(
                 backend="local",
                 model=model(QWEN3_4B, param_dtype="bfloat16", **accelerator),
@@ -109,7 +111,7 @@ def process(config: ConfigDict, estimator: str) -> ConfigDict:
 
 def sparse(config: ConfigDict) -> ConfigDict:
     """GRPO on final answers: every reward is the verifier's, and cut rollouts are graded like others."""
-    config.routes = dict.fromkeys(("math", "choice", "science", "code"), "verifier")
+    config.routes = dict.fromkeys(KINDS, "verifier")
     config.advantage.overlong = "keep"
     return config
 
