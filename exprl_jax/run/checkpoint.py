@@ -43,6 +43,7 @@ from exprl_jax.run.distributed import meet
 
 _MANIFEST = "manifest.json"
 _BLOCK = 1 << 22
+_SAVE_LIMIT_S = 3600.0
 
 
 class Restored(NamedTuple):
@@ -156,7 +157,9 @@ class Checkpoints:
         except Exception as error:
             self._failure = error
             self.wait()
-        self._recording = threading.Thread(target=self._record, args=(step,), name=f"record checkpoint {step}")
+        self._recording = threading.Thread(
+            target=self._record, args=(step,), name=f"record checkpoint {step}", daemon=True
+        )
         self._recording.start()
 
     def wait(self) -> None:
@@ -166,7 +169,13 @@ class Checkpoints:
           ValueError: the save could not be written; the checkpoints before it still stand.
         """
         if self._recording is not None:
-            self._recording.join()
+            self._recording.join(_SAVE_LIMIT_S)
+            if self._recording.is_alive():  # a file system that answers nothing: the thread dies with the process
+                self._given_up = True
+                raise ValueError(
+                    f"checkpoint of step {self._saving} is not in {self._folder} after {_SAVE_LIMIT_S / 60:.0f} "
+                    "minutes; look at its file system, and start again: the checkpoints before it stand"
+                )
             self._recording = None
         if self._failure is not None:
             error, self._failure = self._failure, None

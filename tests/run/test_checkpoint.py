@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import jax
@@ -352,3 +353,17 @@ def test_two_processes_save_together_and_agree_on_what_is_damaged(tmp_path):
     outputs = [run.communicate(timeout=180)[0] for run in runs]
     assert all("agreed" in output for output in outputs), outputs
     assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2.corrupt"]
+
+
+def test_a_save_that_never_ends_is_not_waited_for_for_ever(tmp_path, monkeypatch):
+    """A file system that hangs: here the thread that records a save waits for an event that comes after the test."""
+    released = threading.Event()
+    monkeypatch.setattr("exprl_jax.run.checkpoint._SAVE_LIMIT_S", 0.2)
+    monkeypatch.setattr("exprl_jax.run.checkpoint._fingerprints", lambda folder: released.wait(60) and {})
+    try:
+        with pytest.raises(ValueError, match="checkpoint of step 1 is not in .* after 0 minutes; look at its file"):
+            with Checkpoints(tmp_path, 2, CONFIG) as checkpoints:
+                checkpoints.save(1, make_state(1), {"next_batch": 1})
+                checkpoints.wait()
+    finally:
+        released.set()
