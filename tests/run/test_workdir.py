@@ -10,13 +10,13 @@ import sys
 import threading
 
 import pytest
+from tiny_runs import config_dict
 
 from exprl_jax.files import write_atomically
-from exprl_jax.run import workdir as room
 from exprl_jax.resolve import resolve, to_dict
+from exprl_jax.run import workdir as room
 from exprl_jax.run.loop import check_records
 from exprl_jax.run.workdir import check_workdir, open_workdir
-from tiny_runs import config_dict
 
 CONFIG = {"seed": 1, "steps": 10, "loss": {"clip_low": 0.2, "pair": (1, 2)}, "data": {"source": "a.jsonl"}}
 
