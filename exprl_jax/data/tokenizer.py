@@ -7,15 +7,16 @@ string such as `<|im_end|>` inside it is encoded as the ordinary characters it i
 from __future__ import annotations
 
 import dataclasses
-import functools
+import datetime
 import json
 import re
-import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import string
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from exprl_jax.data.tokenizer_sources import byte_characters, library_tokenizer
+from exprl_jax.data.plain_text import PlainEncoders, check_lossless, fresh_name, plain_encoders, token_bytes
+from exprl_jax.data.tokenizer_sources import library_tokenizer
 
 
 class Message(NamedTuple):
@@ -31,27 +32,31 @@ class Tokenizer:
 
     Attributes:
       name: what it was loaded from.
+      date: the day that a chat template is told when it asks for today's; empty for none.
       vocab_size: largest id + 1.  A model's embedding may have more rows than that, never fewer.
       pad_id: fills unused slots; may equal an end id, so padding is told apart by masks, never by its value.
+      bos_id: of the token that begins a text, where there is one; only the chat template writes it.
       eos_ids: each of them ends a response; the first is the one we write ourselves.
       token_bytes: the bytes each id stands for, `b""` for control tokens.  The bytes of a sequence are the
         concatenation of its tokens' bytes, so token ↔ byte offsets are cumulative sums.
     """
 
     name: str
+    date: str
     vocab_size: int
     pad_id: int
+    bos_id: int | None
     eos_ids: tuple[int, ...]
     token_bytes: tuple[bytes, ...]
     _library: Any = dataclasses.field(repr=False)
-    _opening: Any = dataclasses.field(repr=False)
-    _following: Any = dataclasses.field(repr=False)
+    _generation: Mapping[str, Any] = dataclasses.field(repr=False)
+    _encoders: PlainEncoders = dataclasses.field(repr=False)
     _added: Mapping[str, int] = dataclasses.field(repr=False)
     _added_pattern: re.Pattern[str] = dataclasses.field(repr=False)
 
     def encode(self, text: str) -> list[int]:
         """The ids of plain text; names of special or added tokens in it come out as ordinary characters."""
-        return self._opening.encode(text, add_special_tokens=False).ids
+        return self._encoders.first(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`, without control tokens; bytes that are not UTF-8 become U+FFFD.
@@ -71,7 +76,7 @@ class Tokenizer:
           ValueError: no messages, an unknown role, or a template that refuses or drops a message.
         """
         text, contents = self._template(messages)
-        return self._encode_rendered(text, contents)
+        return self._encode_rendered(text, contents, self._encoders.first)
 
     def render_split(self, messages: Sequence[Message], marker: str, continuation: str = "") -> SplitPrompt:
         """Renders a chat whose last message holds a hole, for prompts that share everything before the hole.
@@ -88,27 +93,33 @@ class Tokenizer:
         Raises:
           ValueError: as `render`, or the marker is not there exactly once.
         """
-        found = messages[-1].content.count(marker) if messages and messages[-1].role == "user" else 0
-        if not marker or marker != marker.strip() or found != 1:
+        count = messages[-1].content.count(marker) if messages and messages[-1].role == "user" else 0
+        if not marker or marker != marker.strip() or count != 1:
             raise ValueError(
-                f"the last message must be a user message that contains the marker {marker!r} once, got {found} times:"
+                f"the last message must be a user message that contains the marker {marker!r} once, got {count} times:"
                 " choose a marker without outer spaces that occurs in no problem"
             )
         text, contents = self._template(messages)
         hole = list(contents)[-1]
         before, after = contents[hole].split(marker)
-        opening, closing = _fresh(), _fresh()
-        contents |= {opening: before, closing: after}
+        start, end = fresh_name(), fresh_name()
+        contents |= {start: before, end: after}
         head, rest = text.split(hole)
+        encoders = self._encoders
         return SplitPrompt(
-            head=tuple(self._encode_rendered(head + opening, contents)),
-            suffix=tuple(self._encode_rendered(closing + rest + continuation, contents, opens=False)),
-            encode=functools.partial(_ids, self._following),
+            head=tuple(self._encode_rendered(head + start, contents, encoders.first)),
+            suffix=tuple(self._encode_rendered(end + rest + continuation, contents, encoders.inside)),
+            encode=encoders.inside,
         )
 
     def save(self, folder: str | Path) -> None:
-        """Writes the files from which `transformers.AutoTokenizer` loads an equal tokenizer, chat template included."""
+        """Writes files from which `load_tokenizer` and `transformers`, 4 and 5, load an equal tokenizer, chat template
+        and end ids included."""
         self._library.save_pretrained(str(folder))
+        _write_for_both_majors(Path(folder) / "tokenizer_config.json")
+        special = {"bos_token_id": self.bos_id, "eos_token_id": list(self.eos_ids), "pad_token_id": self.pad_id}
+        text = json.dumps({**self._generation, **special}, indent=2, sort_keys=True) + "\n"
+        (Path(folder) / "generation_config.json").write_text(text, encoding="utf-8")
 
     def _template(self, messages: Sequence[Message]) -> tuple[str, dict[str, str]]:
         """The rendered chat with a placeholder for each content, and the contents by placeholder."""
@@ -121,11 +132,11 @@ class Tokenizer:
             # A template may strip contents, so the outer whitespace stays visible to it.
             content, core = message.content, message.content.strip()
             if core:
-                placeholder = _fresh()
+                placeholder = fresh_name()
                 contents[placeholder] = core
                 content = content.replace(core, placeholder)
             shielded.append({"role": message.role, "content": content})
-        text = _render(self._library, shielded, generate=True)
+        text = _render(self._library, shielded, generate=True, date=self.date)
         for placeholder, content in contents.items():
             if text.count(placeholder) != 1:
                 raise ValueError(
@@ -134,13 +145,17 @@ class Tokenizer:
                 )
         return text, contents
 
-    def _encode_rendered(self, text: str, contents: Mapping[str, str], opens: bool = True) -> list[int]:
-        """Encodes rendered text: the template's added tokens to their ids, what lies between as plain text."""
+    def _encode_rendered(self, text: str, contents: Mapping[str, str], first: Callable[[str], list[int]]) -> list[int]:
+        """Encodes rendered text: the template's added tokens to their ids, what lies between as plain text.
+
+        Args:
+          first: encodes what stands before the first control token.
+        """
         fill = re.compile("|".join(contents) or "(?!)")
         ids: list[int] = []
         for position, piece, control in _split(self._added_pattern, text):
-            plain = fill.sub(lambda found: contents[found.group()], piece)
-            ids += _ids(self._opening if opens and position == 0 else self._following, plain)
+            plain = fill.sub(lambda match: contents[match.group()], piece)
+            ids += self._encoders.after(plain) if position else first(plain)
             if control is not None:
                 ids.append(self._added[control])
         return ids
@@ -165,142 +180,108 @@ class SplitPrompt:
         return [*self.encode(text), *self.suffix]
 
 
-def load_tokenizer(spec: str | Path) -> Tokenizer:
+def load_tokenizer(spec: str | Path, date: str = "") -> Tokenizer:
     """Loads a tokenizer.
+
+    A tokenizer without a chat template gets the plain one of `tokenizer_sources.FALLBACK_TEMPLATE`.
 
     Args:
       spec: `byte`; a `.gguf` file; a folder with Hugging Face tokenizer files or a sentencepiece `tokenizer.model`; or
         a hub id.
-
-    A tokenizer without a chat template gets the plain one of `tokenizer_sources.FALLBACK_TEMPLATE`.
+      date: the day, as YYYY-MM-DD, that a chat template is told when it asks for today's: without it, prompts would be
+        others tomorrow and on another host.
 
     Raises:
-      ValueError: nothing there, a hub id without network, or a kind of tokenizer whose tokens' bytes we cannot state.
+      ValueError: nothing there, a hub id without network, a kind of tokenizer whose tokens' bytes we cannot state, or a
+        chat template that asks for the date where none is given.
     """
     source = library_tokenizer(str(spec))
     library, backend = source.tokenizer, source.tokenizer.backend_tokenizer
     added = {token.content: (index, token) for index, token in backend.get_added_tokens_decoder().items()}
-    pattern = "|".join(
-        r"\s*" * token.lstrip + f"(?P<t{index}>{re.escape(content)})" + r"\s*" * token.rstrip
-        for content, (index, token) in sorted(added.items(), key=lambda item: -len(item[0]))
+    # A template may write blanks beside a token that takes them in; longer tokens come first.
+    pattern = re.compile(
+        "|".join(
+            r"\s*" * token.lstrip + f"(?P<t{index}>{re.escape(content)})" + r"\s*" * token.rstrip
+            for content, (index, token) in sorted(added.items(), key=lambda item: -len(item[0]))
+        )
+        or "(?!)"
     )
-    serialized = json.loads(backend.to_str())
-    token_bytes = _token_bytes(backend, serialized["decoder"] or {})
-    opening, following = _plain_encoders(serialized, frozenset(added))
-    for content, (index, _) in added.items():
-        if index in _ids(opening, content) or index in _ids(following, content):
-            raise ValueError(
-                f"{source.name} encodes the plain text {content!r} as its control token {index}: contents could"
-                " then pose as control tokens, so it cannot be used here"
-            )
-    eos_ids = tuple(dict.fromkeys([*source.eos_ids, *_turn_end(library, re.compile(pattern or "(?!)"), added)]))
+    table = token_bytes(backend, source.name)
+    encoders = plain_encoders(backend, list(added), source.name)
+    check_lossless(encoders, table, source.name)
+    eos_ids = tuple(dict.fromkeys([*source.eos_ids, *_turn_end(library, pattern, added, date)]))
     if not eos_ids:
         raise ValueError(f"{source.name} has no end-of-sequence token: set eos_token in its tokenizer_config.json")
     return Tokenizer(
         name=source.name,
-        vocab_size=len(token_bytes),
+        date=date,
+        vocab_size=len(table),
         pad_id=eos_ids[0] if library.pad_token_id is None else library.pad_token_id,
+        bos_id=library.bos_token_id,
         eos_ids=eos_ids,
-        token_bytes=token_bytes,
+        token_bytes=table,
         _library=library,
-        _opening=opening,
-        _following=following,
+        _generation=source.generation,
+        _encoders=encoders,
         _added={content: index for content, (index, _) in added.items()},
-        _added_pattern=re.compile(pattern or "(?!)"),
+        _added_pattern=pattern,
     )
-
-
-def _fresh() -> str:
-    """A placeholder that no content can contain, because nobody can guess it."""
-    return f"hole{secrets.token_hex(16)}"
-
-
-def _ids(encoder: Any, text: str) -> list[int]:
-    return encoder.encode(text, add_special_tokens=False).ids if text else []
 
 
 def _split(pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, str, str | None]]:
     """Yields (position, plain piece, the added token after it, None at the end)."""
     position = 0
-    for found in pattern.finditer(text):
-        yield position, text[position : found.start()], found.group(found.lastgroup)
-        position = found.end()
+    for match in pattern.finditer(text):
+        yield position, text[position : match.start()], match.group(match.lastgroup)
+        position = match.end()
     yield position, text[position:], None
 
 
-def _render(library: Any, messages: list[dict[str, str]], *, generate: bool) -> str:
-    import jinja2
-
+def _render(library: Any, messages: list[dict[str, str]], *, generate: bool, date: str) -> str:
     try:
         # Qwen3's template reads enable_thinking; others ignore it.
         return library.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generate, enable_thinking=False
+            messages,
+            chat_template=_dated(library.get_chat_template(), date),
+            tokenize=False,
+            add_generation_prompt=generate,
+            enable_thinking=False,
         )
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program: it can raise anything
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"the chat template refuses the roles [{roles}]: {error}") from error
 
 
-def _turn_end(library: Any, pattern: re.Pattern[str], added: Mapping[str, tuple[int, Any]]) -> list[int]:
+def _dated(template: str, date: str) -> str:
+    """A chat template whose `strftime_now` tells the given day at midnight, where the library's reads the clock.
+
+    The library lets no function of ours into a template, so this one is a macro: %d and its like become the date's own.
+    """
+    if "strftime_now" not in template:
+        return template
+    if not date:
+        raise ValueError("it asks for today's date; set the model's date in the config")
+    day = datetime.datetime.fromisoformat(date)
+    forms = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters]
+    told = {"%%": "\0"} | {form: day.strftime(form) for form in forms if day.strftime(form) != form} | {"\0": "%"}
+    filters = "".join(f"|replace({form!r}, {value!r})" for form, value in told.items())
+    # The newline goes with the block (`trim_blocks`), and the template still begins on a line of its own.
+    return f"{{% macro strftime_now(form) %}}{{{{ form{filters} }}}}{{% endmacro %}}\n{template}"
+
+
+def _turn_end(library: Any, pattern: re.Pattern[str], added: Mapping[str, tuple[int, Any]], date: str) -> list[int]:
     """The control token by which the chat template closes an assistant's turn, if it closes it with one."""
-    answer = _fresh()
-    text = _render(
-        library, [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}], generate=False
-    )
+    answer = fresh_name()
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+    text = _render(library, messages, generate=False, date=date)
     _, _, control = next(_split(pattern, text.partition(answer)[2]))
     return [] if control is None else [added[control][0]]
 
 
-def _plain_encoders(serialized: dict[str, Any], added: frozenset[str]) -> tuple[Any, Any]:
-    """Two copies of a tokenizer without its added tokens: for the beginning of a text, and for what follows.
-
-    They differ for sentencepiece only, which puts a space before the first piece of a text.
-    """
-    from tokenizers import Tokenizer as Backend
-
-    model, splitter = serialized["model"], serialized["pre_tokenizer"] or {}
-    if "merges" in model:
-        # Sentencepiece lists its control tokens as pieces, and converters derive merges from pieces.
-        pairs = (merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"])
-        model = model | {"merges": [pair for pair in pairs if "".join(pair) not in added]}
-    plain = serialized | {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-    plain |= {"model": model}
-    opening = Backend.from_str(json.dumps(plain))
-    if splitter.get("prepend_scheme") != "first":
-        return opening, opening
-    return opening, Backend.from_str(json.dumps(plain | {"pre_tokenizer": splitter | {"prepend_scheme": "never"}}))
-
-
-def _token_bytes(backend: Any, decoder: Mapping[str, Any]) -> tuple[bytes, ...]:
-    """The bytes of every id: byte-level BPE, or sentencepiece (`▁` is a space, `<0x41>` a byte)."""
-    kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
-    if "ByteLevel" in kinds:
-        bytes_of = _byte_level_bytes
-    elif kinds & {"Metaspace", "Replace"}:
-        bytes_of = _sentencepiece_bytes
-    else:
-        raise ValueError(
-            f"tokenizer decodes with {sorted(kinds) or 'nothing'}: only byte-level BPE and sentencepiece are supported"
-        )
-    vocabulary = backend.get_vocab(with_added_tokens=True)
-    table = [b""] * (max(vocabulary.values()) + 1)
-    added = backend.get_added_tokens_decoder()
-    for piece, index in vocabulary.items():
-        if index not in added:
-            table[index] = bytes_of(piece)
-        elif not added[index].special:
-            table[index] = piece.encode()
-    return tuple(table)
-
-
-_BYTE_OF = {character: byte for byte, character in enumerate(byte_characters())}
-
-
-def _byte_level_bytes(piece: str) -> bytes:
-    # A piece with a character outside the alphabet stands for its own characters.
-    return bytes(_BYTE_OF[character] for character in piece) if _BYTE_OF.keys() >= set(piece) else piece.encode()
-
-
-def _sentencepiece_bytes(piece: str) -> bytes:
-    escaped = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
-    return bytes.fromhex(escaped[1]) if escaped else piece.replace("▁", " ").encode()
+def _write_for_both_majors(path: Path) -> None:
+    """Puts a tokenizer_config.json that transformers 5 has written into words that transformers 4 knows too."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"  # 5 says TokenizersBackend
+    if "extra_special_tokens" in config:
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

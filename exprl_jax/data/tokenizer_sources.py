@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from exprl_jax.data.plain_text import byte_characters
 from exprl_jax.gguf_reader import read_gguf
 
 FALLBACK_TEMPLATE = (
@@ -26,15 +28,23 @@ BYTE_TEMPLATE = (
 """The byte tokenizer's chat: a role token, the content, an end token."""
 
 _FILES = ["*.json", "tokenizer.model", "*.jinja", "*.txt"]
+# Of generation_config.json: who wrote it, and whether to make it anew from config.json.
+_NOT_OURS = ("transformers_version", "_from_model_config")
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
 
 
 class Source(NamedTuple):
-    """A `transformers` tokenizer, and the end tokens that its own files name."""
+    """A `transformers` tokenizer, and what its own files say of sampling.
+
+    Attributes:
+      eos_ids: end tokens that the files name.
+      generation: generation_config.json, where there is one.
+    """
 
     name: str
     tokenizer: Any
     eos_ids: tuple[int, ...]
+    generation: Mapping[str, Any]
 
 
 def library_tokenizer(spec: str) -> Source:
@@ -48,13 +58,6 @@ def library_tokenizer(spec: str) -> Source:
     if not source.tokenizer.chat_template:
         source.tokenizer.chat_template = FALLBACK_TEMPLATE
     return source
-
-
-def byte_characters() -> list[str]:
-    """The character by which byte-level BPE writes each byte: itself if printable, else the next one from U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    spare = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(spare)) for byte in range(256)]
 
 
 def _transformers() -> Any:
@@ -81,30 +84,77 @@ def _hub_folder(spec: str) -> Path:
         ) from error
 
 
-def _folder_source(name: str, folder: Path) -> Source:
+@contextlib.contextmanager
+def _usable(name: str) -> Iterator[None]:
+    """Says in one line what is wrong with a tokenizer.
+
+    The libraries raise whatever they come across in damaged files, bare `Exception` and RecursionError included.
+    """
     try:
-        tokenizer = _transformers().AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        backend = tokenizer.backend_tokenizer
-    except (OSError, ValueError, KeyError, AttributeError, ImportError) as error:
-        reason = str(error).split("\n")[0]
+        yield
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"no usable tokenizer in {name!r} ({reason}): expected tokenizer.json or tokenizer.model with a"
             " tokenizer_config.json"
         ) from error
-    # A folder without tokenizer files gives an empty tokenizer of the config's model type, not an error.
-    if backend.get_vocab_size() <= len(backend.get_added_tokens_decoder()):
-        raise ValueError(
-            f"no usable tokenizer in {name!r} (it has no vocabulary): expected tokenizer.json or tokenizer.model with a"
-            " tokenizer_config.json"
-        )
+
+
+def _folder_source(name: str, folder: Path) -> Source:
+    transformers = _transformers()
+    # By its class's name transformers 5 may rebuild what tokenizer.json describes, and leave parts out: SmolLM2 is said
+    # to be a GPT2Tokenizer, and would lose the rule that splits digits.
+    verbatim = (folder / "tokenizer.json").is_file()
+    kind = transformers.PreTrainedTokenizerFast if verbatim else transformers.AutoTokenizer
+    with _usable(name):
+        tokenizer = kind.from_pretrained(str(folder), local_files_only=True)
+        backend = tokenizer.backend_tokenizer
+        # A folder without tokenizer files gives an empty tokenizer of the config's model type, not an error.
+        if backend.get_vocab_size() <= len(backend.get_added_tokens_decoder()):
+            raise ValueError("it has no vocabulary")
+        template = tokenizer.chat_template
+        if not isinstance(template.get("default") if isinstance(template, dict) else template, str | None):
+            raise ValueError("its chat template is not a text")
+    path = folder / "generation_config.json"
+    generation = {key: value for key, value in _read_json(path).items() if key not in _NOT_OURS}
+    if generation.get("eos_token_id") is None:  # only then has config.json a say, as in transformers
+        path = folder / "config.json"
+    listed = _read_json(path).get("eos_token_id")
     eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    generation = folder / "generation_config.json"
-    if generation.is_file():
-        listed = json.loads(generation.read_text(encoding="utf-8")).get("eos_token_id")
-        eos_ids += listed if isinstance(listed, list) else [] if listed is None else [listed]
-    if unknown := [index for index in eos_ids if backend.id_to_token(index) is None]:
-        raise ValueError(f"{generation} names end tokens {unknown} that the tokenizer does not have")
-    return Source(name, tokenizer, tuple(eos_ids))
+    eos_ids += [] if listed is None else _checked_ids(listed, tokenizer, path)
+    return Source(name, tokenizer, tuple(eos_ids), generation)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is no file.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); mend it or fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object; mend it or fetch it again")
+    return content
+
+
+def _checked_ids(listed: Any, tokenizer: Any, path: Path) -> list[int]:
+    """End tokens, of which there may be one or a list.
+
+    Raises:
+      ValueError: they are no ids, or not of this tokenizer.
+    """
+    ids = listed if isinstance(listed, list) else [listed]
+    if any(isinstance(index, bool) or not isinstance(index, int) for index in ids):
+        raise ValueError(f"{path}: eos_token_id is {listed!r}, expected the id of a token, or a list of ids")
+    known = set(tokenizer.get_vocab().values())
+    if unknown := [index for index in ids if index not in known]:
+        raise ValueError(f"{path} names end tokens {unknown} that the tokenizer does not have; mend its eos_token_id")
+    return ids
 
 
 def _byte_source() -> Source:
@@ -117,7 +167,12 @@ def _byte_source() -> Source:
         template=BYTE_TEMPLATE,
         roles={"pad_token": "<|pad|>", "eos_token": "<|end|>"},
     )
-    return Source("byte", tokenizer, (tokenizer.eos_token_id,))
+    return Source("byte", tokenizer, (tokenizer.eos_token_id,), {})
+
+
+_GGUF = "tokenizer.ggml."
+_GGUF_ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+_GGUF_ENDS = ("eos", "eot", "eom")  # of a text, of a turn, of a message to a tool
 
 
 def _gguf_source(path: Path) -> Source:
@@ -130,27 +185,28 @@ def _gguf_source(path: Path) -> Source:
             raise ValueError(f"{path} has no {key}: it carries no tokenizer we can build")
         return metadata[key]
 
-    kind, splits = read("tokenizer.ggml.model"), read("tokenizer.ggml.pre")
+    kind, splits = read(_GGUF + "model"), read(_GGUF + "pre")
     if kind != "gpt2" or splits not in _SPLITS:
         raise ValueError(
             f"{path} has a tokenizer of model {kind!r}, pre {splits!r}; supported are model 'gpt2' with pre"
             f" {', '.join(sorted(_SPLITS))}: convert it to a folder with tokenizer.json"
         )
-    tokens, types = read("tokenizer.ggml.tokens"), read("tokenizer.ggml.token_type")
-    roles = {}
-    for role, key in (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown")):
-        if f"tokenizer.ggml.{key}_token_id" in metadata:
-            roles[role] = tokens[read(f"tokenizer.ggml.{key}_token_id")]
-    tokenizer = _wrap(
-        {token: index for index, token in enumerate(tokens)},
-        merges=[tuple(merge.split(" ")) for merge in read("tokenizer.ggml.merges")],
-        splits=splits,
-        special=[token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL],
-        added=[token for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED],
-        template=read("tokenizer.chat_template") if "tokenizer.chat_template" in metadata else FALLBACK_TEMPLATE,
-        roles=roles,
+    tokens, types = read(_GGUF + "tokens"), read(_GGUF + "token_type")
+    named = {key: f"{_GGUF}{key}_token_id" for key in (*_GGUF_ROLES.values(), *_GGUF_ENDS)}
+    ids = {key: metadata[name] for key, name in named.items() if name in metadata}
+    with _usable(str(path)):
+        tokenizer = _wrap(
+            {token: index for index, token in enumerate(tokens)},
+            merges=[tuple(merge.split(" ")) for merge in read(_GGUF + "merges")],
+            splits=splits,
+            special=[token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL],
+            added=[token for token, kind in zip(tokens, types, strict=True) if kind == _USER_DEFINED],
+            template=metadata.get("tokenizer.chat_template", FALLBACK_TEMPLATE),
+            roles={role: tokens[ids[key]] for role, key in _GGUF_ROLES.items() if key in ids},
+        )
+    return Source(
+        str(path), tokenizer, tuple(_checked_ids([ids[key] for key in _GGUF_ENDS if key in ids], tokenizer, path)), {}
     )
-    return Source(str(path), tokenizer, (read("tokenizer.ggml.eos_token_id"),))
 
 
 _QWEN2_WORDS = (

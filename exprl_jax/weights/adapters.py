@@ -49,8 +49,10 @@ _MODULES = {
 
 
 def fetch_merged(adapted: Adapted, how: Execution, entry: Entry) -> np.ndarray:
-    """One tensor of the ordinary model that computes the same, W + scale · A·B in float32, on this host: no second model
-    ever exists.  See `weights.fetch_tensor`."""
+    """One tensor, on this host, of the ordinary model that computes the same: W + scale · A·B in float32.
+
+    No second model ever exists.  See `folder.fetch_tensor`.
+    """
     leaf, name, layer = entry
     weight = fetch_tensor(adapted.base, how, entry)
     own = {} if layer is None else adapted.adapters["layers" if how.scan_layers else f"layer_{layer}"]

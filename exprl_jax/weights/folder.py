@@ -45,6 +45,7 @@ class SavesTokenizer(Protocol):
     """The part of `data.tokenizer.Tokenizer` that an export needs."""
 
     vocab_size: int
+    bos_id: int | None
     pad_id: int
     eos_ids: tuple[int, ...]
 
@@ -233,8 +234,12 @@ def export_folder(
 
 
 def write_description(folder: pathlib.Path, arch: Architecture, tokenizer: SavesTokenizer, dtype: str) -> None:
-    """Writes config.json and the tokenizer's files: a Hugging Face folder but for the weights."""
-    _write_json(folder / "config.json", hf_layout.render_config(arch, dtype, tokenizer.eos_ids, tokenizer.pad_id))
+    """Writes config.json and the tokenizer's files, generation_config.json included: a Hugging Face folder without its
+    weights."""
+    config = hf_layout.render_config(
+        arch, dtype, bos_id=tokenizer.bos_id, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id
+    )
+    _write_json(folder / "config.json", config)
     tokenizer.save(folder)
 
 

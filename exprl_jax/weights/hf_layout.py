@@ -223,7 +223,9 @@ def _rope(
     raise refuse(f"rope scaling {kind!r}")
 
 
-def render_config(arch: Architecture, dtype: str, eos_ids: Sequence[int], pad_id: int) -> dict[str, Any]:
+def render_config(
+    arch: Architecture, dtype: str, *, bos_id: int | None, eos_ids: Sequence[int], pad_id: int
+) -> dict[str, Any]:
     """The `config.json` of a model, in the transformers 4 spelling, which transformers 5 reads too."""
     scaling = None
     if arch.rope_scaling is not None:
@@ -253,7 +255,7 @@ def render_config(arch: Architecture, dtype: str, eos_ids: Sequence[int], pad_id
         "attention_dropout": 0.0,
         "use_cache": True,
         "torch_dtype": dtype,
-        "bos_token_id": None,
+        "bos_token_id": bos_id,
         "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else list(eos_ids),
         "pad_token_id": pad_id,
         **FAMILIES[arch.family].settings,

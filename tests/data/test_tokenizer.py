@@ -1,9 +1,11 @@
 """Tokenizers: equal to the library for benign text, deaf to control strings in contents, exact about bytes."""
 
 import concurrent.futures
+import datetime
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,7 +47,18 @@ CHATML = (
     "{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}{%- endif -%}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-MODELS = ["byte", "chatml", "chatml_strip", "sentencepiece", "smollm_gguf", "qwen2_gguf"]
+FOLDERS = ["chatml", "chatml_strip", "sentencepiece", "legacy", "unigram", "unigram_always", "digits"]
+MODELS = ["byte", *FOLDERS, "smollm_gguf", "qwen2_gguf"]
+LLAMA_CONFIG = {
+    "tokenizer_class": "LlamaTokenizer",
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "chat_template": "{{ bos_token }}{% for message in messages %}"
+    "[{{ message.role }}] {{ message.content }}"
+    "{% if message.role == 'assistant' %}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}",
+}
 
 
 @pytest.fixture(scope="module")
@@ -80,11 +93,53 @@ def write_gguf(path, trained, pre, **replaced):
     writer.add_token_merges([" ".join(merge) for merge in model["merges"]])
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
+    for name, index in replaced.get("ends", {}).items():
+        writer.add_uint32(f"tokenizer.ggml.{name}_token_id", index)
     writer.add_chat_template(CHATML.replace("CONTENT", "content"))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     return tokens, [tuple(merge) for merge in model["merges"]]
+
+
+def write_legacy(folder, sentencepiece_folder):
+    """Llama 2's tokenizer.json: the normalizer puts a space before every piece."""
+    backend = transformers.AutoTokenizer.from_pretrained(sentencepiece_folder).backend_tokenizer
+    whole = json.loads(backend.to_str()) | {"pre_tokenizer": None}
+    replace = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    whole["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace]}
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    (folder / "tokenizer_config.json").write_text(json.dumps(LLAMA_CONFIG))
+
+
+def write_unigram(folder, model, scheme):
+    """The usual layout of a Unigram in tokenizer.json, with a token for every byte."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    vocab = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.get_piece_size())]
+    backend = tokenizers.Tokenizer(tokenizers.models.Unigram(vocab, unk_id=0, byte_fallback=True))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    decoders = tokenizers.decoders
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = [tokenizers.AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")]
+    backend.add_special_tokens(special)
+    folder.mkdir()
+    backend.save(str(folder / "tokenizer.json"))
+    config = LLAMA_CONFIG | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def write_digits(folder, trained):
+    """As SmolLM2 comes from the hub: GPT-2's by its class's name, but tokenizer.json splits digits."""
+    whole = json.loads(trained.to_str())
+    whole["model"]["vocab"]["12"] = len(whole["model"]["vocab"])
+    whole["model"]["merges"].append(["1", "2"])
+    template = CHATML.replace("CONTENT", "content")
+    config = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>", "chat_template": template}
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
 
 
 @pytest.fixture(scope="module")
@@ -99,35 +154,28 @@ def specs(tmp_path_factory, trained):
         )
         library.add_tokens([tokenizers.AddedToken(token, special=False, normalized=False) for token in CONTROL[2:4]])
         library.save_pretrained(root / name)
-    (root / "sentencepiece").mkdir()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter([*TEXTS, *HOSTILE] * 20),
-        model_prefix=str(root / "sentencepiece" / "tokenizer"),
-        vocab_size=420,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    (root / "sentencepiece" / "tokenizer_config.json").write_text(
-        json.dumps(
-            {
-                "tokenizer_class": "LlamaTokenizer",
-                "bos_token": "<s>",
-                "eos_token": "</s>",
-                "unk_token": "<unk>",
-                "chat_template": "{{ bos_token }}{% for message in messages %}"
-                "[{{ message.role }}] {{ message.content }}"
-                "{% if message.role == 'assistant' %}</s>{% endif %}{% endfor %}"
-                "{% if add_generation_prompt %}[assistant]{% endif %}",
-            }
+    for name, kind in (("sentencepiece", "bpe"), ("spm_unigram", "unigram")):
+        (root / name).mkdir()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([*TEXTS, *HOSTILE] * 20),
+            model_prefix=str(root / name / "tokenizer"),
+            vocab_size=420,
+            model_type=kind,
+            hard_vocab_limit=False,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
         )
-    )
+        (root / name / "tokenizer_config.json").write_text(json.dumps(LLAMA_CONFIG))
+    write_legacy(root / "legacy", root / "sentencepiece")
+    for scheme, name in (("first", "unigram"), ("always", "unigram_always")):
+        write_unigram(root / name, root / "spm_unigram" / "tokenizer.model", scheme)
+    write_digits(root / "digits", trained)
     for pre in ("smollm", "qwen2"):
         write_gguf(root / f"{pre}.gguf", trained, pre)
-    found = {name: str(root / name) for name in ("chatml", "chatml_strip", "sentencepiece")}
-    return found | {"byte": "byte", "smollm_gguf": str(root / "smollm.gguf"), "qwen2_gguf": str(root / "qwen2.gguf")}
+    folders = {name: str(root / name) for name in FOLDERS}
+    return folders | {"byte": "byte", "smollm_gguf": str(root / "smollm.gguf"), "qwen2_gguf": str(root / "qwen2.gguf")}
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +195,12 @@ def load(specs):
 
 
 def transformers_tokenizer(spec):
-    """The library's own, loaded from the files; GGUF and bytes have none, so there ours is saved and read again."""
+    """The library's own, loaded from the files; GGUF and bytes have none, so there ours is saved and read again.
+
+    By the name of its class, AutoTokenizer of transformers 5 rebuilds a tokenizer without all that tokenizer.json says.
+    """
+    if (Path(spec) / "tokenizer.json").is_file():
+        return transformers.PreTrainedTokenizerFast.from_pretrained(spec)
     if Path(spec).is_dir():
         return transformers.AutoTokenizer.from_pretrained(spec)
     return None
@@ -312,13 +365,15 @@ def test_gguf_tokenizer_equals_bpe_by_definition(tmp_path, trained, pre):
 
 def test_merges_that_would_spell_a_control_token_are_not_used(tmp_path):
     """Converters of sentencepiece files derive merges from all pieces, control tokens among them."""
-    vocabulary = {"<": 0, "s": 1, ">": 2, "<s": 3, "<s>": 4}
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {piece: index for index, piece in enumerate([*alphabet, "<s", "<s>"])}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [("<", "s"), ("<s", ">")]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<s>").save_pretrained(tmp_path)
     ours = load_tokenizer(tmp_path)
-    assert ours.eos_ids == (4,) and ours.encode("<s><s") == [3, 2, 3]
+    assert ours.eos_ids == (vocabulary["<s>"],)
+    assert ours.encode("<s><s") == [vocabulary[piece] for piece in ("<s", ">", "<s")]
 
 
 def test_real_gguf_tokenizer_equals_bpe_by_definition(load):
@@ -331,12 +386,13 @@ def test_real_gguf_tokenizer_equals_bpe_by_definition(load):
         assert ours.encode(text) == bpe.encode(text, "smollm", tokens, merges), text
 
 
-@pytest.mark.parametrize("name", ["byte", "chatml", "sentencepiece", "smollm_gguf"])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_saved_tokenizer_loads_again_with_equal_results(load, name, tmp_path):
     ours, _ = load(name)
     ours.save(tmp_path)
     again = load_tokenizer(tmp_path)
-    assert (again.vocab_size, again.pad_id, again.eos_ids) == (ours.vocab_size, ours.pad_id, ours.eos_ids)
+    for field in ("vocab_size", "pad_id", "bos_id", "eos_ids"):
+        assert getattr(again, field) == getattr(ours, field)
     assert again.token_bytes == ours.token_bytes
     chat = [Message("system", HOSTILE[0]), Message("user", TEXTS[2])]
     assert again.render(chat) == ours.render(chat)
@@ -362,15 +418,254 @@ def load_tokenizer_once(cache=[]):  # noqa: B006 – one tokenizer for all examp
     return cache[0]
 
 
-def test_end_ids_are_collected_from_every_place_that_names_one(specs, tmp_path):
-    chatml = load_tokenizer(specs["chatml"])
-    assert chatml.eos_ids == (0, 2)  # eos_token <|endoftext|>, then the template's <|im_end|>
-    chatml.save(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 0]}')
-    assert load_tokenizer(tmp_path).eos_ids == (0, 1, 2)
-    (tmp_path / "generation_config.json").write_text('{"eos_token_id": 100000}')
-    with pytest.raises(ValueError, match=r"\[100000\]"):
-        load_tokenizer(tmp_path)
+@pytest.fixture
+def chatml(specs, tmp_path):
+    """A folder to change, whose tokenizer and template name the ids 0 and 2 as ends."""
+    return shutil.copytree(specs["chatml"], tmp_path / "chatml")
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        (None, None, (0, 2)),  # eos_token is <|endoftext|>; the template closes a turn with <|im_end|>
+        ([1, 0], None, (0, 1, 2)),
+        (1, None, (0, 1, 2)),
+        (None, [1, 0], (0, 1, 2)),  # as transformers has it, config.json only speaks where the other does not
+        ([5, 0], [1, 0], (0, 5, 2)),
+        ([], None, (0, 2)),
+        ([2, 7, 5], 9, (0, 2, 7, 5)),
+    ],
+)
+def test_end_ids_are_collected_from_every_file_that_names_one_and_are_saved(chatml, generation, config, expected):
+    for name, ids in (("generation_config", generation), ("config", config)):
+        (chatml / f"{name}.json").write_text(json.dumps({} if ids is None else {"eos_token_id": ids}))
+    ours = load_tokenizer(chatml)
+    assert ours.eos_ids == expected
+    hops = [ours]
+    for hop in range(3):
+        folder = chatml.with_name(f"hop{hop}")
+        hops[-1].save(folder)
+        hops.append(load_tokenizer(folder))
+    assert [hop.eos_ids for hop in hops] == [expected] * 4
+    assert json.loads((folder / "generation_config.json").read_text())["eos_token_id"] == list(expected)
+
+
+def test_what_else_generation_config_says_is_passed_on(chatml):
+    said = {"temperature": 0.6, "top_p": 0.95, "do_sample": True, "eos_token_id": 1}
+    written_by = {"transformers_version": "4.51.0", "_from_model_config": True}
+    (chatml / "generation_config.json").write_text(json.dumps(said | written_by))
+    load_tokenizer(chatml).save(chatml.with_name("saved"))
+    saved = json.loads((chatml.with_name("saved") / "generation_config.json").read_text())
+    assert saved == said | {"eos_token_id": [0, 1, 2], "pad_token_id": 0, "bos_token_id": None}
+    loaded = transformers.GenerationConfig.from_pretrained(chatml.with_name("saved"))
+    assert (loaded.eos_token_id, loaded.temperature) == ([0, 1, 2], 0.6)
+
+
+@pytest.mark.parametrize("file", ["generation_config.json", "config.json"])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "cannot be read as JSON"),
+        ("", "cannot be read as JSON"),
+        ('{"a":' * 100_000, "cannot be read as JSON"),
+        (b'{"eos_token_id": "\xff"}', "cannot be read as JSON"),
+        ("[1]", "holds a list, expected a JSON object"),
+        ("null", "holds a NoneType, expected a JSON object"),
+        (
+            '{"eos_token_id": "<|im_end|>"}',
+            "eos_token_id is '<|im_end|>', expected the id of a token, or a list of ids",
+        ),
+        ('{"eos_token_id": [1, "2"]}', "eos_token_id is [1, '2']"),
+        ('{"eos_token_id": [[1]]}', "eos_token_id is [[1]]"),
+        ('{"eos_token_id": 1.0}', "eos_token_id is 1.0"),
+        ('{"eos_token_id": true}', "eos_token_id is True"),
+        ('{"eos_token_id": {"id": 1}}', "eos_token_id is {'id': 1}"),
+        ('{"eos_token_id": -1}', "names end tokens [-1] that the tokenizer does not have"),
+        ('{"eos_token_id": [0, 100000]}', "names end tokens [100000] that the tokenizer does not have"),
+        ('{"eos_token_id": 100000000000000000000}', "names end tokens [100000000000000000000] that the tokenizer does"),
+    ],
+)
+def test_broken_end_ids_are_named(chatml, file, content, reason):
+    (chatml / file).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError) as caught:
+        load_tokenizer(chatml)
+    text = str(caught.value)
+    assert reason in text and str(chatml / file) in text and "\n" not in text
+
+
+def test_a_gguf_file_ends_at_every_id_that_it_names(tmp_path, trained):
+    write_gguf(tmp_path / "x.gguf", trained, "smollm", ends={"eot": 7, "eom": 5})
+    ours = load_tokenizer(tmp_path / "x.gguf")
+    assert ours.eos_ids == (2, 7, 5)
+    ours.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").eos_ids == (2, 7, 5)
+    write_gguf(tmp_path / "y.gguf", trained, "smollm", ends={"eot": 100_000})
+    with pytest.raises(ValueError, match=r"y.gguf names end tokens \[100000\]"):
+        load_tokenizer(tmp_path / "y.gguf")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_saved_can_be_read_by_transformers_4_and_5(load, name, tmp_path):
+    """transformers 4 knows no class TokenizersBackend, and takes no list for extra_special_tokens."""
+    ours, _ = load(name)
+    ours._library.add_special_tokens({"additional_special_tokens": ["<|im_start|>"]}) if name == "chatml" else None
+    ours.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert "extra_special_tokens" not in config
+    assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json"} <= {f.name for f in tmp_path.iterdir()}
+    assert "chat_template" in config or (tmp_path / "chat_template.jinja").is_file()
+    if name == "chatml":
+        assert config["additional_special_tokens"] == ["<|im_start|>"]
+    library = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert library.eos_token_id == ours.eos_ids[0] or name.startswith("chatml")
+    for text in TEXTS:
+        assert library(text, add_special_tokens=False)["input_ids"] == ours.encode(text)
+
+
+FORMS = ["%d %b %Y", "%Y-%m-%d", "%A, %B %-d", "%H:%M:%S", "%d/%m/%y is 100%%d", "%j%%%U", "%c | %x | %X | %p%I"]
+
+
+def test_a_template_that_asks_for_the_date_is_told_the_given_one(chatml):
+    text = CHATML.replace("CONTENT", "content")
+    lines = "".join(f"{{{{ strftime_now({form!r}) }}}};" for form in FORMS)
+    inner = (
+        "{% macro day() %}{% if strftime_now is defined %}{{ strftime_now('%d') | int + 1 }}{% endif %}{% endmacro %}"
+    )
+    (chatml / "chat_template.jinja").write_text(f"  \n  {inner}{lines}{{{{ day() }}}}.{text}")
+    with pytest.raises(ValueError, match="asks for today's date; set the model's date"):
+        load_tokenizer(chatml)
+    ours = load_tokenizer(chatml, date="2024-07-06")
+    day = datetime.datetime(2024, 7, 6)
+    expected = "  \n" + "".join(f"{day.strftime(form)};" for form in FORMS) + "7."
+    assert ours.decode(ours.render([Message("user", "1+1?")])).partition("user")[0] == expected
+    split = ours.render_split([Message("user", "1+1? @HOLE@")], "@HOLE@")
+    assert ours.decode(split.head).startswith(expected)
+    ours.save(chatml.with_name("saved"))
+    assert "macro strftime_now" not in (chatml.with_name("saved") / "chat_template.jinja").read_text()
+    again = load_tokenizer(chatml.with_name("saved"), date="2024-07-06")
+    assert again.render([Message("user", "1+1?")]) == ours.render([Message("user", "1+1?")])
+    with pytest.raises(ValueError, match="Invalid isoformat string: '26 Jul 2024'"):
+        load_tokenizer(chatml, date="26 Jul 2024")
+
+
+def test_the_date_of_a_template_is_what_the_library_says_on_that_day(chatml):
+    """Told today's date, ours renders what the library renders today."""
+    template = "{% set date = strftime_now('%d %b %Y') %}\n {% if true %}\n  x {{ date }}\n{% endif %}<|im_end|>"
+    library = transformers.AutoTokenizer.from_pretrained(chatml)
+    for start in ("", "\n", "\n\n", "  ", " \n ", "x"):
+        (chatml / "chat_template.jinja").write_text(start + template + "{{ messages[-1].content }}")
+        library.chat_template = (chatml / "chat_template.jinja").read_text()
+        before = datetime.date.today()
+        text = library.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False)
+        ours = load_tokenizer(chatml, date=before.isoformat())
+        if datetime.date.today() == before:  # else midnight was in between
+            assert ours.render([Message("user", "1")]) == library(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "str"),
+        ("{{ messages[7].content }}", "has no element 7"),
+        ("{% for %}", "Expected an expression"),
+        ("{% include 'x' %}", "x|loader"),
+    ],
+)
+def test_a_template_that_fails_is_one_line(chatml, template, reason):
+    (chatml / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=f"the chat template refuses the roles .user, assistant.: .*({reason})"):
+        load_tokenizer(chatml)
+
+
+def byte_words(folder, vocabulary, decoder, **model):
+    """A WordLevel tokenizer."""
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, **model))
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    each = tokenizers.pre_tokenizers.Split("", "isolated")
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([byte_level, each])
+    if decoder:
+        backend.decoder = tokenizers.decoders.ByteLevel()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>").save_pretrained(folder)
+    return folder
+
+
+def test_word_level_tokenizers_are_taken_where_every_byte_is_a_word(tmp_path):
+    alphabet = {piece: index for index, piece in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    ours = load_tokenizer(byte_words(tmp_path / "bytes", alphabet | {"<unk>": 256}, True, unk_token="<unk>"))
+    for text in [*TEXTS, *HOSTILE, "<unk>"]:
+        assert ours.decode(ours.encode(text)) == text and len(ours.encode(text)) == len(text.encode())
+    with pytest.raises(ValueError, match="decodes with nothing: only tokenizers with a token for every byte .*; name"):
+        load_tokenizer(byte_words(tmp_path / "undecoded", alphabet | {"<unk>": 256}, False, unk_token="<unk>"))
+    del alphabet["A"]
+    with pytest.raises(ValueError, match="loses or changes text, for instance 'A', .*byte_fallback; name a model"):
+        load_tokenizer(byte_words(tmp_path / "no_a", alphabet | {"<unk>": 256}, True, unk_token="<unk>"))
+    with pytest.raises(ValueError, match="loses or changes text, for instance 'A'"):
+        load_tokenizer(byte_words(tmp_path / "no_unk", alphabet, True))
+
+
+def changed_unigram(specs, folder, change):
+    """The Unigram with some of its tokenizer.json changed."""
+    whole = json.loads(Path(specs["unigram"], "tokenizer.json").read_text())
+    change(whole)
+    shutil.copytree(specs["unigram"], folder)
+    (folder / "tokenizer.json").write_text(json.dumps(whole))
+    return folder
+
+
+def drop_bytes(whole):
+    """What most Unigram tokenizers are: characters that they do not know become <unk>."""
+    whole["model"]["byte_fallback"] = False
+    for pair in whole["model"]["vocab"]:
+        pair[0] = pair[0].replace("<0x", "<x")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda whole: whole["model"].update(byte_fallback=False), "decodes id 3 as .*, not as '<0x00>'"),
+        (drop_bytes, "loses or changes text, for instance"),
+        (lambda whole: whole.update(normalizer={"type": "NFKC"}), "for instance '²', '½', '①', 'ﬁ'"),
+        (lambda whole: whole.update(normalizer={"type": "Lowercase"}), "for instance 'A', 'B'"),
+        (
+            lambda whole: whole.update(normalizer={"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": "▁"}),
+            "loses or changes text",
+        ),
+        (
+            lambda whole: whole.update(
+                pre_tokenizer={
+                    "type": "Sequence",
+                    "pretokenizers": [{"type": "WhitespaceSplit"}, whole["pre_tokenizer"]],
+                }
+            ),
+            "loses or changes text",
+        ),
+        (lambda whole: whole["decoder"]["decoders"][0].update(content="_"), "decodes id .* as '_.*', not as ' "),
+        (lambda whole: whole.update(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}), "with WordPiece"),
+        (lambda whole: whole.update(decoder=None), "decodes with nothing"),
+    ],
+)
+def test_tokenizers_that_are_not_exact_are_refused_with_a_cure(specs, tmp_path, change, reason):
+    with pytest.raises(ValueError, match=f"{reason}.*: only tokenizers with a token for every byte.*; name a model"):
+        load_tokenizer(changed_unigram(specs, tmp_path / "changed", change))
+
+
+def test_a_unigram_that_decodes_with_metaspace_is_taken(specs, tmp_path):
+    """The layout that the tokenizers library trains; without ByteFallback it shows bytes by their names."""
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": True}
+    folder = changed_unigram(specs, tmp_path / "changed", lambda whole: whole.update(decoder=metaspace))
+    ours, theirs = load_tokenizer(folder), load_tokenizer(specs["unigram"])
+    assert ours.token_bytes == theirs.token_bytes
+    for text in [*TEXTS, *HOSTILE]:
+        assert ours.encode(text) == theirs.encode(text)
+
+
+def test_names_of_byte_tokens_are_text(specs):
+    for name in ("sentencepiece", "legacy", "unigram", "unigram_always"):
+        ours = load_tokenizer(specs[name])
+        for text in ("<0x41>", "x<0x41><0x0A>y", "<<0xFF>>", "<0x4", "<0x41"):
+            assert ours.decode(ours.encode(text)).removeprefix(" ") == text, name
 
 
 def test_a_tokenizer_without_template_gets_the_plain_one(specs, tmp_path):
@@ -461,7 +756,7 @@ def test_broken_tokenizers_are_named(tmp_path, trained):
         load_tokenizer(tmp_path / "z.gguf")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>"))
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>").save_pretrained(tmp_path / "words")
-    with pytest.raises(ValueError, match="only byte-level BPE and sentencepiece"):
+    with pytest.raises(ValueError, match="decodes with nothing: only tokenizers with a token for every byte"):
         load_tokenizer(tmp_path / "words")
     letter = tokenizers.Tokenizer.from_str(trained.to_str())
     transformers.PreTrainedTokenizerFast(tokenizer_object=letter, eos_token="a").save_pretrained(tmp_path / "letter")

@@ -334,7 +334,7 @@ TOKENS = np.random.default_rng(3).integers(0, 97, (2, 40), dtype=np.int32)
 
 
 class FakeTokenizer:
-    vocab_size, pad_id, eos_ids = 90, 3, (3, 5)
+    vocab_size, bos_id, pad_id, eos_ids = 90, None, 3, (3, 5)
 
     def save(self, folder):
         (folder / "tokenizer_config.json").write_text("{}")

@@ -24,7 +24,7 @@ SCANNED = Execution(scan_layers=True, compute_dtype="float32", remat="none", kv_
 
 
 class FakeTokenizer:
-    vocab_size, pad_id, eos_ids = 90, 3, (5,)
+    vocab_size, bos_id, pad_id, eos_ids = 90, None, 3, (5,)
 
     def save(self, folder):
         (folder / "tokenizer_config.json").write_text("{}")
@@ -317,7 +317,7 @@ def test_rotary_fields_of_transformers_4_and_5(fields, theta, scaling):
     arch = parse_config(LLAMA | fields, "x")
     assert (arch.rope_theta, arch.rope_scaling) == (theta, scaling)
     assert (arch.kv_heads, arch.head_size, arch.tied) == (2, 4, False)
-    assert parse_config(render_config(arch, "float32", (1,), 0), "x") == arch
+    assert parse_config(render_config(arch, "float32", bos_id=2, eos_ids=(1,), pad_id=0), "x") == arch
 
 
 @pytest.mark.parametrize(

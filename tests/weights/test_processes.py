@@ -26,7 +26,7 @@ from exprl_jax.model.decoder import Transformer
 from exprl_jax.weights.sources import resolve_model
 
 class Tokenizer:
-    vocab_size, pad_id, eos_ids = 90, 3, (5,)
+    vocab_size, bos_id, pad_id, eos_ids = 90, None, 3, (5,)
     def save(self, folder):
         assert jax.process_index() == 0
         (folder / "tokenizer_config.json").write_text("{}")
