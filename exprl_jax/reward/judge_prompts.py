@@ -16,12 +16,12 @@ A score is a whole number from 1 to 5 (Likert) for partial progress relative to 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from exprl_jax.data.tokenizer import Message, Tokenizer
 from exprl_jax.kinds import KINDS
+from exprl_jax.reward.answers import bracketed, read_labelled
 
 Unit = Literal["outcome", "prefix", "step"]
 Readout = Literal["text", "logits"]
@@ -238,14 +238,15 @@ def _chat(rubric: str, given: str, closing: str, problem: str, marker: str) -> l
 
 # --- reading the answer ----------------------------------------------------------------------------------------------
 
-_SCORE_LINE = re.compile(r"[\s>#*_`-]*(?:final\s+)?score[\s*_`]*(?:[:=：]|(?<=\s)[-–—](?=\s))(.*)", re.IGNORECASE)
-_DECORATION = re.compile(r"[\s*_`$]+")
-_BRACKETS = (("", ""), ("[", "]"), ("(", ")"), ("<", ">"), ("{", "}"), (r"\boxed{", "}"))
+_OUT_OF = ("/5", " out of 5", " of 5")
 _VALUES = {
     value: digit
     for digit in DIGITS
-    for left, right in _BRACKETS
-    for value in (f"{left}{digit}{right}", f"{left}{digit}/5{right}", f"{left}{digit}{right}/5")
+    for value in (
+        *(rating for tail in ("", *_OUT_OF) for rating in bracketed(f"{digit}{tail}")),
+        # Beside a bracket there are no blanks.
+        *(f"{rating}{tail.lstrip()}" for tail in _OUT_OF for rating in bracketed(str(digit))[1:]),
+    )
 }
 
 
@@ -254,24 +255,22 @@ def render_score(likert: int) -> str:
     return f"Score: {likert}"
 
 
-def parse_score(text: str) -> int | None:
-    """The score on the last score line of what the judge wrote, or None where there is none to trust.
+def parse_score(text: str, *, at_end: bool = False) -> int | None:
+    """The score on the last score line of what the judge wrote after its thoughts; None where there is none to trust.
 
-        score line  ::=  ornament* ["final"] "score" ornament* separator value ["."]     in any case, alone on its line
-        separator   ::=  ":" | "=" | a dash with blanks on both sides
-        value       ::=  rating | open rating close | open digit close "/5"
-        rating      ::=  digit | digit "/5"
+        value       ::=  rating | open rating close | open digit close of
+        rating      ::=  digit | digit of
+        of          ::=  "/5" | "out of 5" | "of 5"
         digit       ::=  "1" | "2" | "3" | "4" | "5"
-        open close  ::=  "[" "]" | "(" ")" | "<" ">" | "{" "}" | "\\boxed{" "}"
-        ornament    ::=  blanks, * _ ` (anywhere; also $ in the value) and > # - (before "score")
+        open close  ::=  "[" "]" | "(" ")" | "<" ">" | "{" "}" | "\\boxed{" "}", and so with text, textbf and mathbf
 
-    A line that begins like a score line and goes on differently (`Score: 7`, `4.5`, `4 or 5`, `4/10`, `4 because ...`)
-    is the last score line all the same, and its score is missing: an earlier line does not stand in for it.
+    What a score line is, and when it hides the lines before it, says `answers.read_labelled`, of the label `score`.
+    `Score: 7`, `4.5`, `4 or 5`, `4/10` and `4 because ...` are no scores.
+
+    Args:
+      at_end: a score counts only where nothing follows it.
     """
-    for line in reversed(text.splitlines()):
-        if found := _SCORE_LINE.match(line):
-            return _VALUES.get(_DECORATION.sub("", found[1]).removesuffix("."))
-    return None
+    return read_labelled(text, "score", _VALUES, at_end=at_end)
 
 
 def normalise(likert: Any) -> Any:

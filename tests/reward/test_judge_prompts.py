@@ -208,7 +208,7 @@ def test_a_malformed_last_score_line_is_missing_and_hides_the_lines_before(line)
     assert parse_score(f"Score: 2\n{line}\n") is None
 
 
-NO_SCORE_LINE = ["", "4", "I give it a 4", "Scores: 4", "Scored: 4", "The score: 4", "Score\n4", "Score:\n4"]
+NO_SCORE_LINE = ["", "4", "I give it a 4", "Scores: 4", "Scored: 4", "The score: 4", "Score\n4"]
 
 
 @pytest.mark.parametrize("text", [*NO_SCORE_LINE, "Score 4", "Score-4", "Score- 4", "Score -4"])

@@ -188,7 +188,7 @@ def test_a_malformed_last_verdict_line_is_missing_and_hides_the_lines_before(lin
     assert parse_verdict(f"Verdict: yes\n{line}\n") == Verdict.missing
 
 
-NO_VERDICT = ["", "yes", "The answer agrees.", "Verdicts: yes", "Verdict yes", "Verdict\nyes", "Verdict:\nyes"]
+NO_VERDICT = ["", "yes", "The answer agrees.", "Verdicts: yes", "Verdict yes", "Verdict\nyes"]
 
 
 @pytest.mark.parametrize("text", NO_VERDICT)

@@ -11,11 +11,11 @@ wrote, so a verdict line in a response is out of its reach.  Two read-outs:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Literal, get_args
 
 from exprl_jax.data.tokenizer import Message
+from exprl_jax.reward.answers import bracketed, read_labelled
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.reward.verifiers.verifier import Verifier, unverified
 
@@ -81,13 +81,8 @@ def verify_messages(problem: str, answer: str, readout: Readout, marker: str) ->
 
 # --- reading the answer ----------------------------------------------------------------------------------------------
 
-_VERDICT_LINE = re.compile(r"[\s>#*_`-]*(?:final\s+)?verdict[\s*_`]*(?:[:=：]|(?<=\s)[-–—](?=\s))(.*)", re.IGNORECASE)
 _WORDS = {"yes": Verdict.correct, "no": Verdict.wrong}
-_VALUES = {
-    f"{left}{word}{right}": verdict
-    for word, verdict in _WORDS.items()
-    for left, right in (("", ""), ("[", "]"), ("(", ")"), ("<", ">"), ("{", "}"))
-}
+_VALUES = {value: verdict for word, verdict in _WORDS.items() for value in bracketed(word)}
 
 
 def render_verdict(verdict: Verdict) -> str:
@@ -102,25 +97,20 @@ def render_verdict(verdict: Verdict) -> str:
     raise ValueError(f"a model says only yes or no, got the verdict {verdict.value!r}: expected 'correct' or 'wrong'")
 
 
-def parse_verdict(text: str) -> Verdict:
+def parse_verdict(text: str, *, at_end: bool = False) -> Verdict:
     """`correct` or `wrong` by the last verdict line of what the model wrote, `missing` where there is none to trust.
 
-        verdict line  ::=  ornament* ["final"] "verdict" ornament* separator value ["."]     alone on its line
-        separator     ::=  ":" | "=" | a dash with blanks on both sides
-        value         ::=  word | open word close
-        word          ::=  "yes" | "no"
-        open close    ::=  "[" "]" | "(" ")" | "<" ">" | "{" "}"
-        ornament      ::=  blanks, * _ ` (anywhere; also $ in the value) and > # - (before "verdict")
+        value       ::=  word | open word close
+        word        ::=  "yes" | "no", in any case
+        open close  ::=  "[" "]" | "(" ")" | "<" ">" | "{" "}" | "\\boxed{" "}", and so with text, textbf and mathbf
 
-    Words are read in any case.  A line that begins like a verdict line and goes on differently (`Verdict: partly`,
-    `yes and no`, `yes, because ...`) is the last verdict line all the same, and the verdict is missing: an earlier
-    line does not stand in for it.
+    What a verdict line is, and when it hides the lines before it, says `answers.read_labelled`, of the label
+    `verdict`.  `Verdict: partly`, `yes and no` and `yes, because ...` are no verdicts.
+
+    Args:
+      at_end: a verdict counts only where nothing follows it.
     """
-    for line in reversed(text.splitlines()):
-        if found := _VERDICT_LINE.match(line):
-            value = re.sub(r"[*_`$]+", "", found[1]).strip().removesuffix(".").rstrip()
-            return _VALUES.get(value.lower(), Verdict.missing)
-    return Verdict.missing
+    return read_labelled(text, "verdict", _VALUES, at_end=at_end) or Verdict.missing
 
 
 def verdict_from_digits(probability_5: Sequence[float]) -> Verdict:
