@@ -16,6 +16,7 @@ import numpy as np
 
 from exprl_jax.data.tokenizer import Message
 from exprl_jax.evaluation.pass_at_k import bootstrap
+from exprl_jax.reward.answers import answer_of
 
 ARCHETYPES: Mapping[str, str] = {
     "direct_computation": "the result is computed step by step from what is given",
@@ -79,12 +80,12 @@ def annotation_messages(problem: str, marker: str) -> list[Message]:
 
 
 def parse_annotation(text: str) -> dict[str, int] | None:
-    """The 21 fields in what the annotator wrote, or None where it is anything but the object that was asked for.
+    """The 21 fields in what the annotator wrote after its thoughts; None where it is not the object that was asked for.
 
     One JSON object, alone or in one code fence, with each field once and no other; 0 or 1, and for counts a whole
     number from 0 on.  `true`, `1.0`, `"1"` and half an object are no annotation.
     """
-    text = text.strip()
+    text = answer_of(text).strip()
     fenced = _FENCED.fullmatch(text)
     try:
         pairs = json.loads(fenced[1] if fenced else text, object_pairs_hook=tuple)

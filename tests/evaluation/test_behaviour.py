@@ -51,7 +51,9 @@ def test_the_prompt_defines_every_field_and_asks_for_what_is_read():
             annotation_messages("WHICH?", marker)
 
 
-@pytest.mark.parametrize("form", ["{}", " \n{}\n", "```json\n{}\n```", "```\n{}```", "  ```JSON \r\n{}\r\n``` "])
+@pytest.mark.parametrize(
+    "form", ["{}", " \n{}\n", "```json\n{}\n```", "```\n{}```", "  ```JSON \r\n{}\r\n``` ", "<think>0?</think>{}"]
+)
 def test_an_object_is_read_alone_or_in_a_fence(form):
     for text in (json.dumps(GOOD), json.dumps(GOOD, indent=2), json.dumps(dict(reversed(GOOD.items())))):
         found = parse_annotation(form.replace("{}", text))
@@ -78,6 +80,8 @@ def without(name):
         json.dumps(GOOD) + " done",
         "Here: " + json.dumps(GOOD),
         json.dumps(GOOD) * 2,
+        "<think>\n" + json.dumps(GOOD),
+        json.dumps(GOOD) + "\n</think>",
         "```json\n" + json.dumps(GOOD),
         "```python\n" + json.dumps(GOOD) + "\n```",
         "```\n" + json.dumps(GOOD) + "\n```\n```\n" + json.dumps(GOOD) + "\n```",
