@@ -54,6 +54,8 @@ def base() -> ConfigDict:
                     seconds=120.0,
                     retries=4,
                     max_missing=0.5,
+                    budget_key="max_tokens",
+                    extra_body="{}",
                 ),
                 unit="prefix",
                 readout="text",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import math
 from typing import Annotated, Literal, NamedTuple
 
@@ -32,6 +33,30 @@ class Range(NamedTuple):
     def holds(self, value: float) -> bool:
         """Whether a number is in it."""
         return self.least <= value <= self.most
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonObject:
+    """JSON texts that a key takes; `resolve` checks it.
+
+    Attributes:
+      without: keys that the object must not have.
+    """
+
+    without: tuple[str, ...]
+
+    @property
+    def expected(self) -> str:
+        """The same in words."""
+        return f"a JSON object without the keys {', '.join(self.without)}"
+
+    def __contains__(self, text: str) -> bool:
+        try:
+            value = json.loads(text)
+            json.dumps(value, allow_nan=False)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(value, dict) and not value.keys() & set(self.without)
 
 
 _TINIEST, _BELOW_ONE, _INT32 = 5e-324, 1 - 2**-53, 2**31 - 1
@@ -218,9 +243,13 @@ class Endpoint:
       model: the model's name there.
       api_key_variable: the environment variable that holds the key; empty for none.
       concurrency: most requests of one process at a time.
-      seconds: time limit of one request.
+      seconds: time limit of one attempt at a request; (retries + 1) times as much ends the request, waits included.
       retries: how often a request is sent again after a failure that may pass.
       max_missing: a batch with a larger fraction of failed requests ends the run.
+      budget_key: the name under which the server takes the budget of an answer; OpenAI's newer models take
+        `max_completion_tokens` alone.
+      extra_body: a JSON object that is sent with every request besides; null leaves a key out, as
+        `{"temperature": null}` does for servers that refuse one.
     """
 
     base_url: str
@@ -230,6 +259,10 @@ class Endpoint:
     seconds: Positive
     retries: CountOrNone
     max_missing: Fraction
+    budget_key: Literal["max_tokens", "max_completion_tokens"]
+    extra_body: Annotated[
+        str, JsonObject(without=("max_completion_tokens", "max_tokens", "messages", "model", "n", "stream"))
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

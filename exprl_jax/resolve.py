@@ -124,7 +124,6 @@ def _check_section(section: Any, path: str) -> None:
         _require(len(names) == len(set(names)) and set(names) <= known, f"{path}.targets", section.targets, expected)
     if isinstance(section, Judge) and section.backend == "openai":
         endpoint = section.endpoint
-        _require(section.readout == "text", f"{path}.readout", section.readout, "'text' with judge.backend = 'openai'")
         is_url = endpoint.base_url.startswith(("http://", "https://"))
         _require(is_url, f"{path}.endpoint.base_url", endpoint.base_url, "an http:// or https:// URL")
         _require(bool(endpoint.model), f"{path}.endpoint.model", endpoint.model, "the model's name there")

@@ -1,4 +1,7 @@
-"""A chat-completions server on this machine that speaks the real protocol over HTTP and fails as it is told to."""
+"""A chat-completions server on this machine that speaks the real protocol over HTTP and fails as it is told to.
+
+It answers in one of three dialects, by its makers' references: `openai`, `vllm` (0.10) and `azure`.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,10 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Literal
+
+Dialect = Literal["openai", "vllm", "azure"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +24,9 @@ class Answer:
 
     Attributes:
       text: choices[0].message.content; None for null.
+      finish_reason: as the server gives it.
+      thought: what a server of `vllm`'s dialect keeps apart as reasoning_content.
+      first: log-probability of each token with which the text could begin; of these, no more are given than asked for.
       status: other than 200 sends an error body.
       after_s: the answer is held back for so long, or until the stub closes.
       trickle_s: time between two bytes of the body.
@@ -28,6 +36,8 @@ class Answer:
 
     text: str | None = "Fine.\nScore: 4"
     finish_reason: str = "stop"
+    thought: str | None = None
+    first: Mapping[str, float] | None = None
     status: int = 200
     headers: Mapping[str, str] = dataclasses.field(default_factory=dict)
     after_s: float = 0.0
@@ -57,9 +67,17 @@ class StubEndpoint:
       most_at_once: requests that were in work together.
     """
 
-    def __init__(self, answer: Callable[[Seen, int], Answer]):
-        """`answer` gets a request and how often the same one came before."""
+    def __init__(
+        self, answer: Callable[[Seen, int], Answer], dialect: Dialect = "openai", refused: Collection[str] = ()
+    ):
+        """Starts nothing yet.
+
+        Args:
+          answer: gets a request and how often the same one came before.
+          refused: keys of a request that the model does not take.
+        """
         self._answer = answer
+        self.dialect, self.refused = dialect, refused
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._now = 0
@@ -99,33 +117,65 @@ class StubEndpoint:
         self._closing.wait(seconds)
 
 
-def completion(request: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
+def completion(request: Mapping[str, Any], answer: Answer, dialect: Dialect) -> dict[str, Any]:
     """A chat completion; a word is a token."""
     read = sum(len(message["content"].split()) for message in request["messages"])
     written = len((answer.text or "").split())
-    return {
+    message = {"role": "assistant", "content": answer.text}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": answer.finish_reason}
+    if request.get("logprobs") and answer.first is not None:
+        listed = sorted(answer.first.items(), key=lambda item: -item[1])[: request["top_logprobs"]]
+        tokens = [{"token": t, "logprob": p, "bytes": list(t.encode())} for t, p in listed]
+        choice["logprobs"] = {"content": [tokens[0] | {"top_logprobs": tokens}] if tokens else []}
+    whole = {
         "id": "chatcmpl-stub",
         "object": "chat.completion",
         "created": 0,
         "model": request["model"],
-        "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": answer.text},
-                "logprobs": None,
-                "finish_reason": answer.finish_reason,
-            }
-        ],
+        "choices": [choice],
         "usage": {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written},
     }
+    if dialect == "vllm":
+        message |= {"reasoning_content": answer.thought, "tool_calls": []}
+        choice["stop_reason"] = None
+        whole |= {"prompt_logprobs": None, "kv_transfer_params": None}
+        whole["usage"]["prompt_tokens_details"] = None
+    else:
+        message |= {"refusal": None, "annotations": []}
+        whole |= {"system_fingerprint": "fp_stub"}
+        whole["usage"]["completion_tokens_details"] = {"reasoning_tokens": 0}
+    if dialect == "azure":
+        unharmed = {"hate": {"filtered": False, "severity": "safe"}}
+        choice["content_filter_results"] = unharmed
+        whole["prompt_filter_results"] = [{"prompt_index": 0, "content_filter_results": unharmed}]
+    return whole
+
+
+def failure(status: int, dialect: Dialect, **about: Any) -> dict[str, Any]:
+    """The body of an error."""
+    error = {"message": f"stub says {status}", "type": "invalid_request_error", "param": None, "code": None} | about
+    if dialect == "vllm":
+        return {
+            "object": "error",
+            "message": error["message"],
+            "type": "BadRequestError",
+            "param": None,
+            "code": status,
+        }
+    if dialect == "azure":
+        error |= {"status": status, "innererror": {"code": "StubError"}}
+    return {"error": error}
 
 
 def well_formed(request: Mapping[str, Any]) -> bool:
     """Whether a real server would take a request."""
+    budget = [request[name] for name in ("max_tokens", "max_completion_tokens") if name in request]
     return (
         isinstance(request.get("model"), str)
-        and type(request.get("max_tokens")) is int
+        and len(budget) == 1
+        and type(budget[0]) is int
         and 0 <= request.get("temperature", 1) <= 2
+        and 0 <= request.get("top_logprobs", 0) <= (20 if request.get("logprobs") else 0)
         and bool(request.get("messages"))
         and all(set(m) == {"role", "content"} and isinstance(m["content"], str) for m in request["messages"])
         and all(m["role"] in ("system", "user", "assistant") for m in request["messages"])
@@ -148,10 +198,16 @@ def _handler(stub: StubEndpoint) -> type[http.server.BaseHTTPRequestHandler]:
 
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            if self.path != "/v1/chat/completions" or not well_formed(body):
+            # A proxy is given the whole address.
+            if not self.path.endswith("/v1/chat/completions") or not well_formed(body):
                 self.send(Answer(status=404 if well_formed(body) else 400), body)
                 return
             headers = {name.lower(): value for name, value in self.headers.items()}
+            if refused := [name for name in stub.refused if name in body]:
+                about = {"message": f"Unsupported parameter: {refused[0]!r}", "param": refused[0]}
+                error = failure(400, stub.dialect, code="unsupported_parameter", **about)
+                self.send(Answer(status=400, body=json.dumps(error).encode()), body)
+                return
             answer = stub.take(Seen(body, headers, time.monotonic()))
             if answer.reset:
                 # Linger for no time: the peer gets a reset in place of an orderly end.
@@ -164,9 +220,9 @@ def _handler(stub: StubEndpoint) -> type[http.server.BaseHTTPRequestHandler]:
         def send(self, answer, request):
             body = answer.body
             if body is None and answer.status == 200:
-                body = json.dumps(completion(request, answer)).encode()
+                body = json.dumps(completion(request, answer, stub.dialect)).encode()
             elif body is None:
-                body = json.dumps({"error": {"message": f"stub says {answer.status}", "type": "stub"}}).encode()
+                body = json.dumps(failure(answer.status, stub.dialect)).encode()
             self.send_response(answer.status)
             for name, value in {"content-type": "application/json", **answer.headers}.items():
                 self.send_header(name, value)

@@ -311,10 +311,11 @@ DISTILL = {"task": "distill", "loss.kl_coef": 0.0}
             "rollout.group: got 1, expected at least 2: the routes outcome and verifier compare within a group",
         ),
         ({"rollout.group": 1, "routes": PROCESS | {"code": "verifier"}}, "rollout.group: got 1, expected at least 2"),
-        (
-            OPENAI | {"judge.readout": "logits"},
-            "judge.readout: got 'logits', expected 'text' with judge.backend = 'openai'",
+        *(
+            ({"judge.endpoint.extra_body": text}, "judge.endpoint.extra_body: got .*, expected a JSON object without")
+            for text in ("", "[]", "null", "3", "{", '{"top_p": NaN}', '{"top_p": 1e999}', '{"n": 2}', "[" * 100_000)
         ),
+        ({"judge.endpoint.budget_key": "tokens"}, "judge.endpoint.budget_key: got 'tokens', expected one of"),
         (
             OPENAI | {"judge.endpoint.base_url": ""},
             "judge.endpoint.base_url: got '', expected an http:// or https:// URL",
@@ -348,6 +349,7 @@ def test_values_that_contradict_one_another_are_refused(changes, said):
         {"updates.row_tokens": 536, "updates.microbatch": 5},  # an update may have rows that stay empty
         {"rollout.group": 1, "routes": PROCESS},  # no route compares within a group
         OPENAI,
+        OPENAI | {"judge.readout": "logits", "judge.endpoint.extra_body": '{"temperature": null}'},
         {"judge.endpoint.base_url": "", "judge.endpoint.model": ""},  # of a local judge
         DISTILL,
         {"loss.clip_low": 1.0, "loss.dual_clip": 0.0},  # no lower clip, no dual clip

@@ -14,7 +14,6 @@ import io
 import json
 import os
 import pathlib
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,7 +41,9 @@ from exprl_jax.files import read_jsonl, write_atomically
 from exprl_jax.hosts import local_problems, say
 from exprl_jax.mesh import make_mesh
 from exprl_jax.resolve import to_dict
-from exprl_jax.reward.endpoint import ChatClient, split_chat
+from exprl_jax.reward.answers import opened_thought
+from exprl_jax.reward.endpoint import ChatClient
+from exprl_jax.reward.judgements import MARKER, fill
 from exprl_jax.reward.judges import check_judge_lengths
 from exprl_jax.rollout.call import make_prompts, texts_of
 from exprl_jax.run.stopping import StopRequest
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
 
 ANNOTATIONS = "annotations.jsonl"
 _KEY = ("id", "rollout")
-_MARKER = f"solution{secrets.token_hex(16)}"
 _GAINED, _LOST = "#0072B2", "#D55E00"  # of Okabe and Ito's palette
 
 Row = Mapping[str, Any]
@@ -133,7 +133,7 @@ def annotation_row(rollout: Rollout, answer: Answer) -> dict[str, Any]:
 
 def messages_of(problem: Problem) -> list[Message]:
     """The prompt for a problem's rollouts, with the marker in their place."""
-    return annotation_messages(question_text(problem.question), _MARKER)
+    return annotation_messages(question_text(problem.question), MARKER)
 
 
 def open_annotator(config: Annotate, mesh: Mesh, held: contextlib.ExitStack, rollouts: Sequence[Rollout]) -> Asker:
@@ -154,8 +154,8 @@ def endpoint_annotator(config: Annotate, client: ChatClient) -> Asker:
     """
 
     def ask(wave: Sequence[Rollout]) -> list[Answer]:
-        chats = [split_chat(messages_of(r.problem), _MARKER).filled(r.response) for r in wave]
-        replies = client.ask(chats, config.annotator.max_tokens, "annotations")
+        chats = [fill(messages_of(rollout.problem), rollout.response) for rollout in wave]
+        replies = client.submit(chats, config.annotator.max_tokens, "annotations").result()
         return [Answer(reply.text, reply.prompt_tokens + reply.completion_tokens) for reply in replies]
 
     return ask
@@ -168,7 +168,7 @@ def local_annotator(config: Annotate, mesh: Mesh, rollouts: Sequence[Rollout]) -
     check_judge_lengths(how, model.arch)
     ids = {}
     for rollout in rollouts:
-        prompt = model.tokenizer.render_split(messages_of(rollout.problem), _MARKER)
+        prompt = model.tokenizer.render_split(messages_of(rollout.problem), MARKER)
         tail = prompt.tail(rollout.response)
         trace = len(tail) - len(prompt.suffix)
         if len(prompt.head) <= how.max_context_tokens and trace <= how.max_trace_tokens:
@@ -203,10 +203,10 @@ def local_annotator(config: Annotate, mesh: Mesh, rollouts: Sequence[Rollout]) -
             live_P=np.arange(config.wave) < len(known),
         )
         _, texts = texts_of(written, model.tokenizer.decode)
-        answers = {
-            problem.id: Answer(text, len(ids[problem.id]) + int(mask.sum()))
-            for problem, (text,), mask in zip(known, texts, written.mask_PGR)
-        }
+        answers = {}
+        for problem, (text,), mask in zip(known, texts, written.mask_PGR):
+            opened = opened_thought(model.tokenizer.decode(ids[problem.id]))
+            answers[problem.id] = Answer(opened + text, len(ids[problem.id]) + int(mask.sum()))
         return [answers.get(problem.id, Answer("", 0)) for problem in asked]
 
     return ask

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,8 +18,10 @@ from exprl_jax.data.tokenizer import Message, SplitPrompt
 from exprl_jax.evaluation.fixed_rollouts import Ledger, Rollout, renamed
 from exprl_jax.hosts import say
 from exprl_jax.model.decoder import Params
-from exprl_jax.reward.endpoint import ChatClient, ChatPrompt, EndpointJudge, split_chat
-from exprl_jax.reward.judge import Judge, JudgePrompts, Query, needed_reference
+from exprl_jax.reward.answers import opened_thought
+from exprl_jax.reward.endpoint import ChatClient
+from exprl_jax.reward.endpoint_judge import EndpointJudge
+from exprl_jax.reward.judge import Judge, JudgePrompts
 from exprl_jax.reward.judge_prompts import (
     CONTINUATION,
     Unit,
@@ -30,6 +31,7 @@ from exprl_jax.reward.judge_prompts import (
     parse_score,
     reference_last_messages,
 )
+from exprl_jax.reward.judgements import MARKER, Query, fill, needed_reference
 from exprl_jax.reward.judges import check_judge_lengths
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rollout.call import make_prompts, padded_width, texts_of
@@ -37,9 +39,6 @@ from exprl_jax.run.stopping import StopRequest
 from exprl_jax.weights.language_model import load_params, open_model
 
 SCORE_KEY = ("judge", "condition", "order", "repeat", "id", "rollout", "segment")
-
-
-_MARKER = f"trace{secrets.token_hex(16)}"
 
 
 class Trace(NamedTuple):
@@ -73,10 +72,10 @@ class Pass(NamedTuple):
     def messages(self, problem: Problem, wrong: Mapping[str, str], readout: str) -> list[Message]:
         """The prompt for a problem, with the marker in the trace's place."""
         if self.condition == "none":
-            return blind_messages(problem.problem, problem.choices, problem.domain, readout, _MARKER)
+            return blind_messages(problem.problem, problem.choices, problem.domain, readout, MARKER)
         reference = wrong[problem.id] if self.condition == "wrong" else needed_reference(problem)
         make = judge_messages if self.order == "trace_last" else reference_last_messages
-        return make(problem.problem, problem.choices, reference, problem.domain, self.unit, readout, _MARKER)
+        return make(problem.problem, problem.choices, reference, problem.domain, self.unit, readout, MARKER)
 
 
 def says_something(problem: Problem, verdict: Verdict) -> bool:
@@ -118,21 +117,15 @@ class Asking:
                 return self._ask_model(passes, messages, scores, stop)
             client = held.enter_context(ChatClient(self._how.endpoint))
             for each, of_pass in zip(passes, messages, strict=True):
-                judge = EndpointJudge(
-                    client,
-                    {name: split_chat(chat, _MARKER) for name, chat in of_pass.items()},
-                    self._config.group,
-                    self._how.max_tokens,
-                )
+                judge = EndpointJudge(self._how, client, of_pass, {}, self._config.group)
                 if not self._run(each, self._waiting(each, each.traces, scores), judge, {}, scores, stop):
                     return False
-            chats = {name: split_chat(chat, _MARKER) for name, chat in messages[0].items()}
-            return self._repeat_endpoint(client, self._unrepeated(passes[0].traces, scores), chats, scores, stop)
+            return self._repeat_endpoint(client, self._unrepeated(passes[0].traces, scores), messages[0], scores, stop)
 
     def _ask_model(self, passes, messages, scores, stop) -> bool:
         how, config, tokenizer = self._how, self._config, self._model.tokenizer
         prompts = [
-            {name: tokenizer.render_split(chat, _MARKER, CONTINUATION[how.readout]) for name, chat in of_pass.items()}
+            {name: tokenizer.render_split(chat, MARKER, CONTINUATION[how.readout]) for name, chat in of_pass.items()}
             for of_pass in messages
         ]
         # A problem that is over the budget in one pass is left out of all, so that passes stay comparable.
@@ -246,7 +239,12 @@ class Asking:
         return [t for t in found if any(scores.key_of(self._row(_REPEATS, t, k)) not in scores for k in places)]
 
     def _repeat_endpoint(
-        self, client: ChatClient, traces: Sequence[Trace], prompts: Mapping[str, ChatPrompt], scores: Ledger, stop
+        self,
+        client: ChatClient,
+        traces: Sequence[Trace],
+        chats: Mapping[str, Sequence[Message]],
+        scores: Ledger,
+        stop: StopRequest,
     ) -> bool:
         """The n-th answers to all rollouts have the seed `config.seed` + n."""
         config, size = self._config, self._config.wave * self._config.group
@@ -258,13 +256,14 @@ class Asking:
                 wave = [t for t in traces[start : start + size] if not self._has(_REPEATS, t, repeat, scores)]
                 if not wave:
                     continue
-                chance = {"temperature": config.repeats.temperature, "seed": config.seed + repeat}
-                chats = [prompts[trace.rollout.problem.id].filled(trace.text) for trace in wave]
-                replies = client.ask(chats, self._how.max_tokens, "repeated scores", chance=chance)
+                sampling = {"temperature": config.repeats.temperature, "seed": config.seed + repeat}
+                requests = [fill(chats[trace.rollout.problem.id], trace.text) for trace in wave]
+                pending = client.submit(requests, self._how.max_tokens, "repeated scores", sampling=sampling)
+                replies = pending.result()
                 seconds = (time.monotonic() - begun) / len(wave)
                 rows = []
                 for trace, reply in zip(wave, replies, strict=True):
-                    digit = parse_score(reply.text)
+                    digit = parse_score(reply.text, at_end=reply.cut)
                     rows.append(
                         self._row(_REPEATS, trace, repeat)
                         | {"score": None if digit is None else normalise(digit)}
@@ -302,8 +301,9 @@ class Asking:
             seconds = (time.monotonic() - begun) / (len(wave) * count)
             rows = []
             for i, (_, (trace, ids)) in enumerate(wave):
+                opened = opened_thought(self._model.tokenizer.decode(ids))
                 for g, text in enumerate(texts[i]):
-                    digit = parse_score(text)
+                    digit = parse_score(opened + text)
                     tokens = len(ids) / count + int(answers.mask_PGR[i, g].sum())
                     rows.append(
                         self._row(_REPEATS, trace, g + 1)

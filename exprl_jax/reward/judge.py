@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 from jax.sharding import Mesh
@@ -16,62 +15,25 @@ from exprl_jax.data.tokenizer import SplitPrompt, Tokenizer
 from exprl_jax.hosts import fetch_rows, largest_over_processes, put_rows
 from exprl_jax.model.decoder import Params
 from exprl_jax.records import Draw, Rows
-from exprl_jax.reward.judge_prompts import CONTINUATION, Unit, judge_messages, normalise, parse_score
+from exprl_jax.reward.answers import opened_thought
+from exprl_jax.reward.judge_prompts import CONTINUATION, Unit
+from exprl_jax.reward.judgements import (
+    MARKER,
+    Answer,
+    Judgements,
+    Pending,
+    Query,
+    judgements_of,
+    score_messages,
+    verdict_messages,
+    verdicts_of,
+)
 from exprl_jax.reward.verifiers import open_ended
-from exprl_jax.reward.verifiers.open_ended import parse_verdict, verdict_from_digits, verify_messages
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rollout.call import pad_contexts
 
-# Stands for the trace in a prompt; nobody can guess it, so no problem contains it.
-_MARKER = f"trace{secrets.token_hex(16)}"
-
-
 # Where nothing is asked about a problem.
 _NOTHING = SplitPrompt((), (), None)
-
-
-class Query(NamedTuple):
-    """One thing to score: rollout `g`'s trace up to (or of) segment `n`."""
-
-    g: int
-    n: int
-    trace: str
-
-
-class Judgements(NamedTuple):
-    """What the judge said of this process's problems.
-
-    Attributes:
-      score_PGN: float64, normalised to [0, 1]; 0 where not valid.
-      valid_PGN: bool, a score was given.
-      asked_PGN: bool, a score was wanted.
-      cut_PGN: bool, the answer (`text`) reached its budget, or the trace did not fit; not valid then unless parsed.
-      text: what the judge wrote, by (problem, g, n); empty for `logits`.
-      tokens: trace tokens read and answer tokens written.
-    """
-
-    score_PGN: np.ndarray
-    valid_PGN: np.ndarray
-    asked_PGN: np.ndarray
-    cut_PGN: np.ndarray
-    text: Mapping[tuple[int, int, int], str]
-    tokens: int
-
-    @property
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The arrays by name."""
-        return {name: getattr(self, name) for name in ("score_PGN", "valid_PGN", "asked_PGN", "cut_PGN")}
-
-
-class _Answer(NamedTuple):
-    """The judge's answer about one text: what it wrote (`text`), or the digits' probabilities (`logits`)."""
-
-    problem: int
-    query: int
-    text: str
-    probability_5: np.ndarray
-    cut: bool
-    tokens: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,31 +59,36 @@ def score_prompt(judge_config: schema.Judge, tokenizer: Tokenizer, problem: Prob
     Raises:
       ValueError: the problem has no reference.
     """
-    messages = judge_messages(
-        problem.problem, problem.choices, needed_reference(problem), problem.domain, unit, judge_config.readout, _MARKER
-    )
-    return tokenizer.render_split(messages, _MARKER, CONTINUATION[judge_config.readout])
+    messages = score_messages(judge_config, problem, unit)
+    return tokenizer.render_split(messages, MARKER, CONTINUATION[judge_config.readout])
 
 
 def verify_prompt(judge_config: schema.Judge, tokenizer: Tokenizer, problem: Problem) -> SplitPrompt:
     """The judge's prompt for saying whether a response's answer is the problem's, with a hole for the response."""
-    messages = verify_messages(problem.problem, problem.answer, judge_config.readout, _MARKER)
-    return tokenizer.render_split(messages, _MARKER, open_ended.CONTINUATION[judge_config.readout])
+    messages = verdict_messages(judge_config, problem)
+    return tokenizer.render_split(messages, MARKER, open_ended.CONTINUATION[judge_config.readout])
 
 
-def needed_reference(problem: Problem) -> str:
-    """The problem's reference solution.
+class _AtOnce:
+    """A judge that has its answers when it has been asked: the mesh does one thing at a time."""
 
-    Raises:
-      ValueError: it has none.
-    """
-    if problem.reference is None:
-        raise ValueError(f"problem {problem.id!r} has no reference solution, which the judge scores against")
-    return problem.reference
+    def submit(
+        self, problems: Sequence[Problem], queries: Sequence[Sequence[Query]], segments: int
+    ) -> Pending[Judgements]:
+        """`score`, in the form in which an endpoint is asked."""
+        judgements = self.score(problems, queries, segments)
+        return Pending(lambda: judgements)
+
+    def submit_verify(
+        self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]
+    ) -> Pending[list[list[Verdict]]]:
+        """`verify`, in the form in which an endpoint is asked."""
+        verdicts = self.verify(problems, responses)
+        return Pending(lambda: verdicts)
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
+class Judge(_AtOnce):
     """A judge model on the mesh, bound to the problems it will see.
 
     Attributes:
@@ -150,25 +117,9 @@ class Judge:
           queries: of each problem; any number.
           segments: N of the result.
         """
-        shape = (len(problems), self.group, segments)
-        score, cut = np.zeros(shape), np.zeros(shape, bool)
-        valid, asked, text, tokens = cut.copy(), cut.copy(), {}, 0
         prompts = _prompts_of(self.prompts.score, problems, queries)
         traces = [[query.trace for query in of_problem] for of_problem in queries]
-        for i, of_problem in enumerate(queries):
-            for query in of_problem:
-                asked[i, query.g, query.n] = cut[i, query.g, query.n] = True
-        for answer in self._ask(prompts, traces):
-            query = queries[answer.problem][answer.query]
-            at = answer.problem, query.g, query.n
-            tokens, cut[at] = tokens + answer.tokens, answer.cut
-            if self.config.readout == "logits":
-                score[at], valid[at] = normalise(self._likert(answer.probability_5)), True
-                continue
-            text[at] = answer.text
-            if (digit := parse_score(answer.text)) is not None:
-                score[at], valid[at] = normalise(digit), True
-        return Judgements(score, valid, asked, cut, text, tokens)
+        return judgements_of(self.config, self._ask(prompts, traces), queries, self.group, segments)
 
     def verify(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> list[list[Verdict]]:
         """Whether each response to an open-ended question arrives at its answer; `missing` where the judge does not
@@ -179,21 +130,13 @@ class Judge:
           responses: of each problem, any number; none for problems that have other verifiers.
         """
         prompts = _prompts_of(self.prompts.verify, problems, responses)
-        verdicts = [[Verdict.missing] * len(of_problem) for of_problem in responses]
-        for answer in self._ask(prompts, responses):
-            verdict = (
-                verdict_from_digits(answer.probability_5)
-                if self.config.readout == "logits"
-                else parse_verdict(answer.text)
-            )
-            verdicts[answer.problem][answer.query] = verdict
-        return verdicts
+        return verdicts_of(self._ask(prompts, responses), responses)
 
     def report(self) -> dict[str, float]:
         """Metrics of its own: none."""
         return {}
 
-    def _ask(self, prompts: Sequence[SplitPrompt], texts: Sequence[Sequence[str]]) -> Iterator[_Answer]:
+    def _ask(self, prompts: Sequence[SplitPrompt], texts: Sequence[Sequence[str]]) -> Iterator[Answer]:
         """The judge's answer to each text in its problem's prompt; none to a text that does not fit."""
         waiting: list[list[tuple[int, list[int]]]] = []
         for prompt, of_problem in zip(prompts, texts, strict=True):
@@ -203,6 +146,8 @@ class Judge:
         calls = largest_over_processes(max(-(-len(of_problem) // self.group) for of_problem in waiting))
         if not calls:
             return
+        # An answer goes on where the prompt has opened a thought.
+        opened = [opened_thought(self.tokenizer.decode(prompt.suffix)) for prompt in prompts]
         contexts = pad_contexts([prompt.head for prompt in prompts], self.context_width)
         prefix = self.programs.prefill(self.params, put_rows(self.mesh, contexts, self.problems))
         for call in range(calls):
@@ -212,7 +157,7 @@ class Judge:
                 probability_PJ5 = fetch_rows(self.programs.judge(self.params, prefix, rows))
                 for i, of_problem in enumerate(batch):
                     for row, (j, tail) in enumerate(of_problem):
-                        yield _Answer(i, j, "", probability_PJ5[i, row], False, len(tail))
+                        yield Answer(i, j, None, probability_PJ5[i, row], False, len(tail))
                 continue
             answers = fetch_rows(self.programs.judge(self.params, prefix, rows, self._greedy(batch)))
             for i, of_problem in enumerate(batch):
@@ -220,7 +165,7 @@ class Judge:
                     written = answers.mask_PGR[i, row]
                     text = self.tokenizer.decode(answers.tokens_PGR[i, row][written].tolist())
                     ended = bool(answers.ended_PG[i, row])
-                    yield _Answer(i, j, text, np.zeros(0), not ended, len(tail) + int(written.sum()))
+                    yield Answer(i, j, opened[i] + text, None, not ended, len(tail) + int(written.sum()))
 
     def _rows(self, batch: Sequence[Sequence[tuple[int, list[int]]]]) -> Rows:
         tokens = np.full((len(batch), self.group, self.row_width), self.tokenizer.pad_id, np.int32)
@@ -239,14 +184,8 @@ class Judge:
         draw = Draw(np.uint32(0), np.int32(0), np.zeros(mine, np.uint32), temperature, live)
         return put_rows(self.mesh, draw, self.problems)
 
-    def _likert(self, probability_5: np.ndarray) -> float:
-        digits = np.arange(1, 6)
-        if self.config.logits_value == "argmax":
-            return digits[probability_5.argmax()]
-        return probability_5.astype(np.float64) @ digits
 
-
-class NoJudge:
+class NoJudge(_AtOnce):
     """Stands where a run's rewards need no judge, and is asked nothing."""
 
     on_mesh = False

@@ -12,9 +12,11 @@ from exprl_jax.architecture import Architecture
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.tokenizer import Tokenizer
 from exprl_jax.model.decoder import Params
-from exprl_jax.reward.endpoint import ChatClient, EndpointJudge, judge_prompt
+from exprl_jax.reward.endpoint import ChatClient
+from exprl_jax.reward.endpoint_judge import EndpointJudge
 from exprl_jax.reward.judge import Judge, JudgePrograms, JudgePrompts, NoJudge, score_prompt, verify_prompt
 from exprl_jax.reward.judge_prompts import DIGITS, Unit, digit_token_ids
+from exprl_jax.reward.judgements import score_messages, verdict_messages
 from exprl_jax.reward.verifiers import open_ended
 from exprl_jax.rollout.call import padded_width
 from exprl_jax.weights.language_model import LanguageModel, open_model
@@ -48,7 +50,7 @@ class JudgeBuilder:
         Raises:
           ValueError: a problem to score has no reference, or the model cannot be opened or has too short a context.
         """
-        self._config, self._scored, self._unit = judge_config, scored, unit
+        self._config, self._scored, self._verified, self._unit = judge_config, scored, verified, unit
         self._asked = {p.id for p in (*scored, *verified)}
         self.local = bool(self._asked) and judge_config.backend == "local"
         self._prompts = JudgePrompts({}, {})
@@ -94,9 +96,14 @@ class JudgeBuilder:
         if not kept & self._asked:
             return NoJudge(group)
         if not self.local:
-            prompts = {p.id: judge_prompt(p, self._unit(p)) for p in self._scored if p.id in kept}
             return EndpointJudge(
-                stack.enter_context(ChatClient(judge_config.endpoint)), prompts, group, judge_config.max_tokens
+                config=judge_config,
+                client=stack.enter_context(ChatClient(judge_config.endpoint)),
+                score_chats={
+                    p.id: score_messages(judge_config, p, self._unit(p)) for p in self._scored if p.id in kept
+                },
+                verdict_chats={p.id: verdict_messages(judge_config, p) for p in self._verified if p.id in kept},
+                group=group,
             )
         used = [prompt for p in problems for prompt in self._prompts.of(p.id)]
         return Judge(
