@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import contextlib
 import email.utils
 import ipaddress
 import json
@@ -201,9 +202,9 @@ class ChatClient:
 
     def close(self) -> None:
         """Drops all requests, those that are under way too."""
-        if self._thread.is_alive():
+        with contextlib.suppress(RuntimeError):  # of a loop that has ended by itself
             self._loop.call_soon_threadsafe(self._closing.set)
-            self._thread.join(_LEAVE_S)
+        self._thread.join(_LEAVE_S)
 
     def _serve(self) -> None:
         # The runner cancels what is left when it ends, also when an error ends it.

@@ -215,6 +215,36 @@ def test_what_the_judge_wrote_is_parsed_to_a_score(built):
     assert [got.text[at] for at in ((0, 0, 0), (0, 0, 1), (3, 0, 0))] == order[:3]
 
 
+def test_an_answer_goes_on_where_the_template_has_opened_a_thought(built):
+    """What is written before the thought is closed is no score, though no tag stands before it."""
+    written = {"Hm.\nScore: 2": None, "Score: 2</think>Score: 4": 0.75, "Score: 2\n</think>\n": None, "": None}
+    judge = make_judge(
+        built, judging(readout="text"), judge=writing(built[0], [*written] * 2, dict.fromkeys(written, False))
+    )
+
+    def opening(prompt):
+        return dataclasses.replace(prompt, suffix=(*prompt.suffix, *TOKENIZER.encode("assistant\n<think>\n")))
+
+    prompts = {name: opening(prompt) for name, prompt in judge.prompts.score.items()}
+    judge = dataclasses.replace(judge, prompts=dataclasses.replace(judge.prompts, score=prompts))
+    got = judge.score(PROBLEMS, QUERIES, SEGMENTS)
+    assert len(got.text) == len(FITTING) and all(text.startswith("<think>") for text in got.text.values())
+    for index, text in got.text.items():
+        score = written[text.removeprefix("<think>")]
+        assert got.valid_PGN[index] == (score is not None) and got.score_PGN[index] == (score or 0.0)
+
+
+def test_a_judge_on_the_mesh_has_answered_when_it_has_been_asked(built):
+    answers = ["Score: 4"] * len(FITTING) + ["Verdict: yes"] * 5
+    judge = make_judge(built, judging(readout="text"), judge=writing(built[0], answers, order=(order := [])))
+    scores = judge.submit(PROBLEMS, QUERIES, SEGMENTS)
+    assert len(order) == len(FITTING)
+    verdicts = judge.submit_verify(PROBLEMS, RESPONSES)
+    assert len(order) == len(answers)
+    assert scores.result().valid_PGN.sum() == len(FITTING) and scores.result().score_PGN.max() == 0.75
+    assert verdicts.result() == [["correct"] * 3, [], ["missing", "correct"], ["correct"]]
+
+
 def test_a_problem_without_reference_cannot_be_judged():
     bare = dataclasses.replace(PROBLEMS[0], reference=None)
     with pytest.raises(ValueError, match="problem 'p0' has no reference solution"):
@@ -273,7 +303,8 @@ def test_where_no_judge_is_wanted_none_answers():
     judged = nobody.score(PROBLEMS, [[]] * 4, SEGMENTS)
     assert judged.score_PGN.shape == judged.valid_PGN.shape == (4, GROUP, SEGMENTS)
     assert not any(x.any() for x in judged[:4]) and not judged.tokens and not judged.text
-    assert nobody.verify(PROBLEMS, [[]] * 4) == [[]] * 4
-    for ask in (lambda: nobody.score(PROBLEMS, QUERIES, SEGMENTS), lambda: nobody.verify(PROBLEMS, RESPONSES)):
+    assert nobody.verify(PROBLEMS, [[]] * 4) == nobody.submit_verify(PROBLEMS, [[]] * 4).result() == [[]] * 4
+    assert not nobody.submit(PROBLEMS, [[]] * 4, SEGMENTS).result().asked_PGN.any()
+    for ask in (lambda: nobody.submit(PROBLEMS, QUERIES, SEGMENTS), lambda: nobody.verify(PROBLEMS, RESPONSES)):
         with pytest.raises(ValueError, match="this run has no judge, and one was asked"):
             ask()
