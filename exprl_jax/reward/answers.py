@@ -21,12 +21,14 @@ T = TypeVar("T")
 
 # --- thoughts --------------------------------------------------------------------------------------------------------
 
-# <think> <seed:think> <|begin_of_thought|> <|START_THINKING|> ◁think▷ [THINK] <|channel>thought, and what closes them.
+# <think> <thought_process> <seed:think> <|begin_of_thought|> <|START_THINKING|> ◁think▷ [THINK] <|channel>thought, and
+# what closes them.
 # A tag in a code span is spoken of, not used, so spans are matched first.
 _TAG = re.compile(
     r"(?<!`)(?P<ticks>`++)[^`\n]+(?P=ticks)"
-    r"|(?:<\|?|◁|\[(?=/?think\]))\s*(?P<close>/|end_(?:of_)?)?(?:begin_of_|start_|seed:)?"
-    r"(?P<name>think|thinking|thoughts?|reason|reasoning|scratchpad)(?:\s+\w+\s*=[^<>\n]*)?\s*(?:\|?>|▷|\])"
+    r"|(?:<\|?|◁|\[(?=/?think\]))\s*(?P<close>/\s*|end_(?:of_)?)?(?:begin_of_|start_|seed:)?"
+    r"(?P<name>think|thinking|thoughts?|reason|reasoning|reflection|analysis|scratchpad)(?:[_-]\w+)?"
+    r"(?:\s+\w+\s*=[^<>\n]*)?\s*(?:\|?>|▷|\])"
     r"|(?P<channel><\|channel>\s*(?:thought|analysis)\b|(?P<channel_close><channel\|>))",
     re.IGNORECASE,
 )
