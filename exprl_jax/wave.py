@@ -21,7 +21,7 @@ from exprl_jax.hosts import agree_rows, largest_over_processes, local_problems, 
 from exprl_jax.learning.advantages import SegmentAdvantages, assign_advantages
 from exprl_jax.model import decoder
 from exprl_jax.records import Rollouts
-from exprl_jax.reward.judge import Judgements, Query
+from exprl_jax.reward.judgements import Judgements, Query
 from exprl_jax.reward.statistics import VERDICTS
 from exprl_jax.reward.verifiers.grading import Verdicts
 from exprl_jax.reward.verifiers.verdict import Verdict

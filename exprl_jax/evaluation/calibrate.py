@@ -30,7 +30,7 @@ from exprl_jax.evaluation.fixed_rollouts import Ledger, Rollout, read_rollouts
 from exprl_jax.hosts import local_problems, say
 from exprl_jax.mesh import make_mesh
 from exprl_jax.resolve import to_dict
-from exprl_jax.reward.judge import needed_reference
+from exprl_jax.reward.judgements import needed_reference
 from exprl_jax.reward.segments import Splitter, parse_rule
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.workdir import check_workdir, open_workdir
