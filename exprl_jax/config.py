@@ -35,8 +35,7 @@ class Range(NamedTuple):
         return self.least <= value <= self.most
 
 
-@dataclasses.dataclass(frozen=True)
-class JsonObject:
+class JsonObject(NamedTuple):
     """JSON texts that a key takes; `resolve` checks it.
 
     Attributes:
