@@ -21,7 +21,7 @@ from exprl_jax.hosts import agree_rows, largest_over_processes, local_problems, 
 from exprl_jax.learning.advantages import SegmentAdvantages, assign_advantages
 from exprl_jax.model import decoder
 from exprl_jax.records import Rollouts
-from exprl_jax.reward.judgements import Judgements, Query
+from exprl_jax.reward.judgements import Judgements, Pending, Query
 from exprl_jax.reward.statistics import VERDICTS
 from exprl_jax.reward.verifiers.grading import Verdicts
 from exprl_jax.reward.verifiers.verdict import Verdict
@@ -68,19 +68,20 @@ class Wave:
 
 
 class PendingWave(NamedTuple):
-    """A wave that is sampled and judged, while its verifiers are still at work.
+    """A wave that is sampled, while its verifiers, and a judge behind an endpoint, are still at work.
 
     Attributes:
       owned_P: problems whose verifiers are at work in this process.
-      judge_verdicts: on open-ended answers; none for other problems.
+      judgements: a judge's scores.
+      judge_verdicts: a judge's, on open-ended answers; none for other problems.
       grading: what the verifiers are working out.
     """
 
     request: WaveRequest
     wave: Wave
     owned_P: np.ndarray
-    judgements: Judgements
-    judge_verdicts: Sequence[Sequence[Verdict]]
+    judgements: Pending[Judgements]
+    judge_verdicts: Pending[list[list[Verdict]]]
     grading: Verdicts
 
 
@@ -112,7 +113,10 @@ def wave_requests(run: RLRun, problems: Sequence[Problem], step: int) -> list[Wa
 
 
 def start_wave(run: RLRun, policy: decoder.Params, request: WaveRequest, clock: Clock) -> PendingWave:
-    """Samples a wave, gives it to the verifiers, and asks the judge meanwhile."""
+    """Samples a wave, and gives it to the verifiers and the judge.
+
+    A judge on the mesh answers here; one behind an endpoint while the next wave is sampled.
+    """
     with clock.phase("sample"):
         wave = sample_wave(run, policy, request)
     owned_P = owned_problems(run.mesh, run.config.rollout.wave)
@@ -162,8 +166,8 @@ def sample_wave(run: RLRun, policy: decoder.Params, request: WaveRequest) -> Wav
     return Wave(request.problems, rollouts, ends, responses)
 
 
-def judge_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Judgements:
-    """A score for each rollout, or for each of its prefixes or segments.  Where overlong rollouts' scores follow from
+def judge_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Pending[Judgements]:
+    """Asks for a score for each rollout, or for each of its prefixes or segments.  Where overlong rollouts' scores follow from
     the config's rule (D3), they are not asked for.
 
     Args:
@@ -177,28 +181,30 @@ def judge_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Judgements:
             if asks_P[i] and wanted and run.route(problem).judged:
                 of_problem += [Query(g, n, _trace(run, wave, i, g, n)) for n in range(len(ends))]
         queries.append(of_problem)
-    return run.judge.score(wave.problems, queries, run.splitter.rule.max_segments)
+    return run.judge.submit(wave.problems, queries, run.splitter.rule.max_segments)
 
 
-def verify_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> list[list[Verdict]]:
-    """Verdicts on open-ended answers, which only a judge can give; none for other problems, where nothing was sampled
+def verify_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Pending[list[list[Verdict]]]:
+    """Asks for verdicts on open-ended answers, which only a judge can give; none for other problems, where nothing was sampled
     and where this process does not ask."""
     sampled_P = (wave.count_PG > 0).any(-1) & asks_P
     asked = [
         group if p.traits.by_judge and sampled else []
         for p, group, sampled in zip(wave.problems, wave.responses, sampled_P)
     ]
-    return run.judge.verify(wave.problems, asked)
+    return run.judge.submit_verify(wave.problems, asked)
 
 
 def score_wave(run: RLRun, pending: PendingWave, clock: Clock) -> ScoredWave:
     """Waits for the verifiers, agrees with the other processes, and turns scores into advantages."""
     wave, G = pending.wave, run.config.rollout.group
+    with clock.phase("judge"):
+        judgements, judge_verdicts = pending.judgements.result(), pending.judge_verdicts.result()
     with clock.phase("grade"):
         graded = iter(pending.grading.result())
     of_verifiers = [[next(graded) for _ in range(G)] if mine else [Verdict.missing] * G for mine in pending.owned_P]
-    verdicts = [judged or graded for judged, graded in zip(pending.judge_verdicts, of_verifiers)]
-    judgements, verdicts = _agree(pending.request.index_P, pending.judgements, verdicts)
+    verdicts = [judged or graded for judged, graded in zip(judge_verdicts, of_verifiers)]
+    judgements, verdicts = _agree(pending.request.index_P, judgements, verdicts)
     judgements = add_verdict_rewards(run, wave, judgements, verdicts)
     routes = [run.route(problem) for problem in wave.problems]
     advantages = assign_advantages(

@@ -13,7 +13,8 @@ import pytest
 from tiny_runs import opened, take_step, tiny
 
 from exprl_jax import distill, train
-from exprl_jax.reward.judge import Judgements
+from exprl_jax.reward.judge import AnswersAtOnce
+from exprl_jax.reward.judgements import Judgements
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import first_state
 from exprl_jax.wave import WaveRequest, sample_wave
@@ -36,7 +37,7 @@ def letters(text):
     return sum("a" <= c <= "z" for c in text) / max(len(text), 1)
 
 
-class LetterJudge:
+class LetterJudge(AnswersAtOnce):
     """Scores a trace by the share of letters among what it adds; what the optimum is known for."""
 
     on_mesh = True

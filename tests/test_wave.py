@@ -93,7 +93,7 @@ def test_open_ended_groups_that_are_left_alone_are_not_verified_again():
     """A judge costs something, an endpoint money."""
     problems = [types.SimpleNamespace(kind=kind, traits=KINDS[kind]) for kind in ("science", "science", "math")]
     asked = []
-    judge = types.SimpleNamespace(verify=lambda problems, responses: asked.append(responses) or responses)
+    judge = types.SimpleNamespace(submit_verify=lambda problems, responses: asked.append(responses) or responses)
     wave = Wave(problems, None, [[[2], [3]], [[], []], [[1], [1]]], [["a", "b"], ["", ""], ["c", "d"]])
     run = types.SimpleNamespace(judge=judge)
     assert verify_wave(run, wave, np.array([True, True, True])) == [["a", "b"], [], []]

@@ -69,7 +69,7 @@ def verify_prompt(judge_config: schema.Judge, tokenizer: Tokenizer, problem: Pro
     return tokenizer.render_split(messages, MARKER, open_ended.CONTINUATION[judge_config.readout])
 
 
-class _AtOnce:
+class AnswersAtOnce:
     """A judge that has its answers when it has been asked: the mesh does one thing at a time."""
 
     def submit(
@@ -88,7 +88,7 @@ class _AtOnce:
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge(_AtOnce):
+class Judge(AnswersAtOnce):
     """A judge model on the mesh, bound to the problems it will see.
 
     Attributes:
@@ -185,7 +185,7 @@ class Judge(_AtOnce):
         return put_rows(self.mesh, draw, self.problems)
 
 
-class NoJudge(_AtOnce):
+class NoJudge(AnswersAtOnce):
     """Stands where a run's rewards need no judge, and is asked nothing."""
 
     on_mesh = False
