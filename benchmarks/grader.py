@@ -38,7 +38,8 @@ decimal. Of multiple choice, an answer that is no option, or several, is unparsa
 The graders were mended with these pairs in view, so the table says what they can do, not how they do on answers that
 nobody looked at. For that: 119 math pairs were written after the first mending. The grader before it agreed with 68.1 %
 of them and called five wrong answers right; the mended one agreed with 91.6 % at first sight, and called none right
-that was not. On the first 482 math pairs the grader before mending agreed with 85.1 %, and called 24 wrong answers right.
+that was not. On the first 482 math pairs the grader before mending agreed with 85.1 %, and called 24 wrong answers
+right.
 
 | | pairs | agree | agreement | called right, is not |
 |---|---|---|---|---|

@@ -49,7 +49,7 @@ class JsonObject(NamedTuple):
         """The same in words."""
         return f"a JSON object without the keys {', '.join(self.without)}"
 
-    def __contains__(self, text: str) -> bool:
+    def holds(self, text: str) -> bool:
         try:
             value = json.loads(text)
             json.dumps(value, allow_nan=False)

@@ -167,8 +167,8 @@ def sample_wave(run: RLRun, policy: decoder.Params, request: WaveRequest) -> Wav
 
 
 def judge_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Pending[Judgements]:
-    """Asks for a score for each rollout, or for each of its prefixes or segments.  Where overlong rollouts' scores follow from
-    the config's rule (D3), they are not asked for.
+    """Asks for a score for each rollout, or for each of its prefixes or segments.  Where overlong rollouts' scores
+    follow from the config's rule (D3), they are not asked for.
 
     Args:
       asks_P: problems of which this process asks.
@@ -185,8 +185,8 @@ def judge_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Pending[Judgements
 
 
 def verify_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Pending[list[list[Verdict]]]:
-    """Asks for verdicts on open-ended answers, which only a judge can give; none for other problems, where nothing was sampled
-    and where this process does not ask."""
+    """Asks for verdicts on open-ended answers, which only a judge can give; none for other problems, where nothing was
+    sampled and where this process does not ask."""
     sampled_P = (wave.count_PG > 0).any(-1) & asks_P
     asked = [
         group if p.traits.by_judge and sampled else []

@@ -10,8 +10,8 @@ from tiny_runs import ROOT
 
 PACKAGE = ROOT / "exprl_jax"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
-# A room is a folder of the package or a file beside them.  From the ground upwards: a room imports rooms of lower floors
-# alone.
+# A room is a folder of the package or a file beside them.  From the ground upwards: a room imports rooms of lower
+# floors alone.
 FLOORS = (
     ("kinds",),
     ("architecture", "config", "files", "gguf_reader", "packaged", "records", "text_tables"),

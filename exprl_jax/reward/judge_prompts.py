@@ -1,8 +1,11 @@
 """What the judge is asked, and how its answer is read.
 
-Every prompt that rewards come from is in one order: rubric (the system turn), problem with its answer choices, reference
-solution, and the trace last, so that one prefill serves all rollouts, and all prefixes, of a problem.  Two other prompts
-only measure the judge: one without a reference, one with the reference after the trace.  The trace itself is never here: a
+Every prompt that rewards come from is in one order: rubric (the system turn), problem with its answer choices,
+  reference
+solution, and the trace last, so that one prefill serves all rollouts, and all prefixes, of a problem.  Two other
+prompts
+only measure the judge: one without a reference, one with the reference after the trace.  The trace itself is never
+  here: a
 marker holds its place, and the trace's tokens are put there.  Problem and reference are joined in, not formatted in, so
 braces in them are only braces.
 
