@@ -88,7 +88,7 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
     problems = read_training_problems(config.data, config.reads_references)
     check_answers(problems)
     kinds = kinds_of(problems)
-    builder = _judge_builder(config, problems)
+    builder = _judge_builder(config, problems, policy)
     programs = programs_room.build(config, mesh, policy)
     check_lengths(config, policy.arch)
     ids = policy_prompts(config, policy.tokenizer, problems)
@@ -139,7 +139,7 @@ def check_enough(problems: Sequence[Problem], batch: int) -> None:
         )
 
 
-def _judge_builder(config: Config, problems: Sequence[Problem]) -> JudgeBuilder:
+def _judge_builder(config: Config, problems: Sequence[Problem], policy: LanguageModel) -> JudgeBuilder:
     """The judge of the routes that want one, and of open-ended answers; self-distillation has no rewards."""
     rewarded = problems if config.task == "rl" else []
     return JudgeBuilder(
@@ -147,6 +147,7 @@ def _judge_builder(config: Config, problems: Sequence[Problem]) -> JudgeBuilder:
         scored=[p for p in rewarded if route_of(config, p).judged],
         verified=[p for p in rewarded if p.traits.by_judge],
         unit=lambda p: config.judge.unit if route_of(config, p).per_segment else "outcome",
+        opened=policy,
     )
 
 
@@ -155,7 +156,7 @@ def _load_frozen(config: Config, mesh: Mesh, policy: LanguageModel) -> dict[Mode
     frozen = {}
     say(f"policy {config.policy.weights}")
     if config.has_reference_model:
-        reference = open_model(config.reference)
+        reference = open_model(config.reference, policy)
         if reference.arch != policy.arch or reference.execution != policy.execution:
             raise ValueError(
                 "config.reference: expected the policy's architecture and execution; one program serves both"

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from tiny_runs import PROBLEMS, ROOT, opened, read_jsonl, sparse, tiny, write_problems
 
+from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.reward.judge import NoJudge
 from exprl_jax.rl_run import first_state
+from exprl_jax.weights import language_model
 
 
 def buffers(tree):
@@ -102,3 +104,13 @@ def test_worked_examples_stand_in_every_prompt(monkeypatch):
         prompt = made.policy.tokenizer.decode(made.prompts.ids[problem.id])
         at = [prompt.index(example["reference"].strip()) for example in examples]
         assert at == sorted(at) and prompt.index(problem.problem) > at[-1]
+
+
+def test_equal_weights_are_read_once(monkeypatch):
+    """A tokenizer takes seconds, before a run's first sign of life."""
+    read = []
+    monkeypatch.setattr(language_model, "load_tokenizer", lambda spec: read.append(spec) or load_tokenizer(spec))
+    made = opened(tiny())
+    assert len(read) == 1 and made.judge.tokenizer is made.policy.tokenizer
+    opened(tiny(changes={"judge.model.weights": "random:llama", "reference.param_dtype": "bfloat16"}))
+    assert len(read) == 3

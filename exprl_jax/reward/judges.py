@@ -39,6 +39,7 @@ class JudgeBuilder:
         scored: Sequence[Problem],
         verified: Sequence[Problem],
         unit: Callable[[Problem], Unit],
+        opened: LanguageModel | None = None,
     ):
         """Makes the prompts.
 
@@ -46,6 +47,7 @@ class JudgeBuilder:
           scored: problems whose traces are scored against the reference.
           verified: problems whose responses are compared with the answer.
           unit: what of a problem's rollouts is scored.
+          opened: a model that may have the judge's weights (`open_model`).
 
         Raises:
           ValueError: a problem to score has no reference, or the model cannot be opened or has too short a context.
@@ -55,7 +57,7 @@ class JudgeBuilder:
         self.local = bool(self._asked) and judge_config.backend == "local"
         self._prompts = JudgePrompts({}, {})
         if self.local:
-            self._model = open_model(judge_config.model)
+            self._model = open_model(judge_config.model, opened)
             check_judge_lengths(judge_config, self._model.arch)
             tokenizer = self._model.tokenizer
             if verified and judge_config.readout == "logits":

@@ -109,12 +109,17 @@ class LanguageModel:
         return self.arch.parameters * jnp.dtype(self.config.param_dtype).itemsize
 
 
-def open_model(config: Model) -> LanguageModel:
+def open_model(config: Model, opened: LanguageModel | None = None) -> LanguageModel:
     """Finds the model's files (fetching them if need be) and reads architecture and tokenizer.
+
+    Args:
+      opened: a model that may have the same weights; its files are then not read again.  A tokenizer takes seconds.
 
     Raises:
       ValueError: nothing there, an unsupported architecture, or a tokenizer that does not fit.
     """
+    if opened is not None and opened.config.weights == config.weights:
+        return dataclasses.replace(opened, config=config)
     if config.weights.startswith(RANDOM):
         family, tokenizer = config.weights.removeprefix(RANDOM), load_tokenizer("byte")
         if family not in FAMILIES:
