@@ -74,6 +74,7 @@ def words(text):
     return [*blocks.splitlines(), *re.findall(r"`([^`\n]+)`", text)]
 
 
+_KEY = re.compile(r"--config\.([\w.]+)=(.*)")
 COMMANDS = sorted({line.strip() for page in PAGES for line in words(TEXT[page.name]) if "--config=configs/" in line})
 
 
@@ -88,8 +89,9 @@ def test_a_command_with_a_config_resolves(command):
         file, _, arm = name.partition(":")
         get_config = runpy.run_path(str(ROOT / file))["get_config"]
         config = ConfigDict(get_config(arm) if arm else get_config())
-        for key, value in re.findall(r"--config\.([\w.]+)=(\S*)", " ".join(arguments)):
-            config.update_from_flattened_dict({key: type(config.to_dict() and _get(config, key))(_literal(value))})
+        for key, value in (match.groups() for word in arguments if (match := re.fullmatch(_KEY, word))):
+            kind = type(_get(config, key))
+            config.update_from_flattened_dict({key: value if kind is str else kind(_literal(value))})
         resolve(config.to_dict())
 
 
