@@ -41,7 +41,9 @@ def grader():
         (r"\boxed{1}", "1"),
         (r"\boxed {1}", "1"),
         (r"\boxed{1} then \boxed{2}", "2"),
-        (r"\boxed{1} then \boxed{2", "1"),
+        (r"\boxed{1} then \boxed{2", None),
+        (r"\boxed{x = \boxed{3}", "3"),
+        (r"\boxed{1}\boxed{", None),
         (r"\boxed{\frac{1}{\sqrt{2}}}", r"\frac{1}{\sqrt{2}}"),
         (r"\boxed{x = \boxed{3}}", "3"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
@@ -67,9 +69,9 @@ BOX = r"\boxed{"
 
 @settings(max_examples=300, derandomize=True, deadline=None)
 @given(st.lists(st.sampled_from([BOX, "{", "}", r"\{", r"\}", r"\\", "a"]), max_size=20))
-def test_the_box_agrees_with_a_search_from_every_start(pieces):
+def test_the_box_agrees_with_a_search_from_the_last_start(pieces):
     expected = None
-    for start in (i for i, piece in enumerate(pieces) if piece == BOX):
+    for start in [i for i, piece in enumerate(pieces) if piece == BOX][-1:]:
         depth = 1
         for end in range(start + 1, len(pieces)):
             depth += {BOX: 1, "{": 1, "}": -1}.get(pieces[end], 0)
@@ -108,6 +110,7 @@ EQUIVALENT = [
     ("(x+1)^2", "x^2+2x+1"),
     ("x=5", "5"),
     (r"\text{Odd}", "odd"),
+    ("3", r"\text{three}"),
     ("Evelyn", "Evelyn"),
     (r"\text{B}", "B"),
     ("(B)", "B"),
@@ -131,7 +134,6 @@ DIFFERENT = [
     ("A", "B"),
     ("silent", "listen"),
     (r"\text{even}", "odd"),
-    ("3", r"\text{three}"),
     ("x", "y"),
 ]
 UNREADABLE = ["", "  ", "((", r"\frac{1}", "@@", ".", "1" * (MAX_ANSWER + 1), "{" * 10_000 + "1" + "}" * 10_000]
@@ -286,14 +288,13 @@ def test_the_worker_does_not_import_jax():
 @pytest.mark.parametrize(
     "module, message",
     [
-        ("raise ImportError('planted')", "needs the package math-verify: planted; pip install math-verify"),
-        ("parse = lambda *a, **k: ['x']\nverify = lambda *a, **k: False\nLatexExtractionConfig = int", "reinstall"),
+        ("raise ImportError('planted')", "ImportError: planted; pip install -r requirements.txt"),
         ("raise SystemError('planted')", "SystemError: planted"),
         ("raise SystemExit(3)", "exit status 3"),
     ],
 )
 def test_a_worker_that_cannot_start_is_an_error_not_a_verdict(tmp_path, monkeypatch, module, message):
-    (tmp_path / "math_verify.py").write_text(module)
+    (tmp_path / "pint.py").write_text(module)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with MathGrader(workers=1) as grader:
         with pytest.raises(ValueError, match=message) as caught:
@@ -302,7 +303,7 @@ def test_a_worker_that_cannot_start_is_an_error_not_a_verdict(tmp_path, monkeypa
 
 
 def test_a_worker_that_never_gets_ready_is_an_error(tmp_path, monkeypatch):
-    (tmp_path / "math_verify.py").write_text("import time; time.sleep(60)")
+    (tmp_path / "pint.py").write_text("import time; time.sleep(60)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(math_verifier, "_START_LIMIT_S", 1.0)
     with MathGrader(workers=1) as grader, pytest.raises(ValueError, match="not ready after 1 s"):

@@ -1,4 +1,4 @@
-"""The one grader for "correct": the last boxed answer, compared by math-verify, under a hard time limit.
+"""The one grader for "correct": the last boxed answer, compared by its reference's kind, under a hard time limit.
 
 A comparison can run for ever (`9^{9^{9^9}}`), in C code that no Python signal interrupts, so it runs in a process that
 is killed.  Training metrics, sparse rewards and evaluation all grade here.
@@ -34,13 +34,14 @@ _LONGEST_JOINT = 30
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}` whose braces balance, or None; the inner one of two nested boxes.
+    r"""The content of the last `\boxed{...}`, or None where its braces do not balance; the inner one of nested boxes.
 
     Boxes with nothing but a comma, a semicolon, "and" or "or" between them are one answer, `2, 3`.  Escaped braces,
     `\{` and `\}`, are text and do not count.
     """
     opened: list[tuple[int, int, _Box | None]] = []  # where its command and its content begin; the box closed before it
     last = closed = None
+    start_of_last = -1
     for found in _BRACES.finditer(text):
         if found[0] == "}":
             if opened:
@@ -53,7 +54,8 @@ def last_boxed(text: str) -> str | None:
             opened.append((-1, found.end(), None))
         elif found[0][-1] == "{" and found[0] != "\\{":
             opened.append((found.start(), found.end(), closed))
-    if last is None:
+            start_of_last = found.end()
+    if last is None or last.start != start_of_last:
         return None
     parts = [text[last.start : last.end]]
     while (before := last.before) and _is_joint(text, before.end + 1, last.command):
@@ -241,12 +243,13 @@ class _Worker:
             if self._process.wait() < 0:
                 raise  # killed by somebody; a fresh one may do better
             self._complaints.seek(0)
-            said = self._complaints.read().decode("utf-8", "replace").strip().splitlines()
-            reply = {"error": said[-1] if said else f"exit status {self._process.returncode}"}
+            lines = self._complaints.read().decode("utf-8", "replace").strip().splitlines()
+            reason = lines[-1] if lines else f"exit status {self._process.returncode}"
+            raise ValueError(
+                f"an answer-grading process could not be started: {reason}; pip install -r requirements.txt"
+            ) from None
         if reply is None:
-            reply = {"error": f"not ready after {_START_LIMIT_S:.0f} s"}
-        if "error" in reply:
-            raise ValueError(f"an answer-grading process could not be started: {reply['error']}")
+            raise ValueError(f"an answer-grading process could not be started: not ready after {_START_LIMIT_S:.0f} s")
         self._ready = True
 
     def _read(self, limit_s: float) -> dict[str, Any] | None:
