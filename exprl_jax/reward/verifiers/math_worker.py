@@ -10,6 +10,7 @@ JAX is not imported here: a worker starts in the time that SymPy and pint take t
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import os
 import re
@@ -18,10 +19,11 @@ import signal
 import sys
 from typing import Any
 
+from exprl_jax.reward.verifiers.answers.equality import same_answer
+from exprl_jax.reward.verifiers.answers.kinds import Answer
+from exprl_jax.reward.verifiers.answers.reading import read
+from exprl_jax.reward.verifiers.answers.tokens import ambiguous_commas, ambiguous_letters
 from exprl_jax.reward.verifiers.math import last_boxed
-from exprl_jax.reward.verifiers.math_answer import Answer, read
-from exprl_jax.reward.verifiers.math_equality import same_answer
-from exprl_jax.reward.verifiers.math_tokens import ambiguous_commas
 
 # A comparison may ask for any amount of memory; beyond this the request fails instead of the machine.
 _ADDRESS_SPACE = 4 << 30
@@ -49,20 +51,21 @@ def compare(boxed: str, answer: str) -> str:
         whole = [_WHOLE.fullmatch(text) for text in (boxed, answer)]
         if all(whole):
             return "correct" if int(whole[0][1]) == int(whole[1][1]) else "wrong"
-        same = any(same_answer(expected, got) for expected in _readings(answer, 1) for got in _readings(boxed, 2))
+        pairs = itertools.product(_readings(answer, as_reference=True), _readings(boxed, as_reference=False))
+        same = any(same_answer(expected, got) for expected, got in pairs)
     except Exception:  # SymPy raises whatever it meets
         return "unparsable"
     return "correct" if same else "wrong"
 
 
 @functools.lru_cache(maxsize=4096)
-def _readings(text: str, commas: int) -> list[Answer]:
+def _readings(text: str, as_reference: bool) -> list[Answer]:
     """What a text may say: `12cm` is a length or a product and, of an answer, `1,234` one number or two."""
     inner = last_boxed(text)
     text = text if inner is None else inner
-    groupings = (True, False)[: commas if ambiguous_commas(text) else 1]
-    readings = [read(text, grouping, bare_units) for grouping in groupings for bare_units in (True, False)]
-    return list(dict.fromkeys(readings))
+    commas = (True, False) if ambiguous_commas(text) and not as_reference else (True,)
+    bare_units = (True, False) if ambiguous_letters(text) else (True,)
+    return [read(text, *options) for options in itertools.product(commas, bare_units)]
 
 
 def _resident_bytes() -> int:

@@ -1,0 +1,106 @@
+r"""What is said beside an answer of what its letters run over: `for all n`, `k\in\mathbb{Z}`, `where c is a constant`.
+
+That says nothing new where the reference is silent about it.  Any other condition, `for all even n`, `if x > 0`, does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from exprl_jax.reward.verifiers.answers.tokens import Token, closing, stripped, texts
+
+_STARTS = "for where with if when whenever provided unless given such except otherwise but".split()
+_ADJECTIVE = r"(?:positive|nonnegative|natural|whole|real|rational|complex|arbitrary)"
+_NOUN = r"(?:integer|number|real|rational|natural|constant)s?"
+_DOMAIN = re.compile(
+    rf"""
+    [,(]?\s* (?:(?:for|where|with|\\forall)\s+)* (?:(?:any|all|every|each|an?|some(?=\s.*constant))\s+)*
+    (?P<kind> (?:{_ADJECTIVE}\s)* (?:{_NOUN}\b)? )\s*
+    (?P<letters> (?:\\[a-z]+ | [A-Za-z]) (?:\s,\s[A-Za-z])* )?
+    (?:\s? (?:\\in | in | (?:is|are|be)(?:\s(?:any|an?))?) \s
+        (?P<set> \\mathbb\s[A-Z](?:\s[\^_]\s\S+)? | \\mathbb\s\{{\s[A-Z]\s\}}(?:\s[\^_]\s.+?)? | (?:{_ADJECTIVE}\s)*{_NOUN})
+    )?\s*\)?
+    """,
+    re.VERBOSE,
+)
+# Sets by their singular names, with what they are called in LaTeX.
+_SETS = {
+    "": "",
+    "number": "",
+    "constant": "",
+    "arbitrary constant": "",
+    "real constant": "R",
+    "integer": "Z",
+    "positive integer": "N",
+    "natural number": "N",
+    "natural": "N",
+    "whole number": "N0",
+    "nonnegative integer": "N0",
+    "rational number": "Q",
+    "rational": "Q",
+    "real number": "R",
+    "real": "R",
+    "positive real number": "R+",
+    "positive real": "R+",
+    "complex number": "C",
+}
+
+Domains = tuple[tuple[str, str], ...]
+
+
+def without(tokens: list[Token]) -> tuple[list[Token], Domains, tuple[str, ...]]:
+    """Takes conditions away.
+
+    Returns:
+      The answer; what its letters run over, by letter; and the tokens of a condition that says anything else.
+    """
+    if tokens[0].is_word("for") or tokens[0].text == r"\forall":  # `for all n, f(n) = n`
+        commas = [index for index, token in enumerate(tokens) if token.text == ","]
+        tokens = tokens[commas[-1] + 1 :] + tokens[: commas[-1]] if commas else tokens
+    at = _start(tokens)
+    if at is None:
+        return tokens, (), ()
+    head, tail = stripped(tokens[:at]), tokens[at:]
+    domains = _domains(tail)
+    return (head, (), texts(tail)) if domains is None else (head, domains, ())
+
+
+def _start(tokens: Sequence[Token]) -> int | None:
+    """Where a condition starts, behind an answer."""
+    depth = 0
+    for index, token in enumerate(tokens):
+        if index and not depth:
+            opens = token.text == "(" and closing(tokens, index) == len(tokens) - 1
+            if _opens(token) or opens and index + 1 < len(tokens) and _opens(tokens[index + 1]):
+                return index
+            member = [*tokens[index + 1 : index + 3]]
+            if (opens or token.text in (",", ";")) and len(member) == 2 and member[1].text == r"\in":
+                return index
+        depth += token.depth
+    return None
+
+
+def _opens(token: Token) -> bool:
+    return token.is_word(*_STARTS) or token.text == r"\forall"
+
+
+def _domains(tokens: Sequence[Token]) -> Domains | None:
+    """What letters run over; None if that is not all that a condition says."""
+    match = _DOMAIN.fullmatch(
+        " ".join(texts([token for token in tokens if token.text != "-"])).replace("non negative", "nonnegative")
+    )
+    if not match:
+        return None
+    kinds = [_set(match[group]) for group in ("kind", "set") if match[group]]
+    if None in kinds or not (kinds or match["letters"]):
+        return None
+    return tuple((letter, kind) for letter in (match["letters"] or "").split(" , ") for kind in kinds or [""])
+
+
+def _set(text: str) -> str | None:
+    """The letter of a set that is spelled in words or LaTeX, with a plus for its positive numbers."""
+    if text.startswith(r"\mathbb"):
+        name = re.search("[A-Z]", text)[0] + "+" * bool(re.search("[+>]", text))
+        return {"Z+": "N"}.get(name, name)
+    return _SETS.get(re.sub(r"s\b", "", text.strip()))
