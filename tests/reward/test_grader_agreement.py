@@ -36,8 +36,18 @@ def test_the_graders_agree_with_the_labels(pairs, verdicts, kind):
     assert not [pair for pair in own if pair[1] == "correct" != pair[0]]
 
 
+@pytest.mark.parametrize("path", agreement.PAIRS, ids=lambda path: path.stem)
+def test_right_math_answers_of_every_file_are_called_right(pairs, verdicts, path):
+    right = [
+        verdict
+        for pair, verdict in zip(pairs, verdicts, strict=True)
+        if (pair["file"], pair["kind"], pair["label"]) == (path.stem, "math", "correct")
+    ]
+    assert len(right) > 100 and right.count("correct") >= 0.99 * len(right)
+
+
 def test_the_pairs_are_well_formed_and_cover_both_sides(pairs):
-    assert len(pairs) >= 240
+    assert len(pairs) >= 2000
     for pair in pairs:
         assert pair["label"] in LABELS and pair["kind"] in ("math", "choice"), pair
         if pair["kind"] == "choice":

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from exprl_jax.reward.verifiers.answers.tokens import Token, closing, stripped, texts
 
 _STARTS = "for where with if when whenever provided unless given such except otherwise but".split()
+_ORDERS = {"<", ">", r"\le", r"\ge", r"\ne"}
 _ADJECTIVE = r"(?:positive|nonnegative|natural|whole|real|rational|complex|arbitrary)"
 _NOUN = r"(?:integer|number|real|rational|natural|constant)s?"
 _DOMAIN = re.compile(
@@ -58,6 +59,11 @@ def without(tokens: list[Token]) -> tuple[list[Token], Domains, tuple[str, ...]]
     if tokens[0].is_word("for") or tokens[0].text == r"\forall":  # `for all n, f(n) = n`
         commas = [index for index, token in enumerate(tokens) if token.text == ","]
         tokens = tokens[commas[-1] + 1 :] + tokens[: commas[-1]] if commas else tokens
+    if tokens[0].is_word("all", "any", "every"):  # `all integers n >= 3`
+        letter = next((at for at, token in enumerate(tokens) if not token.roman), len(tokens))
+        kind = _set(" ".join(texts(tokens[1:letter])))
+        if kind is not None and letter + 1 < len(tokens) and tokens[letter + 1].text in _ORDERS:
+            return tokens[letter:], ((tokens[letter].text, kind),), ()
     at = _start(tokens)
     if at is None:
         return tokens, (), ()

@@ -65,7 +65,8 @@ def _same(expected: Body, got: Body) -> bool:
         return _same_equation(expected, got) if isinstance(expected, Equation) else _same(expected, got.value)
     if isinstance(got, Option) and not isinstance(expected, Option):
         if isinstance(expected, Statement) and expected.words == (got.letter,):
-            return True
+            # `(B) 12` is B; what words say behind it may be anything, `(B) is wrong`.
+            return got.rest is None or isinstance(got.rest, Number)
         return got.rest is not None and _same(expected, got.rest)
     match expected:
         case Number():
@@ -353,8 +354,9 @@ def _same_statement(expected: Statement, got: Body) -> bool:
 
 def _same_option(expected: Option, got: Body) -> bool:
     if isinstance(got, Option):
-        one_text = expected.rest is None or got.rest is None or _same(expected.rest, got.rest)
-        return expected.letter == got.letter and one_text
+        if expected.rest is None:
+            return expected.letter == got.letter and isinstance(got.rest, (Number, type(None)))
+        return expected.letter == got.letter and (got.rest is None or _same(expected.rest, got.rest))
     if isinstance(got, Statement) and got.words == (expected.letter,):
         return True
     return expected.rest is not None and _same(expected.rest, got)

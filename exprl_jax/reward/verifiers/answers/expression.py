@@ -596,7 +596,7 @@ class _Parser:
             if self._accept("["):
                 index = self._sum()
                 self._expect("]")
-            return self._argument() ** (1 / index)
+            return _root(self._argument(), index)
         if name in (r"\lfloor", r"\lceil"):
             value = self._sum()
             self._expect(name.replace("l", "r", 1))
@@ -730,6 +730,11 @@ class _Parser:
 
 
 _PAIRS = {("per", "cent"): "%", ("divided", "by"): "/", ("multiplied", "by"): "*"}
+
+
+def _root(value: sympy.Expr, index: sympy.Expr) -> sympy.Expr:
+    """The real root where there is one: the cube root of -8 is -2."""
+    return -((-value) ** (1 / index)) if value.is_negative and index.is_odd else value ** (1 / index)
 
 
 def _times(value: sympy.Expr, over: sympy.Expr | None, factor: sympy.Expr) -> sympy.Expr:

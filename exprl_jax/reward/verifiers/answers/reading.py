@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import sympy
 from sympy.core.function import AppliedUndef
 
-from exprl_jax.reward.verifiers.answers import conditions, expression, number_words, phrases, units
+from exprl_jax.reward.verifiers.answers import conditions, expression, number_words, numerals, phrases, units
 from exprl_jax.reward.verifiers.answers.expression import Incomplete, NotUnderstood
 from exprl_jax.reward.verifiers.answers.identity import same_value
 from exprl_jax.reward.verifiers.answers.kinds import (
@@ -93,12 +93,12 @@ class _Reader:
             self._special,
             self._letters,
             self._remarked,
+            self._option,
             self._quantity,
             self._several,
             self._related,
             self._combined,
             self._bracketed,
-            self._option,
             self._ratio,
             self._about,
         ):
@@ -290,8 +290,6 @@ class _Reader:
 
     def _related(self, tokens: list[Token]) -> Body | None:
         """Equations, inequalities and what lies in a set."""
-        if len(tokens) > 2 and tokens[0].is_word("all") and tokens[2].text in _ORDERS:
-            tokens = tokens[1:]  # `all n >= 3`
         relations = _EQUALS | _ORDERS | {_ABOUT, _IN}
         sides, signs = split(tokens, lambda token: token.text in relations or token.is_word("is", "equals"))
         if not signs:
@@ -441,13 +439,20 @@ def _agree(first: Body, other: Body) -> bool:
         return first == other
     if isinstance(first, Number) and isinstance(other, Number):
         if other.rounded and not first.rounded:
-            difference = (first.value - other.value).evalf(30)
-            places = len((other.decimal or "").partition("e")[0].partition(".")[2])
-            return first.unit == other.unit and difference.is_real is True and bool(abs(difference) * 10**places < 1)
+            return first.unit == other.unit and _shortens(other, first.value)
         if first.unit and other.unit and first.unit != other.unit:
             converted = units.converted(other.value, other.unit, first.unit)
             return converted is not None and same_value(first.value, converted)
     return same_value(first.value, other.value)
+
+
+def _shortens(short: Number, value: sympy.Expr) -> bool:
+    """Whether a decimal is what a value rounds to, or is cut to."""
+    if value.is_real is not True or not value.is_number:
+        return False
+    last_digit = sympy.Integer(10) ** -(numerals.places(short.decimal) if short.decimal else 0)
+    left = abs(value) - abs(short.value)
+    return value * short.value > 0 and bool(-last_digit / 2 <= left) and bool(left < last_digit)
 
 
 def _with_shared_name(items: list[Body]) -> tuple[Body, ...]:

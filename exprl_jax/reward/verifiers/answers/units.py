@@ -31,6 +31,7 @@ for _definition in (
     "UK_penny = GBP / 100",
     "level_decibel = [level]",
     "length_unit = [some_length]",
+    "land_acre = 43560 * foot ** 2",  # pint's is of survey feet
     "percentage_point = [share]",
 ):
     _REGISTRY.define(_definition)
@@ -83,12 +84,12 @@ _PREFIXES = {
 }
 _UNPREFIXED = {
     "minute": "min",
-    "hour": "h hr",
-    "day": "",
+    "hour": "h hr hrs",
+    "day": "d",
     "week": "wk",
     "fortnight": "",
     "month": "mo",
-    "year": "yr",
+    "year": "yr yrs",
     "decade": "",
     "century": "centuries",
     "inch": "in inches",
@@ -99,7 +100,7 @@ _UNPREFIXED = {
     "astronomical_unit": "AU au",
     "light_year": "ly light-year",
     "angstrom": r"Å \AA",
-    "acre": "",
+    "land_acre": "acre",
     "hectare": "ha",
     "gallon": "gal",
     "quart": "qt",
@@ -127,6 +128,8 @@ _UNPREFIXED = {
     "erg": "",
     "horsepower": "hp",
     "british_thermal_unit": "Btu BTU",
+    "newton*meter": "Nm",
+    "newton*second": "Ns",
     "kilowatt*hour": "kWh",
     "milliampere*hour": "mAh",
     "gauss": "G",
