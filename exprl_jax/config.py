@@ -428,7 +428,7 @@ class Log:
 
 @dataclasses.dataclass(frozen=True)
 class Grader:
-    """The answer grader (math-verify) in worker processes.
+    """The answer grader (SymPy and pint) in worker processes.
 
     Attributes:
       seconds: wall-clock limit for one answer.

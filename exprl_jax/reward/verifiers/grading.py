@@ -16,7 +16,7 @@ from typing import Any
 from exprl_jax import config
 from exprl_jax.data.problems import Problem
 from exprl_jax.hosts import processes_here, say
-from exprl_jax.reward.verifiers.math import Grading
+from exprl_jax.reward.verifiers.math import Grading, is_readable
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.reward.verifiers.verifier import verifier_of
 
@@ -119,11 +119,17 @@ class Graders:
 
 
 def check_answers(problems: Sequence[Problem]) -> None:
-    """Refuses problems whose answer their verifier could not use, before a run starts.
+    """Refuses problems whose answer their verifier could not use, before a run starts; names what no answer equals.
 
     Raises:
       ValueError: names the problem.
     """
+    unreadable = [problem.id for problem in problems if problem.kind == "math" and not is_readable(problem.answer)]
+    if unreadable:
+        say(
+            f"warning: {len(unreadable)} of {len(problems)} problems have an answer that the grader cannot read, and no"
+            f" response to them is right: {', '.join(unreadable[:5])}{', ...' * (len(unreadable) > 5)}; mend them"
+        )
     for problem in problems:
         try:
             verifier_of(problem.kind).check(problem)

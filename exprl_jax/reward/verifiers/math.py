@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from exprl_jax.reward.verifiers.answers.tokens import Unreadable, tokenize
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.reward.verifiers.verifier import Verifier
 
@@ -63,6 +64,20 @@ def last_boxed(text: str) -> str | None:
         if text[last.start : last.end] not in parts:
             parts.append(text[last.start : last.end])
     return ", ".join(reversed(parts))
+
+
+def unboxed(answer: str) -> str:
+    """A reference answer without the box around it, if it has one."""
+    inner = last_boxed(answer)
+    return answer if inner is None else inner
+
+
+def is_readable(answer: str) -> bool:
+    """Whether a reference answer has words or numbers and matching brackets; without it no response is right."""
+    try:
+        return bool(tokenize(unboxed(answer)))
+    except Unreadable:
+        return False
 
 
 class _Box(NamedTuple):

@@ -23,7 +23,7 @@ from exprl_jax.reward.verifiers.answers.equality import same_answer
 from exprl_jax.reward.verifiers.answers.kinds import Answer
 from exprl_jax.reward.verifiers.answers.reading import read
 from exprl_jax.reward.verifiers.answers.tokens import ambiguous_commas, ambiguous_letters
-from exprl_jax.reward.verifiers.math import last_boxed
+from exprl_jax.reward.verifiers.math import unboxed
 
 # A comparison may ask for any amount of memory; beyond this the request fails instead of the machine.
 _ADDRESS_SPACE = 4 << 30
@@ -61,8 +61,7 @@ def compare(boxed: str, answer: str) -> str:
 @functools.lru_cache(maxsize=4096)
 def _readings(text: str, as_reference: bool) -> list[Answer]:
     """What a text may say: `12cm` is a length or a product and, of an answer, `1,234` one number or two."""
-    inner = last_boxed(text)
-    text = text if inner is None else inner
+    text = unboxed(text)
     commas = (True, False) if ambiguous_commas(text) and not as_reference else (True,)
     bare_units = (True, False) if ambiguous_letters(text) else (True,)
     return [read(text, *options) for options in itertools.product(commas, bare_units)]

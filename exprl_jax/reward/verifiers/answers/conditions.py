@@ -20,7 +20,7 @@ _DOMAIN = re.compile(
     (?P<kind> (?:{_ADJECTIVE}\s)* (?:{_NOUN}\b)? )\s*
     (?P<letters> (?:\\[a-z]+ | [A-Za-z]) (?:\s,\s[A-Za-z])* )?
     (?:\s? (?:\\in | in | (?:is|are|be)(?:\s(?:any|an?))?) \s
-        (?P<set> \\mathbb\s[A-Z](?:\s[\^_]\s\S+)? | \\mathbb\s\{{\s[A-Z]\s\}}(?:\s[\^_]\s.+?)? | (?:{_ADJECTIVE}\s)*{_NOUN})
+        (?P<set> \\mathbb\s[A-Z](?:\s[\^_]\s(?:[+*]|\{{\s(?:[+*]|(?:>|\\ge)\s0)\s\}}))? | (?:{_ADJECTIVE}\s)*{_NOUN})
     )?\s*\)?
     """,
     re.VERBOSE,
@@ -107,6 +107,6 @@ def _domains(tokens: Sequence[Token]) -> Domains | None:
 def _set(text: str) -> str | None:
     """The letter of a set that is spelled in words or LaTeX, with a plus for its positive numbers."""
     if text.startswith(r"\mathbb"):
-        name = re.search("[A-Z]", text)[0] + "+" * bool(re.search("[+>]", text))
-        return {"Z+": "N"}.get(name, name)
+        name = re.search("[A-Z]", text)[0] + "".join(re.findall(r"[+*>]|\\ge", text))
+        return {"Z+": "N", "Z>": "N", "R>": "R+", r"Z\ge": "N0", r"N\ge": "N0"}.get(name, name)
     return _SETS.get(re.sub(r"s\b", "", text.strip()))

@@ -99,7 +99,7 @@ def _same(expected: Body, got: Body) -> bool:
 
 def _same_number(expected: Number, got: Body) -> bool:
     if isinstance(got, Equation):
-        return got.value is not None and _same_number(expected, got.value)
+        return expected.unit is None and got.value is not None and _same_number(expected, got.value)
     if isinstance(got, Clock):
         got = got.ratio
     if isinstance(got, Ratio):
@@ -221,7 +221,8 @@ def _same_items(expected: Items, got: Body) -> bool:
         if not got.brackets and len({name[0] for name in other_named}) > 1:
             return _in_order(expected.items, list(other_named.values()))
         if got.brackets not in ("", "{}"):
-            return expected.brackets == "" and got.brackets == "()" and _in_order(expected.items, got.items)
+            theirs = list(other_named.values()) or got.items
+            return expected.brackets == "" and got.brackets == "()" and _in_order(expected.items, theirs)
         return _same_collection(expected, got)
     if named and other_named and set(named) == set(other_named):
         return all(_same(named[name], other_named[name]) for name in named)
@@ -235,7 +236,7 @@ def _same_items(expected: Items, got: Body) -> bool:
 
 
 def _by_name(items: Items) -> dict[str, Body]:
-    """The values of several unknowns in alphabetical order; empty where they are not all named, each by its own name."""
+    """The values of several unknowns in alphabetical order; empty where not each is named, by a name of its own."""
     named = [item for item in items.items if isinstance(item, Named)]
     if len({item.name for item in named}) < len(items.items) or len(named) < 2:
         return {}

@@ -1,4 +1,4 @@
-r"""An expression with its units, `2\sqrt{3}\text{ km/h}`, as a SymPy value: a grammar in which every token has a meaning.
+r"""An expression with its units, `2\sqrt{3}\text{ km/h}`, as a SymPy value: a grammar that gives every token a meaning.
 
     sum      = [sign] term { sign term | ["and"] term }            the last form: `2 hours 30 minutes`
     term     = factor { [times | over] factor | counted things }
@@ -326,17 +326,21 @@ class _Parser:
             elif operation == "choose":
                 self._at += 1
                 value = sympy.binomial(value, self._atom())
-            elif operation == "'" and self._last is not None and self._last.has(_DEGREE, _MINUTE):
+            elif operation == "'" and self._is_minute():
                 self._at += 1
                 value = value * (_unit("arcsecond") if self._accept("'") else _MINUTE)
             else:
                 return value
 
+    def _is_minute(self) -> bool:
+        """Whether a prime means minutes: behind a number, behind degrees."""
+        return self._peek(-1).kind == "number" and self._last is not None and self._last.has(_DEGREE, _MINUTE)
+
     def _raised(self, value: sympy.Expr) -> sympy.Expr:
         r"""A value to the power that follows, or in degrees: `90^\circ`."""
         group = self._accept("{")
         degrees = self._accept(r"\circ")
-        exponent = None if degrees else self._sum() if group else self._sign() * self._atom()
+        exponent = None if degrees else self._sum() if group else self._sign() * self._argument()
         if group:
             self._expect("}")
         return value * self._degree() if degrees else value**exponent

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 import sympy
 
@@ -107,9 +107,7 @@ class Statement(NamedTuple):
 
 
 NOTHING = Statement((r"\emptyset",))
-Body = Union[
-    Number, Items, Region, Named, Equation, Inequality, Ratio, Clock, Numeral, Ordinal, Option, Statement
-]  # no `|`: a record that is named in another before it is made is a string
+Body = Number | Items | Region | Named | Equation | Inequality | Ratio | Clock | Numeral | Ordinal | Option | Statement
 
 
 class Answer(NamedTuple):

@@ -73,11 +73,15 @@ _TAIL = re.compile(
 # What may stand in brackets behind an answer.
 REMARKS = {("correct",), ("exact",), ("exactly",), ("final", "answer")}
 # What no name of a value has in it: `not`, `at least`, `between`.
-DENIALS = set(
-    """
+DENIALS = (
+    set(
+        """
     not no wrong incorrect false never cannot without except isn't doesn't neither nor unless least most than under
-    over below above if between nearly almost half twice double
+    over below above if between nearly almost half twice double triple opposite negative negation inverse reciprocal
+    complement minus square squared cube cubed root
     """.split()
+    )
+    | APPROXIMATE
 )
 # What stands for phrases that all say it.
 _SAYS = {
@@ -118,7 +122,7 @@ def counted(words: Sequence[str], single: bool) -> str | None:
         *before, noun = words[:end]
         plural = noun in _PLURAL_WITHOUT_S or len(noun) > 2 and noun.endswith("s") and noun[-2] not in "sui"
         named = noun == "times" or _is_open(noun) and (plural or single and noun in _SINGULAR)
-        named = named or noun == "pairs" and bool(before)
+        named = named or noun == "pairs" and before[-1:] in (["ordered"], ["unordered"], ["distinct"])
         if named and all(_is_open(word) or word in _BEFORE_NOUNS for word in before) and adds_nothing(words[end:]):
             return " ".join(words)
     return None
@@ -136,7 +140,11 @@ def statement(words: Sequence[str]) -> tuple[str, ...]:
     """A statement's words without articles, and in one form where several say the same: `(r"\\emptyset",)`."""
     plain = [part for word in words for part in (("is", "not") if word.casefold() == "isn't" else (word,))]
     plain = [word for word in plain if word.casefold() not in ("a", "an", "the") or len(plain) == 1]
-    if len(plain) > 1 and len(plain[-1]) == 1 and plain[-2] in ("integers", "numbers", "primes", "reals"):
+    if (
+        len(plain) > 1
+        and plain[-2] in ("integers", "numbers", "primes", "reals")
+        and re.fullmatch("[A-Za-z]", plain[-1])
+    ):
         plain = plain[:-1]  # `all positive integers n`
     stands_for = _STANDS_FOR.get(" ".join(plain).casefold())
     return (stands_for,) if stands_for else tuple(plain)

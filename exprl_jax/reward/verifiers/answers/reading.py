@@ -1,7 +1,7 @@
 r"""Tokens to one of the kinds of answers.
 
-The kinds are tried from the strictest on; what is none of them is a statement, its tokens word for word.  Only what says
-nothing is dropped on the way: `The answer is`, `(correct)`, `for all n`.
+The kinds are tried from the strictest on; what is none of them is a statement, its tokens word for word.  Only what
+says nothing is dropped on the way: `The answer is`, `(correct)`, `for all n`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from exprl_jax.reward.verifiers.answers.kinds import (
     Statement,
     region,
 )
+from exprl_jax.reward.verifiers.answers.markup import LETTERS
 from exprl_jax.reward.verifiers.answers.tokens import Token, Unreadable, closing, split, stripped, texts, tokenize
-
 
 _EQUALS, _ABOUT, _IN = {"=", r"\equiv"}, r"\approx", r"\in"
 _ORDERS = {"<", ">", r"\le", r"\ge", r"\ne"}
@@ -45,6 +45,7 @@ _SETS = {
     "Q": sympy.S.Rationals,
     "C": sympy.S.Complexes,
 }
+_IN_NAMES = {"(", ")", "{", "}", "[", "]", ",", "_", "'", ".", ":", r"\angle", r"\triangle", r"\overline", *LETTERS}
 _TRIGONOMETRIC = {r"\sin", r"\cos", r"\tan", r"\cot", r"\sec", r"\csc"}
 _NUMERAL = re.compile(
     r"\(?([0-9A-F]*[0-9][0-9A-F]*|[A-F]+)\)?(?:_[({]*([0-9]{1,2})[)}]*|(?:in)?base([0-9]{1,2}))", re.ASCII
@@ -328,7 +329,7 @@ class _Reader:
             left, right = map(_plain, bodies)
             if (left - right).free_symbols:
                 pairs = ((left, right), (right, left))
-                bare = [side for side, other in pairs if not side.free_symbols and len(other.free_symbols) > 1]
+                bare = [side for side, other in pairs if not side.free_symbols and _is_asked(other) and side != 0]
                 return Equation(left - right, Number(bare[0]) if bare else None)
         raise NotUnderstood("sides that differ")
 
@@ -338,9 +339,11 @@ class _Reader:
         if len(tokens) == 1 and tokens[0].kind == "word" and not tokens[0].roman:
             return True  # x, AB
         if first and any(token.roman and len(token.text) > 1 for token in tokens):  # The area of ABC
-            is_number = any(map(_is_number, tokens))
-            return not is_number and not {token.text.casefold() for token in tokens} & phrases.DENIALS
-        if len(tokens) > 3 and len(names[0]) == 1 and names[1] == "(" and closing(tokens, 1) == len(tokens) - 1:
+            is_name = all(token.kind == "word" or token.text in _IN_NAMES for token in tokens)
+            denies = {token.text.casefold() for token in tokens} & phrases.DENIALS
+            return is_name and not denies and not any(map(_is_number, tokens))
+        is_call = len(tokens) > 3 and tokens[0].kind == "word" and names[1] == "("
+        if is_call and len(names[0]) == 1 and closing(tokens, 1) == len(tokens) - 1:
             return True  # P(X = 3)
         if first and names[0] == "(" and closing(tokens, 0) == len(tokens) - 1:  # (x, y)
             parts, _ = split(tokens[1:-1], lambda token: token.text == ",")
@@ -396,6 +399,11 @@ class _Reader:
 
 def _is_number(token: Token) -> bool:
     return token.kind == "number" or token.kind == "word" and token.text.casefold() in number_words.WORDS | {"a", "an"}
+
+
+def _is_asked(value: sympy.Expr) -> bool:
+    """Whether a problem may ask for an expression's value: for m + n, for the sine of an angle; not for 2x, nor -x."""
+    return len(value.free_symbols) > 1 and value.as_coeff_Mul()[0] == 1
 
 
 def _with_sign(token: Token, signs: dict[str, str]) -> Token:

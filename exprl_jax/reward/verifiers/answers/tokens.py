@@ -20,8 +20,8 @@ class Token(NamedTuple):
     r"""A piece of an answer.
 
     Attributes:
-      kind: "number" (its plain form), "word" (letters), "command" (`\pi`), "mark" (one sign, `(`), "begin" or "end" (the
-        name of an environment).
+      kind: "number" (its plain form), "word" (letters), "command" (`\pi`), "mark" (one sign, `(`), "begin" or "end" (of
+        an environment, its name).
       text: in one spelling: `\frac` for `\dfrac`.
       space: white space stands before it.
       roman: it is written as words or upright, and is no product of variables.
