@@ -130,7 +130,7 @@ def test_what_has_no_answer():
     "response",
     [
         "Answer: A\n" + r"\boxed{B}" + "\nC",  # the box before everything
-        r"\boxed{A} \boxed{B} \boxed{C",  # the last that balances
+        r"\boxed{A} \boxed{B}",  # the last
         "Answer: A\nFinal Answer: B\nA",  # a final-answer line before the last line, the last of them
         "Answer: B\nThe answer is consistent with A.\nA",  # prose is no final-answer line
         "The answer is A, no: the answer is B",  # the last mark of a line
