@@ -244,10 +244,7 @@ assert [line.split(":")[0].strip() for line in open("/proc/net/dev")][2:] == ["l
 assert not os.access("/", os.W_OK) and not os.access("/usr", os.W_OK), "it can write to the system"
 assert os.listdir(".") == [] and os.access(".", os.W_OK), "it has no empty folder"
 """
-_PROBE = {
-    True: _PROBE_LIMITS + _PROBE_ISOLATION + "print('confined')",
-    False: _PROBE_LIMITS + "print('confined')",
-}
+_PROBE = {True: _PROBE_LIMITS + _PROBE_ISOLATION + "print('confined')", False: _PROBE_LIMITS + "print('confined')"}
 
 
 @functools.cache

@@ -219,7 +219,7 @@ def _same_items(expected: Items, got: Body) -> bool:
     if expected.brackets in ("", "{}") and not named:
         # `x_1 = 1, x_2 = 2` gives two values of one unknown, `x = 2, y = 1` those of two.
         if not got.brackets and len({name[0] for name in other_named}) > 1:
-            return _in_order(expected.items, list(other_named.values()))
+            return expected.brackets == "" and _in_order(expected.items, list(other_named.values()))
         if got.brackets not in ("", "{}"):
             theirs = list(other_named.values()) or got.items
             return expected.brackets == "" and got.brackets == "()" and _in_order(expected.items, theirs)

@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import sympy
 
-# Digits that numbers are worked out to, and in which two that are one agree: of numbers, and at a sampled point.
-_DIGITS, _AGREE, _AGREE_AT_POINTS = 80, 70, 50
+# Digits beyond the largest value's own to which a difference is worked out before it counts as zero.
+_DIGITS = 80
 # Points that are compared: with positive unknowns, with unknowns of both signs, and with whole ones.
 _POSITIVE, _SIGNED, _WHOLE = 4, 4, 12
 _COUNTERS = set("ijklmnKMN")
+_CERTAIN_BITS = 8
+# Beyond it a value is taken for infinite: the digits of 10^(10^6) take no time.
+_LARGEST_EXPONENT = 10**6
 
-_Point = dict[sympy.Symbol, sympy.Expr]
+
+class _Point(NamedTuple):
+    """Values of unknowns: whole ones are put in, others taken as exact binary fractions wherever digits are needed."""
+
+    whole: dict[sympy.Symbol, sympy.Integer]
+    real: dict[sympy.Symbol, sympy.Float]
+    positive: bool = True
+
+    def digits(self, value: sympy.Expr, count: int, at_most: int) -> sympy.Expr:
+        """A value there, to so many digits, if working with at most so many shows them."""
+        return value.subs(self.whole).doit().evalf(count, subs=self.real, maxn=at_most)
 
 
 def same_value(a: sympy.Expr, b: sympy.Expr) -> bool:
     """Whether two values, or matrices, are equal wherever their unknowns make both real.
 
-    Expressions that agree to 50 digits at random points are one (Schwartz and Zippel's lemma, for analytic functions).
-    Letters that count, `n`, are whole numbers in what makes sense for those: floors, binomials, powers of -1.
+    Expressions whose difference has no digit at random points are one (Schwartz and Zippel's lemma, for analytic
+    functions).  Letters that count, `n`, are whole numbers in what makes sense for those: floors, powers of -1.
     """
     if isinstance(a, sympy.MatrixBase) or isinstance(b, sympy.MatrixBase):
         shapes = [getattr(side, "shape", None) for side in (a, b)]
@@ -30,10 +44,9 @@ def same_value(a: sympy.Expr, b: sympy.Expr) -> bool:
     if a.is_Rational and b.is_Rational:
         return False
     symbols = a.free_symbols | b.free_symbols
-    if not symbols:
-        return _same_number(a, b, _AGREE)
-    compared = [_same_at(a, b, point, positive) for point, positive in _points(symbols, a, b)]
-    return False not in compared and compared.count(True) >= 2
+    points = list(_points(symbols, a, b)) if symbols else [_Point({}, {})]
+    compared = [_same_at(a, b, point) for point in points]
+    return False not in compared and compared.count(True) >= min(2, len(points))
 
 
 def proportional(a: sympy.Expr, b: sympy.Expr, positive: bool = False) -> bool:
@@ -49,54 +62,52 @@ def proportional(a: sympy.Expr, b: sympy.Expr, positive: bool = False) -> bool:
     if a.free_symbols != b.free_symbols or not a.free_symbols:
         return False
     ratios = []
-    for point, _ in _points(a.free_symbols, a, b):
-        values = [side.subs(point).evalf(_DIGITS) for side in (a, b)]
+    for point in _points(a.free_symbols, a, b):
+        values = [point.digits(side, _DIGITS, 2 * _DIGITS) for side in (a, b)]
         if all(value.is_number and value.is_finite and value != 0 for value in values):
             ratios.append(values[0] / values[1])
     if len(ratios) < 3 or positive and not (ratios[0].is_real and ratios[0] > 0):
         return False
-    return all(abs(ratio - ratios[0]) < abs(ratio) * sympy.Float(10) ** -_AGREE_AT_POINTS for ratio in ratios)
+    return all(abs(ratio - ratios[0]) < abs(ratio) * sympy.Float(10) ** (10 - _DIGITS) for ratio in ratios)
 
 
-def _same_number(a: sympy.Expr, b: sympy.Expr, digits: int) -> bool:
-    if not (a.is_number and b.is_number):
-        return False
-    if a.is_infinite or b.is_infinite:
-        return a == b
-    difference = (a - b).evalf(_DIGITS, maxn=2 * _DIGITS)
-    if difference == 0 or getattr(difference, "_prec", 2) == 1:  # no digit of it is certain: nothing is left
-        return True
-    size = max(abs(side.evalf(_DIGITS)) for side in (a, b))
-    return bool(size.is_finite and abs(difference) < size * sympy.Float(10) ** -digits)
-
-
-def _same_at(a: sympy.Expr, b: sympy.Expr, point: _Point, positive: bool) -> bool | None:
+def _same_at(a: sympy.Expr, b: sympy.Expr, point: _Point) -> bool | None:
     """Whether two expressions agree at a point; None where that says nothing."""
-    values = [side.subs(point).doit() for side in (a, b)]
+    values = [point.digits(side, 15, _DIGITS) for side in (a, b)]
     if any(value.has(sympy.zoo, sympy.nan) or not value.is_number for value in values):
         return None
-    if not positive and any(abs(sympy.im(value.evalf(30))) > sympy.Float(10) ** -20 for value in values):
+    if any(value.is_infinite for value in values):
+        return values[0] == values[1]
+    if not point.positive and not all(_is_nothing(value.as_real_imag()[1:]) for value in values):
         return None  # of unknowns that are not positive, only what is real counts: ln(xy) is ln x + ln y
-    return _same_number(*values, _AGREE_AT_POINTS)
+    sizes = [abs(value) for value in values]
+    if any(size > sympy.Float(10) ** _LARGEST_EXPONENT for size in sizes):
+        return None
+    own_digits = max(int(sympy.log(size, 10).evalf(5)) if size > 1 else 0 for size in sizes)
+    return _is_nothing(point.digits(a - b, 15, own_digits + _DIGITS).as_real_imag())
 
 
-def _points(symbols: set[sympy.Symbol], *expressions: sympy.Expr) -> Iterator[tuple[_Point, bool]]:
-    """Points, the same ones every time, and whether their unknowns are positive."""
+def _is_nothing(parts: tuple[sympy.Expr, ...]) -> bool:
+    """Whether real numbers are zero, or no digit of them is certain: SymPy then leaves them a bit or two."""
+    return all(part == 0 or getattr(part, "_prec", _CERTAIN_BITS) < _CERTAIN_BITS for part in parts)
+
+
+def _points(symbols: set[sympy.Symbol], *expressions: sympy.Expr) -> Iterator[_Point]:
+    """Points to compare at, the same ones every time."""
     rng = random.Random(0)
     ordered = sorted(symbols, key=str)
     counters = [symbol for symbol in ordered if symbol.name in _COUNTERS] if any(map(_counts, expressions)) else []
+    others = [symbol for symbol in ordered if symbol not in counters]
     for index in range(_WHOLE if counters else _POSITIVE + _SIGNED):
-        # No fractions: SymPy would look for their roots.
-        point = {symbol: sympy.Float(rng.uniform(0.3, 3.0), _DIGITS) for symbol in ordered}
-        positive = index < _POSITIVE or len(counters) == len(ordered)
-        if not positive:
-            # All negative, then either.
-            point = {
-                symbol: value * (-1 if index == _POSITIVE else rng.choice((-1, 1))) for symbol, value in point.items()
-            }
-        for shift, symbol in enumerate(counters):
-            point[symbol] = sympy.Integer(1 + (index * (1 + 2 * shift) + shift) % _WHOLE)
-        yield point, positive
+        positive = index < _POSITIVE or not others
+        # Positive, then all negative, then either.
+        signs = [1 if positive else -1 if index == _POSITIVE else rng.choice((-1, 1)) for _ in others]
+        real = {symbol: sympy.Float(sign * rng.uniform(0.3, 3.0)) for symbol, sign in zip(others, signs, strict=True)}
+        whole = {
+            symbol: sympy.Integer(1 + (index * (1 + 2 * shift) + shift) % _WHOLE)
+            for shift, symbol in enumerate(counters)
+        }
+        yield _Point(whole, real, positive)
 
 
 def _counts(expression: sympy.Expr) -> bool:

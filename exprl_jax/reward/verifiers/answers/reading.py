@@ -329,7 +329,10 @@ class _Reader:
             left, right = map(_plain, bodies)
             if (left - right).free_symbols:
                 pairs = ((left, right), (right, left))
-                bare = [side for side, other in pairs if not side.free_symbols and _is_asked(other) and side != 0]
+                # Of `x + y = 1` nobody knows whether it is a line or an answer.
+                bare = [
+                    side for side, other in pairs if not side.free_symbols and _is_asked(other) and side not in (0, 1)
+                ]
                 return Equation(left - right, Number(bare[0]) if bare else None)
         raise NotUnderstood("sides that differ")
 
@@ -348,8 +351,11 @@ class _Reader:
         if first and names[0] == "(" and closing(tokens, 0) == len(tokens) - 1:  # (x, y)
             parts, _ = split(tokens[1:-1], lambda token: token.text == ",")
             return all(len(part) == 1 and part[0].kind == "word" for part in parts)
-        if first and (":" in names or names[0] in _TRIGONOMETRIC or re.match(r"\\frac\{d.*\}\{d.+\}$", "".join(names))):
-            return True
+        joined = "".join(names)
+        if first and (
+            names[0] in _TRIGONOMETRIC or re.fullmatch(r"[A-Za-z]+(:[A-Za-z]+)+|\\frac\{d.*\}\{d.+\}", joined)
+        ):
+            return True  # sin x, a:b, dy/dx
         try:
             return isinstance(self._value(tokens), (sympy.Symbol, AppliedUndef))
         except NotUnderstood:
@@ -458,6 +464,8 @@ def _shortens(short: Number, value: sympy.Expr) -> bool:
     """Whether a decimal is what a value rounds to, or is cut to."""
     if value.is_real is not True or not value.is_number:
         return False
+    if short.decimal is None and not short.value.is_Integer:
+        return same_value(short.value, value)
     last_digit = sympy.Integer(10) ** -(numerals.places(short.decimal) if short.decimal else 0)
     left = abs(value) - abs(short.value)
     return value * short.value > 0 and bool(-last_digit / 2 <= left) and bool(left < last_digit)

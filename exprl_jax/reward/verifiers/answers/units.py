@@ -31,6 +31,7 @@ for _definition in (
     "UK_penny = GBP / 100",
     "level_decibel = [level]",
     "length_unit = [some_length]",
+    "field_gauss = tesla / 10000",  # pint's is Gaussian, of another dimension
     "land_acre = 43560 * foot ** 2",  # pint's is of survey feet
     "percentage_point = [share]",
 ):
@@ -132,7 +133,7 @@ _UNPREFIXED = {
     "newton*second": "Ns",
     "kilowatt*hour": "kWh",
     "milliampere*hour": "mAh",
-    "gauss": "G",
+    "field_gauss": "gauss G",
     "radian": "rad",
     "degree": "deg °",
     "arcminute": "'",
