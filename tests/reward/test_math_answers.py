@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from benchmarks import grader as agreement
 from exprl_jax.reward.verifiers import grading
-from exprl_jax.reward.verifiers.answers import expression, number_words, numerals, units
-from exprl_jax.reward.verifiers.answers.identity import proportional, same_value
-from exprl_jax.reward.verifiers.answers.tokens import tokenize
 from exprl_jax.reward.verifiers.math import is_readable, last_boxed
+from exprl_jax.reward.verifiers.math_answers import expression, number_words, numerals, units
+from exprl_jax.reward.verifiers.math_answers.identity import proportional, same_value
+from exprl_jax.reward.verifiers.math_answers.tokens import tokenize
 from exprl_jax.reward.verifiers.math_worker import compare
 
 x, y, n = sympy.symbols("x y n")

@@ -10,7 +10,6 @@ import concurrent.futures
 import json
 import os
 import queue
-import re
 import select
 import subprocess
 import sys
@@ -18,9 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from exprl_jax.reward.verifiers.answers.tokens import Unreadable, tokenize
+from exprl_jax.reward.verifiers.math_answers.box import last_boxed, unboxed
+from exprl_jax.reward.verifiers.math_answers.tokens import Unreadable, tokenize
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.reward.verifiers.verifier import Verifier
 
@@ -29,48 +29,6 @@ MAX_ANSWER = 2000
 _START_LIMIT_S = 120.0
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
 
-_BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_JOINT = re.compile(r"(?:[\s$~]|\\[,; ])*(?:[,;]|,?\s*(?:and|or)|\\text\s*\{\s*(?:and|or)\s*\})(?:[\s$~]|\\[,; ])*")
-_LONGEST_JOINT = 30
-
-
-def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{...}`, or None where its braces do not balance; the inner one of nested boxes.
-
-    Boxes with nothing but a comma, a semicolon, "and" or "or" between them are one answer, `2, 3`.  Escaped braces,
-    `\{` and `\}`, are text and do not count.
-    """
-    opened: list[tuple[int, int, _Box | None]] = []  # where its command and its content begin; the box closed before it
-    last = closed = None
-    start_of_last = -1
-    for found in _BRACES.finditer(text):
-        if found[0] == "}":
-            if opened:
-                command, start, before = opened.pop()
-                if command >= 0:
-                    closed = _Box(command, start, found.start(), before)
-                    if last is None or start > last.start:
-                        last = closed
-        elif found[0] == "{":
-            opened.append((-1, found.end(), None))
-        elif found[0][-1] == "{" and found[0] != "\\{":
-            opened.append((found.start(), found.end(), closed))
-            start_of_last = found.end()
-    if last is None or last.start != start_of_last:
-        return None
-    parts = [text[last.start : last.end]]
-    while (before := last.before) and _is_joint(text, before.end + 1, last.command):
-        last = before
-        if text[last.start : last.end] not in parts:
-            parts.append(text[last.start : last.end])
-    return ", ".join(reversed(parts))
-
-
-def unboxed(answer: str) -> str:
-    """A reference answer without the box around it, if it has one."""
-    inner = last_boxed(answer)
-    return answer if inner is None else inner
-
 
 def is_readable(answer: str) -> bool:
     """Whether a reference answer has words or numbers and matching brackets; without it no response is right."""
@@ -78,17 +36,6 @@ def is_readable(answer: str) -> bool:
         return bool(tokenize(unboxed(answer)))
     except Unreadable:
         return False
-
-
-class _Box(NamedTuple):
-    command: int
-    start: int
-    end: int
-    before: _Box | None
-
-
-def _is_joint(text: str, start: int, end: int) -> bool:
-    return end - start <= _LONGEST_JOINT and _JOINT.fullmatch(text, start, end) is not None
 
 
 class Grading:
@@ -221,7 +168,7 @@ class _Worker:
             start_new_session=True,
             bufsize=0,
         )
-        self._ready = False
+        self._is_loaded = False
         self._unread = b""
 
     def restart(self) -> None:
@@ -237,8 +184,8 @@ class _Worker:
 
     def compare(self, boxed: str, answer: str) -> Verdict:
         """Raises _Died, after which it must be restarted, and ValueError where no process can be started."""
-        if not self._ready:
-            self._await_ready()
+        if not self._is_loaded:
+            self._await_start()
         try:
             self._process.stdin.write(json.dumps([boxed, answer]).encode() + b"\n")
             reply = self._read(self._limit_s)
@@ -251,7 +198,7 @@ class _Worker:
             self.restart()
         return Verdict(reply["verdict"])
 
-    def _await_ready(self) -> None:
+    def _await_start(self) -> None:
         try:
             reply = self._read(_START_LIMIT_S)
         except _Died:
@@ -265,7 +212,7 @@ class _Worker:
             ) from None
         if reply is None:
             raise ValueError(f"an answer-grading process could not be started: not ready after {_START_LIMIT_S:.0f} s")
-        self._ready = True
+        self._is_loaded = True
 
     def _read(self, limit_s: float) -> dict[str, Any] | None:
         """The next reply, or None at the time limit; raises _Died at the end of the stream."""

@@ -19,11 +19,11 @@ import signal
 import sys
 from typing import Any
 
-from exprl_jax.reward.verifiers.answers.equality import same_answer
-from exprl_jax.reward.verifiers.answers.kinds import Answer
-from exprl_jax.reward.verifiers.answers.reading import read
-from exprl_jax.reward.verifiers.answers.tokens import ambiguous_commas, ambiguous_letters
-from exprl_jax.reward.verifiers.math import unboxed
+from exprl_jax.reward.verifiers.math_answers.box import unboxed
+from exprl_jax.reward.verifiers.math_answers.equality import same_answer
+from exprl_jax.reward.verifiers.math_answers.kinds import Answer
+from exprl_jax.reward.verifiers.math_answers.reading import read
+from exprl_jax.reward.verifiers.math_answers.tokens import ambiguous_commas, ambiguous_letters
 
 # A comparison may ask for any amount of memory; beyond this the request fails instead of the machine.
 _ADDRESS_SPACE = 4 << 30

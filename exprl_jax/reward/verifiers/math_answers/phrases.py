@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from exprl_jax.reward.verifiers.answers import number_words
+from exprl_jax.reward.verifiers.math_answers import number_words
 
 # Operations in words, by their signs.
 OPERATIONS = {

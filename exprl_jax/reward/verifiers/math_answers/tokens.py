@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from exprl_jax.reward.verifiers.answers import markup, numerals, phrases
+from exprl_jax.reward.verifiers.math_answers import markup, numerals, phrases
 
 _OPENERS = {"(", "[", "{", r"\{", r"\lfloor", r"\lceil"}
 _CLOSERS = {")", "]", "}", r"\}", r"\rfloor", r"\rceil"}

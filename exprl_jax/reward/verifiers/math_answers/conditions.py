@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from exprl_jax.reward.verifiers.answers.tokens import Token, closing, stripped, texts
+from exprl_jax.reward.verifiers.math_answers.tokens import Token, closing, stripped, texts
 
 _STARTS = "for where with if when whenever provided unless given such except otherwise but".split()
 _ORDERS = {"<", ">", r"\le", r"\ge", r"\ne"}

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import sympy
 
-from exprl_jax.reward.verifiers.answers import numerals, phrases, units
-from exprl_jax.reward.verifiers.answers.identity import proportional, same_value
-from exprl_jax.reward.verifiers.answers.kinds import (
+from exprl_jax.reward.verifiers.math_answers import numerals, phrases, units
+from exprl_jax.reward.verifiers.math_answers.identity import proportional, same_value
+from exprl_jax.reward.verifiers.math_answers.kinds import (
     NOTHING,
     Answer,
     Body,

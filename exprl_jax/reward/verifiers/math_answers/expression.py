@@ -20,9 +20,9 @@ from fractions import Fraction
 
 import sympy
 
-from exprl_jax.reward.verifiers.answers import number_words, numerals, phrases, units
-from exprl_jax.reward.verifiers.answers.markup import LETTERS
-from exprl_jax.reward.verifiers.answers.tokens import Token
+from exprl_jax.reward.verifiers.math_answers import number_words, numerals, phrases, units
+from exprl_jax.reward.verifiers.math_answers.markup import LETTERS
+from exprl_jax.reward.verifiers.math_answers.tokens import Token
 
 _UNIT, _THING = "unit ", "thing "
 _END = Token("end", "the end")

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 import sympy
 from sympy.core.function import AppliedUndef
 
-from exprl_jax.reward.verifiers.answers import conditions, expression, number_words, numerals, phrases, units
-from exprl_jax.reward.verifiers.answers.expression import Incomplete, NotUnderstood
-from exprl_jax.reward.verifiers.answers.identity import same_value
-from exprl_jax.reward.verifiers.answers.kinds import (
+from exprl_jax.reward.verifiers.math_answers import conditions, expression, number_words, numerals, phrases, units
+from exprl_jax.reward.verifiers.math_answers.expression import Incomplete, NotUnderstood
+from exprl_jax.reward.verifiers.math_answers.identity import same_value
+from exprl_jax.reward.verifiers.math_answers.kinds import (
     NOTHING,
     Answer,
     Body,
@@ -33,8 +33,8 @@ from exprl_jax.reward.verifiers.answers.kinds import (
     Statement,
     region,
 )
-from exprl_jax.reward.verifiers.answers.markup import LETTERS
-from exprl_jax.reward.verifiers.answers.tokens import Token, Unreadable, closing, split, stripped, texts, tokenize
+from exprl_jax.reward.verifiers.math_answers.markup import LETTERS
+from exprl_jax.reward.verifiers.math_answers.tokens import Token, Unreadable, closing, split, stripped, texts, tokenize
 
 _EQUALS, _ABOUT, _IN = {"=", r"\equiv"}, r"\approx", r"\in"
 _ORDERS = {"<", ">", r"\le", r"\ge", r"\ne"}

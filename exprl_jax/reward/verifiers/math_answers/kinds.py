@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import sympy
 
-from exprl_jax.reward.verifiers.answers import units
+from exprl_jax.reward.verifiers.math_answers import units
 
 
 class Number(NamedTuple):
