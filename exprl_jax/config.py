@@ -50,6 +50,7 @@ class JsonObject(NamedTuple):
         return f"a JSON object without the keys {', '.join(self.without)}"
 
     def holds(self, text: str) -> bool:
+        """Whether a text is one of them."""
         try:
             value = json.loads(text)
             json.dumps(value, allow_nan=False)
