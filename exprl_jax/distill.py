@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,14 +26,14 @@ from exprl_jax.data.packing import Example, fill_rows
 from exprl_jax.data.problems import batch_indices
 from exprl_jax.data.prompts import teacher_prompt
 from exprl_jax.data.training import kinds_of, within_budget
-from exprl_jax.hosts import gather_rows, put_microbatches
+from exprl_jax.hosts import gather_rows, owned_problems, put_microbatches
 from exprl_jax.layout import packed_shape
 from exprl_jax.learning.update import over_updates
 from exprl_jax.mesh import Placement
 from exprl_jax.records import Teaching, TrainState
 from exprl_jax.resolve import to_dict
 from exprl_jax.reward.statistics import VERDICTS, rollout_statistics
-from exprl_jax.reward.verifiers.grading import Verdicts
+from exprl_jax.reward.verifiers.grading import submit_owned
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import RLRun, check_enough, open_run, task_of
 from exprl_jax.rollout.call import Prompts, make_prompts
@@ -61,13 +61,13 @@ class Collected(NamedTuple):
     """A step's rollouts, packed for policy and teacher: what `learn` takes.
 
     Attributes:
-      gradings: of each wave, what the verifiers are still working out.
+      gradings: of each wave, what waits for its verdicts, by problem.
       epoch: fraction of the data that batches have gone through.
     """
 
     requests: Sequence[WaveRequest]
     waves: Sequence[Wave]
-    gradings: Sequence[Verdicts]
+    gradings: Sequence[Callable[[], list[list[Verdict]]]]
     update: PackedUpdate
     teaching: Teaching
     epoch: float
@@ -116,8 +116,8 @@ def collect(distilled: DistillRun, state: TrainState, step: int, clock: Clock) -
     for request in requests:
         with clock.phase("sample"):
             waves.append(sample_wave(run, policy, request))
-        rows = [(p, text) for p, group in zip(request.problems, waves[-1].responses) for text in group]
-        gradings.append(run.graders.submit(rows))
+        owned_P = owned_problems(run.mesh, config.rollout.wave)
+        gradings.append(submit_owned(run.graders, request.problems, waves[-1].responses, owned_P))
     with clock.phase("pack"):
         parts = [(w.rollouts, w.rollouts.mask_PGR, np.zeros_like(w.rollouts.logp_PGR)) for w in waves]
         batch = join_batch(run, problems, parts, np.concatenate([request.index_P for request in requests]))
@@ -142,7 +142,7 @@ def learn(distilled: DistillRun, state: TrainState, collected: Collected, clock:
             state, update = run.programs.train_step(state, run.base, experience.replace(advantage_MBT=signal))
             row = update_metrics(config, [jax.device_get(update)]) | {"distill/kl": float(kl)}
     with clock.phase("grade"):
-        verdicts = [verdict for grading in collected.gradings for verdict in grading.result()]
+        verdicts = [group for grading in collected.gradings for group in grading()]
     table = _gather_table(collected, verdicts)
     tokens = int(table["length_PG"].sum())
     row |= rollout_statistics(table) | {"update/padding": mean_padding([collected.update])}
@@ -163,19 +163,20 @@ def teach(run: RLRun, batch: Batch, update: PackedUpdate, teacher_prompts: Seque
     return Teaching(teachers.packed, packed.spread(slots, np.int32))
 
 
-def _gather_table(collected: Collected, verdicts: Sequence[Verdict]) -> dict[str, np.ndarray]:
-    """What `reward.statistics.rollout_statistics` reads, of all processes' problems."""
+def _gather_table(collected: Collected, verdicts: Sequence[Sequence[Verdict]]) -> dict[str, np.ndarray]:
+    """What `reward.statistics.rollout_statistics` reads, of all processes' problems; verdicts are of those that own
+    them."""
     rollouts = jax.tree.map(lambda *x: np.concatenate(x), *(wave.rollouts for wave in collected.waves))
-    verdict_PG = np.array([VERDICTS.index(verdict) for verdict in verdicts]).reshape(rollouts.ended_PG.shape)
+    verdict_PG = np.array([[VERDICTS.index(verdict) for verdict in group] for group in verdicts])
     table = {"length_PG": rollouts.mask_PGR.sum(-1), "ended_PG": rollouts.ended_PG, "verdict_PG": verdict_PG}
     return gather_rows(table, np.concatenate([request.index_P for request in collected.requests]))
 
 
-def _sample_rows(run: RLRun, waves: Sequence[Wave], verdicts: Sequence[Verdict]) -> list[dict[str, Any]]:
+def _sample_rows(run: RLRun, waves: Sequence[Wave], verdicts: Sequence[Sequence[Verdict]]) -> list[dict[str, Any]]:
     """Some of this process's rollouts; they have no segments and no scores."""
     G = run.config.rollout.group
     numbered = [(wave, i) for wave in waves for i in range(len(wave.problems))]
-    order = [(wave, i, g, verdicts[row * G + g]) for g in range(G) for row, (wave, i) in enumerate(numbered)]
+    order = [(wave, i, g, verdicts[row][g]) for g in range(G) for row, (wave, i) in enumerate(numbered)]
     return [
         rollout_row(run, wave, i, g, verdict)
         | {"segments": [{"text": wave.responses[i][g], "score": None, "advantage": None, "judge": None}]}

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+from stub_endpoint import Answer, StubEndpoint
 from tiny_runs import ROOT, assert_same_rows, command, config_dict, environment, parameters, rows, run, tiny
 
 from exprl_jax.evaluation.evaluate import evaluate
@@ -123,6 +124,19 @@ from pathlib import Path
 with distributed.ending_together():
     with open_graders(config.Grader(5.0, 5), None, ["math"], process > 0):
         print(sum(len(path.read_text().split()) for path in Path("/proc/self/task").glob("*/children")))
+"""
+
+
+# The door, and how many responses the process has given to its verifiers.
+COUNTED = """
+import sys
+from exprl_jax import main
+from exprl_jax.reward.verifiers.grading import Graders
+submit, graded = Graders.submit, []
+Graders.submit = lambda self, rows: graded.extend(rows) or submit(self, rows)
+status = main.main(sys.argv)
+print("graded", len(graded))
+sys.exit(status)
 """
 
 
@@ -282,6 +296,53 @@ def test_two_processes_evaluate_as_one_does(tmp_path):
         assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text(), name
     sampled = [json.loads(line) for line in open_lines(tmp_path / "two/samples/mixed.jsonl")]
     assert len(sampled) == 24 * 4
+
+
+def counts(said):
+    """Of each process, how many responses it had graded."""
+    assert [status for status, _, _ in said] == [0, 0], said
+    return [
+        int(line.removeprefix("graded ")) for _, out, _ in said for line in spoken(out) if line.startswith("graded")
+    ]
+
+
+def test_processes_that_share_rows_evaluate_each_response_once(tmp_path):
+    """Both hold all rows; one of them has a response graded, and asks an endpoint about it."""
+    changes = {
+        "data.source": str(ROOT / "configs/data/mixed.jsonl"),
+        "sampling.samples": 2,
+        "sampling.group": 2,
+        "grader.seconds": 20.0,
+        "judge.backend": "openai",
+        "judge.readout": "text",
+        "judge.endpoint.model": "stub",
+        "judge.endpoint.api_key_variable": "",
+    } | MESHES["1x8"]
+    with StubEndpoint(lambda *_: Answer("Verdict: yes")) as stub:
+        line = [
+            sys.executable,
+            "-c",
+            COUNTED,
+            f"--config={ROOT / 'configs/evaluate.py:tiny'}",
+            f"--workdir={tmp_path}/run",
+            f"--config.judge.endpoint.base_url={stub.base_url}",
+            *(f"--config.{path}={value}" for path, value in changes.items()),
+        ]
+        said = finish(start_line(line, 2))
+        asked = len(stub.seen)
+    sampled = [json.loads(line) for line in open_lines(tmp_path / "run/samples/mixed.jsonl")]
+    assert len(sampled) == 24 * 2 and sorted(counts(said)) == [0, 24 * 2]
+    science = [row for row in sampled if row["kind"] == "science"]
+    assert asked == len(science) > 0 and {row["verdict"] for row in science} == {"correct"}
+
+
+def test_processes_that_share_rows_distil_each_response_once(tmp_path):
+    changes = MESHES["1x8"]
+    one = run(tiny("distill", changes), tmp_path / "one")
+    line = [part.replace("tiny.py", "tiny.py:distill") for part in command(tmp_path / "two", changes)]
+    said = finish(start_line([line[0], "-c", COUNTED, *line[3:]], 2))
+    assert sorted(counts(said)) == [0, 2 * 8 * 4]  # steps, prompts, rollouts
+    assert_same_rows(rows(tmp_path / "two"), rows(one))
 
 
 # ---------------------------------------------------------------------------------------------- one of several

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import threading
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from exprl_jax import config
@@ -116,6 +116,25 @@ class Graders:
             grading.when_done(self.throughput.end)
             pending.append((indices, grading))
         return Verdicts(verdicts, pending)
+
+
+def submit_owned(
+    graders: Graders, problems: Sequence[Problem], responses: Sequence[Sequence[str]], owned_P: Sequence[bool]
+) -> Callable[[], list[list[Verdict]]]:
+    """Begins to grade the responses to the problems that this process owns (`hosts.owned_problems`).
+
+    Returns:
+      What waits for a verdict a response, by problem: `missing` for problems that another process has graded, whose
+      verdicts are taken.
+    """
+    owned = [(p, text) for p, group, mine in zip(problems, responses, owned_P, strict=True) if mine for text in group]
+    grading = graders.submit(owned)
+
+    def verdicts() -> list[list[Verdict]]:
+        graded = iter(grading.result())
+        return [[next(graded) if mine else Verdict.missing for _ in group] for group, mine in zip(responses, owned_P)]
+
+    return verdicts
 
 
 def check_answers(problems: Sequence[Problem]) -> None:
