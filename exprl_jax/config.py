@@ -279,7 +279,8 @@ class Judge:
         distribution over the digits 1..5 after one forward pass.
       logits_value: the score of `logits`: the `expected` digit or the `argmax`.
       max_tokens: longest `text` judgement.
-      max_context_tokens: longest rubric + problem + reference; problems beyond it are dropped and counted.
+      max_context_tokens: longest prompt without the trace: rubric, problem, reference, closing instruction and chat
+        template; problems beyond it are dropped and counted.
       max_trace_tokens: longest trace, in the judge's own tokens; a longer one gets no score.
     """
 

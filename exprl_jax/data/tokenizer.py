@@ -175,9 +175,19 @@ class SplitPrompt:
     suffix: tuple[int, ...]
     encode: Any = dataclasses.field(repr=False)
 
+    @property
+    def frame_tokens(self) -> int:
+        """Tokens of the prompt without what fills the hole."""
+        return len(self.head) + len(self.suffix)
+
     def tail(self, text: str) -> list[int]:
         """The ids after `head` when `text` fills the hole."""
         return [*self.encode(text), *self.suffix]
+
+    def tail_within(self, text: str, limit: int) -> list[int] | None:
+        """`tail`, or None where the text alone has more tokens than the limit."""
+        tail = self.tail(text)
+        return tail if len(tail) - len(self.suffix) <= limit else None
 
 
 def load_tokenizer(spec: str | Path, date: str = "") -> Tokenizer:

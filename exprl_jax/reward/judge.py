@@ -140,8 +140,8 @@ class Judge(AnswersAtOnce):
         """The judge's answer to each text in its problem's prompt; none to a text that does not fit."""
         waiting: list[list[tuple[int, list[int]]]] = []
         for prompt, of_problem in zip(prompts, texts, strict=True):
-            tails = [(j, prompt.tail(text)) for j, text in enumerate(of_problem)]
-            waiting.append([(j, tail) for j, tail in tails if len(tail) <= self.row_width])
+            tails = [prompt.tail_within(text, self.config.max_trace_tokens) for text in of_problem]
+            waiting.append([(j, tail) for j, tail in enumerate(tails) if tail is not None])
         # Every process makes the same number of calls: a call is one program over the whole mesh.
         calls = largest_over_processes(max(-(-len(of_problem) // self.group) for of_problem in waiting))
         if not calls:

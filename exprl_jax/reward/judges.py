@@ -29,7 +29,6 @@ class JudgeBuilder:
 
     Attributes:
       local: a model on the mesh will be asked.
-      lengths: tokens of the longest prompt of each problem, its hole and what follows left out; 0 where it has none.
     """
 
     def __init__(
@@ -68,8 +67,8 @@ class JudgeBuilder:
             )
 
     def lengths(self, problems: Sequence[Problem]) -> dict[str, int]:
-        """Tokens of the longest prompt of each problem, less the hole and what follows; 0 where it has none."""
-        return {p.id: max((len(prompt.head) for prompt in self._prompts.of(p.id)), default=0) for p in problems}
+        """Tokens of the longest prompt of each problem without what is judged; 0 where a local judge is not asked."""
+        return {p.id: max((prompt.frame_tokens for prompt in self._prompts.of(p.id)), default=0) for p in problems}
 
     def open(
         self,
@@ -135,6 +134,8 @@ def _check_digits(tokenizer: Tokenizer) -> None:
 
 def check_judge_lengths(judge_config: config.Judge, arch: Architecture) -> None:
     """Checks that prompt, trace and answer within their budgets are within a local judge's context length.
+
+    The budgets are of all tokens that a judge reads and writes: what widths are rounded up by holds none.
 
     Raises:
       ValueError: names the budgets to lower.
