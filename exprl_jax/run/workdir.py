@@ -14,8 +14,9 @@
 Starting in a workdir that already has a `config.json` resumes its run.  Of the config only the `NEUTRAL_KEYS` may
 differ then, on which no number depends beyond the order of sums: how long a run is and what is kept of it (a larger
 `steps` extends a finished run, if its learning rate is constant), and on which machines, in how large parts and within
-which time limits it is computed, so that a run can move to another slice or be given less memory.  Everything else
-could change the numbers of the steps to come, and is refused, unless the run has not taken its first step yet.
+which time limits it is computed, so that a run can move to another slice or be given less memory.  An evaluation may be
+given more samples besides.  Everything else could change the numbers of the steps to come, and is refused, unless the
+run has not taken its first step yet.
 
 The folder is on a file system: local, NFS or a mounted bucket, shared by all processes of a multi-host run.  Bucket
 URLs are refused, because `metrics.jsonl` needs append and rename.
@@ -251,7 +252,7 @@ def _refuse_other_config(folder: pathlib.Path, theirs: dict[str, Any], ours: dic
             f"--workdir {folder}: its run has taken {steps} steps, expected config.steps of at least that, got "
             f"{ours['steps']}"
         )
-    different = [line for line in differences(ours, theirs) if not _is_neutral(line.partition(":")[0], ours)]
+    different = [line for line in differences(ours, theirs) if not _may_change(line.partition(":")[0], ours, theirs)]
     if different and (steps or any(file.stat().st_size for name in RECORDS for file in folder.glob(name))):
         raise ValueError(
             f"--workdir {folder} holds a run of another config (this start's value != the value there): "
@@ -264,11 +265,13 @@ def _listed(lines: Sequence[str]) -> str:
     return "; ".join(lines[:_SHOWN_DIFFERENCES]) + more
 
 
-def _is_neutral(key: str, config: Mapping[str, Any]) -> bool:
+def _may_change(key: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:
     """Whether no number depends on a key; a rate that goes to 0 at the last step depends on how many there are."""
-    if key == "steps" and "optimizer" in config:
-        rate = config["optimizer"]
+    if key == "steps" and "optimizer" in ours:
+        rate = ours["optimizer"]
         return rate["schedule"] == "constant" and rate["warmup"] == 0
+    if key == "sampling.samples":  # an evaluation may be given more: each sample is the same however many there are
+        return ours["sampling"]["samples"] > theirs["sampling"]["samples"]
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in NEUTRAL_KEYS)
 
 
