@@ -18,6 +18,7 @@ import functools
 import re
 from collections.abc import Iterator
 
+from exprl_jax.data.problems import Problem
 from exprl_jax.reward.verifiers.math import MAX_ANSWER, last_boxed
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.reward.verifiers.verifier import Verifier
@@ -257,9 +258,15 @@ def _key(bare: str) -> str:
     return _POWER.sub(r"^{\1}", key).rstrip(".") or key
 
 
+def vote(problem: Problem, response: str) -> str | None:
+    """The label that a response names: the one that would be accepted as its answer; None without one."""
+    labels = (label for label, _ in problem.choices)
+    return next((x for x in labels if grade_choice(response, x, problem.choices) == Verdict.correct), None)
+
+
 VERIFIER = Verifier(
     open=None,
     row=lambda problem, response: grade_choice(response, problem.answer, problem.choices),
     check=lambda problem: correct_label(problem.answer, problem.choices),
-    vote=None,
+    vote=vote,
 )

@@ -19,10 +19,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from exprl_jax.data.problems import Problem
 from exprl_jax.reward.verifiers.math_answers.box import last_boxed, unboxed
 from exprl_jax.reward.verifiers.math_answers.tokens import Unreadable, tokenize
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.reward.verifiers.verifier import Verifier
+from exprl_jax.reward.verifiers.votes import normalise_answer
 
 # Longer answers are not mathematics that anyone would box, and parsing time grows faster than length.
 MAX_ANSWER = 2000
@@ -230,9 +232,15 @@ class _Worker:
         return json.loads(line)
 
 
+def vote(problem: Problem, response: str) -> str | None:
+    """The boxed answer that a response votes for; None without one."""
+    boxed = last_boxed(response)
+    return None if boxed is None or not boxed.strip() else normalise_answer(boxed)
+
+
 VERIFIER = Verifier(
     open=lambda grader, code: MathGrader(grader.workers, grader.seconds),
     row=lambda problem, response: (response, problem.answer),
     check=lambda problem: None,
-    vote=None,
+    vote=vote,
 )
