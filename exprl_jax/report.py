@@ -28,27 +28,27 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--output", type=pathlib.Path, default=pathlib.Path("report.html"), help="the HTML file to write"
     )
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
 
     from exprl_jax.evaluation.report_page import read_workdirs, render
     from exprl_jax.files import write_atomically
 
     try:
-        contents, left_out = read_workdirs(given.workdirs)
+        contents, left_out = read_workdirs(options.workdirs)
         for reason in left_out:
-            _say(f"{reason}; left out")
+            _complain(f"{reason}; left out")
         if not contents.runs and not contents.evaluations:
             raise ValueError("nothing to report: give the workdir of a run that has stepped, or of an evaluation")
         page = render(contents)
-        write_atomically(given.output, page)
+        write_atomically(options.output, page)
     except (ValueError, OSError) as error:
-        _say(error)
+        _complain(error)
         return 1
-    print(f"{given.output}  {len(page.encode()) / 1e6:.1f} MB: {contents.summary()}")
+    print(f"{options.output}  {len(page.encode()) / 1e6:.1f} MB: {contents.summary()}")
     return 0
 
 
-def _say(what: object) -> None:
+def _complain(what: object) -> None:
     print(f"exprl_jax.report: {' '.join(str(what).split())}", file=sys.stderr, flush=True)
 
 

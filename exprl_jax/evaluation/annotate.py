@@ -8,36 +8,22 @@ process; its mesh may have any number of devices.
 from __future__ import annotations
 
 import contextlib
-import csv
-import dataclasses
-import io
-import json
-import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from exprl_jax import programs as programs_room
 from exprl_jax.config import Annotate
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.prompts import question_text
 from exprl_jax.data.tokenizer import Message
-from exprl_jax.evaluation.behaviour import (
-    ARCHETYPES,
-    COUNTS,
-    FIELDS,
-    Change,
-    annotation_messages,
-    compare,
-    parse_annotation,
-    problem_means,
-)
-from exprl_jax.evaluation.fixed_rollouts import Ledger, Rollout, read_rollouts, renamed
-from exprl_jax.files import read_jsonl, write_atomically
+from exprl_jax.evaluation.annotation_tables import write_annotations
+from exprl_jax.evaluation.behaviour import annotation_messages, parse_annotation
+from exprl_jax.evaluation.completions import Completer
+from exprl_jax.evaluation.fixed_rollouts import FixedRollout, check_unchanged, read_rollouts
+from exprl_jax.files import Ledger, read_rows
 from exprl_jax.hosts import local_problems, say
 from exprl_jax.mesh import make_mesh
 from exprl_jax.resolve import to_dict
@@ -45,19 +31,14 @@ from exprl_jax.reward.answers import opened_thought
 from exprl_jax.reward.endpoint import ChatClient
 from exprl_jax.reward.judgements import MARKER, fill
 from exprl_jax.reward.judges import check_judge_lengths
-from exprl_jax.rollout.call import make_prompts, texts_of
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.workdir import check_workdir, open_workdir
 from exprl_jax.weights.language_model import load_params, open_model
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 ANNOTATIONS = "annotations.jsonl"
+BASE_ANNOTATIONS = f"base_{ANNOTATIONS}"
 _KEY = ("id", "rollout")
-_GAINED, _LOST = "#0072B2", "#D55E00"  # of Okabe and Ito's palette
-
-Row = Mapping[str, Any]
+_FIELDS = {"id": str, "rollout": int, "fingerprint": str, "fields": dict | None, "text": str, "tokens": int}
 
 
 class Answer(NamedTuple):
@@ -67,7 +48,7 @@ class Answer(NamedTuple):
     tokens: int
 
 
-Asker = Callable[[Sequence[Rollout]], list[Answer]]
+Annotator = Callable[[Sequence[FixedRollout]], list[Answer]]
 
 
 def annotate(config: Annotate, workdir_path: str) -> None:
@@ -82,41 +63,43 @@ def annotate(config: Annotate, workdir_path: str) -> None:
     mesh = make_mesh(config.mesh)
     local_problems(mesh, config.wave)  # whether waves can be divided over the mesh
     rollouts = {ANNOTATIONS: read_rollouts(config.rollouts, config.data, references=False)}
-    earlier = pathlib.Path(config.base).expanduser() / ANNOTATIONS if config.base else pathlib.Path()
+    earlier = pathlib.Path(config.base).expanduser() / ANNOTATIONS
     if config.base and not earlier.is_file():
-        rollouts[f"base_{ANNOTATIONS}"] = read_rollouts(config.base, config.data, references=False)
-    with contextlib.ExitStack() as held:
-        workdir = held.enter_context(open_workdir(workdir_path, to_dict(config), folders=()))
-        stop = held.enter_context(StopRequest())
-        ledgers = {name: Ledger(workdir.path / name, _KEY) for name in rollouts}
+        rollouts[BASE_ANNOTATIONS] = read_rollouts(config.base, config.data, references=False)
+    with contextlib.ExitStack() as stack:
+        workdir = stack.enter_context(open_workdir(workdir_path, to_dict(config), folders=()))
+        stop = stack.enter_context(StopRequest())
+        ledgers = {name: Ledger(workdir.path / name, "annotation", _KEY, _FIELDS) for name in rollouts}
         waiting = {}
         for name, ledger in ledgers.items():
-            ledger.check_unchanged(rollouts[name])
-            waiting[name] = [r for r in rollouts[name] if (r.problem.id, r.number) not in ledger]
-        left = [rollout for of_file in waiting.values() for rollout in of_file]
-        if left:
-            ask = open_annotator(config, mesh, held, left)
-            for name, of_file in waiting.items():
-                for start in range(0, len(of_file), config.wave):
-                    if stop.agreed():
-                        say("stopped; start again with the same command to go on")
-                        return
-                    wave = of_file[start : start + config.wave]
-                    ledgers[name].add(
-                        annotation_row(rollout, answer) for rollout, answer in zip(wave, ask(wave), strict=True)
-                    )
-                    say(f"{name}: {start + len(wave)}/{len(of_file)} rollouts")
-        ours = list(ledgers[ANNOTATIONS].rows.values())
-        if not config.base:
-            theirs = []
-        elif earlier.is_file():
-            theirs = list(read_jsonl(earlier))
-        else:
-            theirs = list(ledgers[f"base_{ANNOTATIONS}"].rows.values())
-        write_annotations(config, workdir.path, ours, theirs)
+            check_unchanged(ledger, rollouts[name])
+            waiting[name] = [rollout for rollout in rollouts[name] if rollout.key not in ledger]
+        if unanswered := [rollout for of_file in waiting.values() for rollout in of_file]:
+            annotator = open_annotator(config, mesh, stack, unanswered)
+            if not all(_annotate_file(config, annotator, waiting[name], ledgers[name], stop) for name in ledgers):
+                say("stopped; start again with the same command to go on")
+                return
+        base = []
+        if config.base:
+            theirs = workdir.path / BASE_ANNOTATIONS if BASE_ANNOTATIONS in ledgers else earlier
+            base = list(read_rows(theirs, _FIELDS, "annotation"))
+        write_annotations(config, workdir.path, list(ledgers[ANNOTATIONS].rows()), base)
 
 
-def annotation_row(rollout: Rollout, answer: Answer) -> dict[str, Any]:
+def _annotate_file(
+    config: Annotate, annotator: Annotator, rollouts: Sequence[FixedRollout], ledger: Ledger, stop: StopRequest
+) -> bool:
+    """Asks wave after wave; False where it was stopped before the end."""
+    for start in range(0, len(rollouts), config.wave):
+        if stop.agreed():
+            return False
+        wave = rollouts[start : start + config.wave]
+        ledger.add(annotation_row(rollout, answer) for rollout, answer in zip(wave, annotator(wave), strict=True))
+        say(f"{ledger.path.name}: {start + len(wave)}/{len(rollouts)} rollouts")
+    return True
+
+
+def annotation_row(rollout: FixedRollout, answer: Answer) -> dict[str, Any]:
     """An annotation as it is written; `fields` is null where there is none."""
     return {
         "id": rollout.problem.id,
@@ -128,220 +111,74 @@ def annotation_row(rollout: Rollout, answer: Answer) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------- asking
+# ------------------------------------------------------------------------------------------------ annotators
 
 
-def messages_of(problem: Problem) -> list[Message]:
-    """The prompt for a problem's rollouts, with the marker in their place."""
+def annotation_chat(problem: Problem) -> list[Message]:
+    """The prompt for a problem's rollouts, with `MARKER` in the place of one."""
     return annotation_messages(question_text(problem.question), MARKER)
 
 
-def open_annotator(config: Annotate, mesh: Mesh, held: contextlib.ExitStack, rollouts: Sequence[Rollout]) -> Asker:
+def open_annotator(
+    config: Annotate, mesh: Mesh, stack: contextlib.ExitStack, rollouts: Sequence[FixedRollout]
+) -> Annotator:
     """The annotator, for up to a wave of these rollouts at a time.
 
     Raises:
       ValueError: the model cannot be opened or has too short a context, or the endpoint's key is not there.
     """
     if config.annotator.backend == "openai":
-        return endpoint_annotator(config, held.enter_context(ChatClient(config.annotator.endpoint)))
+        return endpoint_annotator(config, stack.enter_context(ChatClient(config.annotator.endpoint)))
     return local_annotator(config, mesh, rollouts)
 
 
-def endpoint_annotator(config: Annotate, client: ChatClient) -> Asker:
+def endpoint_annotator(config: Annotate, client: ChatClient) -> Annotator:
     """Asks an endpoint; a failed request is no answer.
 
-    The asker raises ValueError where more than `max_missing` of a wave's requests failed.
+    The annotator raises ValueError where more than `max_missing` of a wave's requests failed.
     """
 
-    def ask(wave: Sequence[Rollout]) -> list[Answer]:
-        chats = [fill(messages_of(rollout.problem), rollout.response) for rollout in wave]
+    def ask(wave: Sequence[FixedRollout]) -> list[Answer]:
+        chats = [fill(annotation_chat(rollout.problem), rollout.response) for rollout in wave]
         replies = client.submit(chats, config.annotator.max_tokens, "annotations").result()
         return [Answer(reply.text, reply.prompt_tokens + reply.completion_tokens) for reply in replies]
 
     return ask
 
 
-def local_annotator(config: Annotate, mesh: Mesh, rollouts: Sequence[Rollout]) -> Asker:
+def local_annotator(config: Annotate, mesh: Mesh, rollouts: Sequence[FixedRollout]) -> Annotator:
     """Asks a model on the mesh, greedily, the whole prompt being the context; rollouts over budget get no answer."""
-    how = config.annotator
-    model = open_model(how.model)
-    check_judge_lengths(how, model.arch)
-    ids = {}
+    budget = config.annotator
+    model = open_model(budget.model)
+    check_judge_lengths(budget, model.arch)
+    prompts, opened = {}, {}
     for rollout in rollouts:
-        prompt = model.tokenizer.render_split(messages_of(rollout.problem), MARKER)
-        tail = prompt.tail(rollout.response)
-        trace = len(tail) - len(prompt.suffix)
-        if len(prompt.head) <= how.max_context_tokens and trace <= how.max_trace_tokens:
-            ids[_named(rollout).id] = [*prompt.head, *tail]
-    if not ids:
+        prompt = model.tokenizer.render_split(annotation_chat(rollout.problem), MARKER)
+        tail = prompt.tail_within(rollout.response, budget.max_trace_tokens)
+        if prompt.frame_tokens <= budget.max_context_tokens and tail is not None:
+            prompts[_name(rollout)] = [*prompt.head, *tail]
+            # An answer goes on where the prompt has opened a thought.
+            opened[_name(rollout)] = opened_thought(model.tokenizer.decode(prompt.suffix))
+    if not prompts:
         return lambda wave: [Answer("", 0)] * len(wave)
-    prompts = make_prompts(ids)
-    if prompts.width + 1 + how.max_tokens > model.arch.max_positions:
-        raise ValueError(
-            f"config.annotator.max_tokens: a prompt of {prompts.width + 1} tokens and an answer of {how.max_tokens} "
-            f"are over the annotator's context length {model.arch.max_positions}; lower max_trace_tokens or max_tokens"
-        )
-    say(f"annotator {how.model.weights}")
+    say(f"annotator {budget.model.weights}")
     params = load_params(model, mesh, config.seed)
-    sampler = programs_room.build_sampler(model, mesh, max_tokens=how.max_tokens, wave=config.wave)
+    sampling = dict(wave=config.wave, max_tokens=budget.max_tokens, temperature=0.0, seed=config.seed)
+    completer = Completer(model, mesh, params, prompts, **sampling)
 
-    def ask(wave: Sequence[Rollout]) -> list[Answer]:
-        asked = [_named(rollout) for rollout in wave]
-        known = [problem for problem in asked if problem.id in ids]
-        if not known:
-            return [Answer("", 0)] * len(wave)
-        filled = [*known, *[known[0]] * (config.wave - len(known))]
-        written = sampler(
-            params,
-            prompts,
-            filled,
-            group=1,
-            temperature=0.0,
-            seed=config.seed,
-            step=0,
-            attempt=0,
-            live_P=np.arange(config.wave) < len(known),
-        )
-        _, texts = texts_of(written, model.tokenizer.decode)
-        answers = {}
-        for problem, (text,), mask in zip(known, texts, written.mask_PGR):
-            opened = opened_thought(model.tokenizer.decode(ids[problem.id]))
-            answers[problem.id] = Answer(opened + text, len(ids[problem.id]) + int(mask.sum()))
-        return [answers.get(problem.id, Answer("", 0)) for problem in asked]
+    def ask(wave: Sequence[FixedRollout]) -> list[Answer]:
+        names = [_name(rollout) for rollout in wave]
+        within = [name for name in names if name in prompts]
+        completions = completer.complete(within, group=1) if within else []
+        answers = {
+            name: Answer(opened[name] + completion.text, len(prompts[name]) + completion.tokens)
+            for name, (completion,) in zip(within, completions, strict=True)
+        }
+        return [answers.get(name, Answer("", 0)) for name in names]
 
     return ask
 
 
-def _named(rollout: Rollout) -> Problem:
+def _name(rollout: FixedRollout) -> str:
     # Base rollouts have the same numbers, and other texts.
-    return renamed(rollout.problem, f"{rollout.problem.id}#{rollout.number}#{rollout.fingerprint}")
-
-
-# ---------------------------------------------------------------------------------------------------- reporting
-
-
-def write_annotations(config: Annotate, folder: pathlib.Path, ours: Sequence[Row], theirs: Sequence[Row]) -> None:
-    """Writes `results.json`, `annotations.csv`, `table.txt` and, against a base, `behaviour.png`; prints the table."""
-    run, base = (problem_means(_parsed(rows)) for rows in (ours, theirs))
-    # Without an annotation on either side there is nothing to compare, and the counts say so.
-    changes = compare(run, base, config.seed) if run and base else []
-    results = {
-        "counts": {
-            "rollouts": len(ours),
-            "missing": sum(row["fields"] is None for row in ours),
-            "problems": len(run),
-            "base_rollouts": len(theirs),
-            "base_missing": sum(row["fields"] is None for row in theirs),
-            "base_problems": len(base),
-            "tokens": sum(row["tokens"] for row in ours),
-        },
-        "means": dict(zip(FIELDS, np.mean(list(run.values()), axis=0).tolist(), strict=True)) if run else {},
-        "changes": [dataclasses.asdict(change) for change in changes],
-    }
-    text = render_annotations(results, changes)
-    write_atomically(folder / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
-    write_atomically(folder / "annotations.csv", annotations_csv(results["means"], changes))
-    write_atomically(folder / "table.txt", text)
-    written = ["results.json", "annotations.csv", "table.txt"]
-    if changes:
-        partial = folder / ".behaviour.png.partial"
-        changes_figure(changes).savefig(partial, format="png")
-        os.replace(partial, folder / "behaviour.png")
-        written.append("behaviour.png")
-    print(text)
-    print("\n".join(f"  {folder / name}" for name in written), flush=True)
-
-
-def _parsed(rows: Iterable[Row]) -> list[tuple[str, Mapping[str, int]]]:
-    return [(row["id"], row["fields"]) for row in rows if row["fields"] is not None]
-
-
-def annotations_csv(means: Mapping[str, float], changes: Sequence[Change]) -> str:
-    """One row a field: the change against the base, or without a base the mean alone."""
-    held = io.StringIO()
-    writer = csv.writer(held, lineterminator="\n")
-    if changes:
-        writer.writerow([field.name for field in dataclasses.fields(Change)])
-        writer.writerows([["" if v is None else v for v in dataclasses.astuple(change)] for change in changes])
-    else:
-        writer.writerow(["field", "run"])
-        writer.writerows(means.items())
-    return held.getvalue()
-
-
-def render_annotations(results: Mapping[str, Any], changes: Sequence[Change]) -> str:
-    """The table of the terminal: means over problems of a rollout's 0 or 1, or of its count."""
-    counts, notes = results["counts"], []
-    notes.append(
-        f"{counts['rollouts']} rollouts of {counts['problems']} problems; {counts['missing']} without an annotation"
-    )
-    if changes:
-        notes.append(
-            f"base: {counts['base_rollouts']} rollouts; {counts['base_missing']} without an annotation; compared over "
-            f"{changes[0].problems} problems"
-        )
-        header = ["field", "base", "run", "change", "95 % interval", "gained", "lost", "same"]
-        body = [
-            [
-                change.field,
-                f"{change.base:.2f}",
-                f"{change.run:.2f}",
-                f"{change.difference:+.2f}",
-                "–" if change.low is None or change.high is None else f"[{change.low:+.2f}, {change.high:+.2f}]",
-                str(change.gained),
-                str(change.lost),
-                str(change.unchanged),
-            ]
-            for change in changes
-        ]
-    else:
-        header, body = ["field", "run"], [[name, f"{mean:.2f}"] for name, mean in results["means"].items()]
-    widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
-    lines = [
-        "  ".join(text.rjust(w) if i else text.ljust(w) for i, (text, w) in enumerate(zip(row, widths))).rstrip()
-        for row in [header, *body]
-    ]
-    return "\n".join([*lines, "", *notes]) + "\n"
-
-
-def changes_figure(changes: Sequence[Change]) -> Figure:
-    """Problems gained (to the right) and lost (to the left) by field, archetypes above behaviours."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7.0, 5.4), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)
-    kinds = [[c for c in changes if c.field in ARCHETYPES], [c for c in changes if c.field not in ARCHETYPES]]
-    panels = figure.subplots(2, 1, sharex=True, height_ratios=[len(kind) for kind in kinds])
-    most = max(1, *(max(change.gained, change.lost) for change in changes))
-    for panel, kind, title in zip(panels, kinds, ("solution archetypes", "reasoning behaviours"), strict=True):
-        places = np.arange(len(kind))
-        panel.barh(places, [change.gained for change in kind], color=_GAINED, label="problems gained")
-        panel.barh(
-            places,
-            [-change.lost for change in kind],
-            color=_LOST,
-            hatch="///",
-            edgecolor="white",
-            linewidth=0.3,
-            label="problems lost",
-        )
-        for place, change in zip(places, kind):
-            panel.text(change.gained + 0.01 * most, place, str(change.gained), va="center", fontsize=6)
-            panel.text(-change.lost - 0.01 * most, place, str(change.lost), va="center", ha="right", fontsize=6)
-        names = [f"{c.field} (count)" if c.field in COUNTS else c.field for c in kind]
-        panel.set_yticks(places, [name.replace("_", " ") for name in names], fontsize=7)
-        panel.invert_yaxis()
-        panel.axvline(0, color="black", linewidth=0.8)
-        panel.set_xlim(-1.12 * most, 1.12 * most)
-        panel.xaxis.set_major_formatter(lambda x, _: f"{abs(x):g}")
-        panel.tick_params(axis="x", labelsize=7)
-        panel.grid(True, axis="x", color="0.9", linewidth=0.6)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right", "left"]].set_visible(False)
-        panel.set_title(title, fontsize=9)
-    panels[-1].set_xlabel(f"problems, of {changes[0].problems}", fontsize=8)
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=8, frameon=False
-    )
-    return figure
+    return f"{rollout.problem.id}#{rollout.number}#{rollout.fingerprint}"

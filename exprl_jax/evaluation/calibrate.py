@@ -16,25 +16,21 @@ process; its mesh may have any number of devices.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 
 import jax
 
 from exprl_jax.config import Calibrate
-from exprl_jax.data.problems import Problem
-from exprl_jax.evaluation.asking import SCORE_KEY, Asking, Pass, Trace, chosen, says_something
-from exprl_jax.evaluation.calibration import derangement
 from exprl_jax.evaluation.calibration_tables import write_calibration
-from exprl_jax.evaluation.continuations import continue_prefixes
-from exprl_jax.evaluation.fixed_rollouts import Ledger, Rollout, read_rollouts
+from exprl_jax.evaluation.continuations import CONTINUATION_FIELDS, CONTINUATION_KEY, continue_prefixes
+from exprl_jax.evaluation.fixed_rollouts import check_unchanged, read_rollouts
+from exprl_jax.evaluation.judging import SCORE_FIELDS, SCORE_KEY, JudgeTask, ask_judge, open_judge_model
+from exprl_jax.evaluation.passes import cut_prefixes, decides, scoring_passes
+from exprl_jax.files import Ledger
 from exprl_jax.hosts import local_problems, say
 from exprl_jax.mesh import make_mesh
 from exprl_jax.resolve import to_dict
-from exprl_jax.reward.judgements import needed_reference
-from exprl_jax.reward.segments import Splitter, parse_rule
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.workdir import check_workdir, open_workdir
-from exprl_jax.weights.language_model import open_model
 
 
 def calibrate(config: Calibrate, workdir_path: str) -> None:
@@ -49,74 +45,27 @@ def calibrate(config: Calibrate, workdir_path: str) -> None:
     mesh = make_mesh(config.mesh)
     local_problems(mesh, config.wave)  # whether waves can be divided over the mesh
     rollouts = read_rollouts(config.rollouts, config.data, references=True)
-    judged = [rollout for rollout in rollouts if says_something(rollout.problem, rollout.verdict)]
+    judged = [rollout for rollout in rollouts if decides(rollout.problem, rollout.verdict)]
+    counts = {"rollouts": len(judged), "left_out": len(rollouts) - len(judged)}
     if not judged:
         raise ValueError(f"config.rollouts: none of {len(rollouts)} rollouts has a verdict that says anything")
-    say(f"{len(judged)} rollouts; left out {len(rollouts) - len(judged)} without a verdict (missing or timed out)")
-    wrong = wrong_references([rollout.problem for rollout in judged], config.seed)
-    prefixes = prefixes_of(config, judged)
-    passes = passes_of(judged, prefixes)
-    asking = [Asking(config, name, how, mesh) for name, how in config.judges.items()]
-    with contextlib.ExitStack() as held:
-        workdir = held.enter_context(open_workdir(workdir_path, to_dict(config), folders=()))
-        scores = Ledger(workdir.path / "scores.jsonl", SCORE_KEY)
-        scores.check_unchanged(judged)
-        continuations = Ledger(workdir.path / "continuations.jsonl", ("id", "rollout", "segment", "part"))
-        stop = held.enter_context(StopRequest())
-        for each in asking:
-            if not each.ask(passes, wrong, scores, stop):
-                say("stopped; start again with the same command to go on")
-                return
-        if prefixes and not continue_prefixes(config, mesh, prefixes, continuations, stop):
+    say(f"{len(judged)} rollouts; left out {counts['left_out']} without a verdict (missing or timed out)")
+    prefixes = cut_prefixes(config, judged)
+    passes = scoring_passes(judged, prefixes, config.seed)
+    models = {name: open_judge_model(judge) for name, judge in config.judges.items()}
+    with contextlib.ExitStack() as stack:
+        workdir = stack.enter_context(open_workdir(workdir_path, to_dict(config), folders=()))
+        scores = Ledger(workdir.path / "scores.jsonl", "score", SCORE_KEY, SCORE_FIELDS)
+        check_unchanged(scores, judged)
+        continuations = Ledger(
+            workdir.path / "continuations.jsonl", "continuation", CONTINUATION_KEY, CONTINUATION_FIELDS
+        )
+        stop = stack.enter_context(StopRequest())
+        tasks = [JudgeTask(name, judge, models[name], config, scores, stop) for name, judge in config.judges.items()]
+        finished = all(ask_judge(task, mesh, passes) for task in tasks)
+        if prefixes:
+            finished = finished and continue_prefixes(config, mesh, prefixes, continuations, stop)
+        if not finished:
             say("stopped; start again with the same command to go on")
             return
-        counts = {"rollouts": len(judged), "left_out": len(rollouts) - len(judged)}
-        write_calibration(
-            config, workdir.path, judged, counts, list(scores.rows.values()), list(continuations.rows.values())
-        )
-
-
-def wrong_references(problems: Sequence[Problem], seed: int) -> dict[str, str]:
-    """Another problem's reference for each problem, by id, from the problems of its own domain.
-
-    Raises:
-      ValueError: a problem has no reference, or a domain has too few different problems.
-    """
-    distinct = {problem.id: problem for problem in problems}
-    found = {}
-    for domain in sorted({problem.domain for problem in distinct.values()}):
-        of_domain = [distinct[name] for name in sorted(distinct) if distinct[name].domain == domain]
-        texts = [(problem.problem, needed_reference(problem)) for problem in of_domain]
-        for problem, place in zip(of_domain, derangement(texts, seed), strict=True):
-            found[problem.id] = needed_reference(of_domain[place])
-    return found
-
-
-def passes_of(rollouts: Sequence[Rollout], prefixes: Sequence[Trace]) -> list[Pass]:
-    """Every pass; the prefixes' unit is filled in by the judge."""
-    whole = [Trace(rollout, None, rollout.response, ()) for rollout in rollouts]
-    passes = [Pass(condition, "trace_last", "outcome", whole) for condition in ("correct", "none", "wrong")]
-    passes.append(Pass("correct", "reference_last", "outcome", whole))
-    return [*passes, Pass("correct", "trace_last", "prefix", prefixes)] if prefixes else passes
-
-
-def prefixes_of(config: Calibrate, rollouts: Sequence[Rollout]) -> list[Trace]:
-    """What precedes each cut of some rollouts; nothing precedes the first segment, and after the last nothing follows.
-
-    Open-ended science is left out: its answers are not graded here.
-    """
-    how = config.prefixes
-    if not how.rollouts:
-        return []
-    policy = open_model(config.policy)
-    splitter = Splitter(policy.tokenizer.token_bytes, parse_rule(how.segments))
-    found = []
-    for rollout in chosen([r for r in rollouts if r.problem.kind != "science"], how.rollouts, config.seed):
-        ids = policy.tokenizer.encode(rollout.response)
-        for segment, end in enumerate(splitter.segment_ends(ids)[:-1].tolist()):
-            found.append(Trace(rollout, segment, policy.tokenizer.decode(ids[:end]), tuple(ids[:end])))
-    if not found:
-        raise ValueError(
-            f"config.prefixes.segments.rule: {how.segments.rule!r} cuts none of the rollouts; expected a rule that does"
-        )
-    return found
+        write_calibration(config, workdir.path, judged, counts, list(scores.rows()), list(continuations.rows()))

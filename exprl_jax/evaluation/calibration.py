@@ -10,9 +10,10 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int
+from jaxtyping import Bool, Float, Int
 
 from exprl_jax.reward.judge_prompts import DIGITS
+from exprl_jax.reward.statistics import correlation, mean, midranks
 
 SAYS_CORRECT = 4  # the judge calls a rollout correct at this score and above   (paper Tables 5 and 6)
 
@@ -39,26 +40,9 @@ class ErrorRates:
 
 def error_rates(score_N: Float[np.ndarray, "N"], correct_N: Bool[np.ndarray, "N"]) -> ErrorRates:
     """The judge says correct iff its score is at least `SAYS_CORRECT`."""
-    said_N = np.asarray(score_N) >= SAYS_CORRECT
+    accepted_N = np.asarray(score_N) >= SAYS_CORRECT
     correct_N = np.asarray(correct_N, bool)
-    return ErrorRates(_mean(said_N[~correct_N]), _mean(~said_N[correct_N]))
-
-
-def auroc(score_N: Float[np.ndarray, "N"], correct_N: Bool[np.ndarray, "N"]) -> float | None:
-    """P(score of a correct rollout > score of a wrong one) + ½ P(equal): the area under the ROC curve."""
-    correct_N = np.asarray(correct_N, bool)
-    right = int(correct_N.sum())
-    wrong = len(correct_N) - right
-    if not right or not wrong:
-        return None
-    return float((midranks(score_N)[correct_N].sum() - right * (right + 1) / 2) / (right * wrong))
-
-
-def midranks(value_N: Float[np.ndarray, "N"]) -> Float64[np.ndarray, "N"]:
-    """Ranks from 1; equal values share the mean of theirs."""
-    _, place_N, count = np.unique(np.asarray(value_N), return_inverse=True, return_counts=True)
-    last = np.cumsum(count)
-    return (last - (count - 1) / 2)[place_N]
+    return ErrorRates(mean(accepted_N[~correct_N]), mean(~accepted_N[correct_N]))
 
 
 def histogram(score_N: Float[np.ndarray, "N"]) -> Int[np.ndarray, "5"]:
@@ -96,7 +80,7 @@ def agreement(ours_N: Float[np.ndarray, "N"], theirs_N: Float[np.ndarray, "N"]) 
         # Quadratic weights: 1 − E[(a − b)²] / E[(a − b′)²] with b′ drawn apart from a.
         by_chance = a.var() + b.var() + (a.mean() - b.mean()) ** 2
         kappa = float(1 - np.mean(apart**2) / by_chance) if by_chance else None
-    return Agreement(len(a), _mean(apart == 0), _mean(apart <= 1), kappa)
+    return Agreement(len(a), mean(apart == 0), mean(apart <= 1), kappa)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +101,11 @@ class Spread:
 
 def spread(scores: Sequence[Sequence[float]]) -> Spread:
     """Within rollouts and between them; rollouts with fewer than two scores are left out."""
-    several = [np.asarray(each, np.float64) for each in scores if len(each) > 1]
+    several = [np.asarray(of_rollout, np.float64) for of_rollout in scores if len(of_rollout) > 1]
     if not several:
         return Spread(0, None, None)
-    within = float(np.sqrt(np.mean([each.var(ddof=1) for each in several])))
-    between = float(np.std([each.mean() for each in several], ddof=1)) if len(several) > 1 else None
+    within = float(np.sqrt(np.mean([of_rollout.var(ddof=1) for of_rollout in several])))
+    between = float(np.std([of_rollout.mean() for of_rollout in several], ddof=1)) if len(several) > 1 else None
     return Spread(len(several), within, between)
 
 
@@ -149,31 +133,27 @@ def likelihood(score_N: Float[np.ndarray, "N"], success_N: Float[np.ndarray, "N"
     return Likelihood(
         n=len(score_N),
         count_5=tuple(histogram(score_N).tolist()),
-        success_5=tuple(_mean(success_N[digit_N == digit]) for digit in DIGITS),
+        success_5=tuple(mean(success_N[digit_N == digit]) for digit in DIGITS),
         pearson=correlation(score_N, success_N),
         spearman=correlation(midranks(score_N), midranks(success_N)),
     )
 
 
-def correlation(a_N: Float[np.ndarray, "N"], b_N: Float[np.ndarray, "N"]) -> float | None:
-    """Pearson's; None where either is constant."""
-    if len(a_N) < 2 or np.ptp(a_N) == 0 or np.ptp(b_N) == 0:
-        return None
-    return float(np.corrcoef(a_N, b_N)[0, 1])
-
-
 def derangement(texts: Sequence[tuple[str, ...]], seed: int) -> Int[np.ndarray, "P"]:
-    """A permutation that gives every item another's place, and never that of one which shares a text with it.
+    """A permutation that gives every item the index of another, and never of one which shares a text with it.
 
     Items that share a text, directly or through others, form a group.  In a random order with groups together, every
-    item takes the place of the one as many further on as the largest group has items: out of its own group, however
+    item gets the index of the one as many further on as the largest group has items: out of its own group, wherever
     the groups lie.
+
+        order    a a a b b c c      largest group: 3
+        gets     b b c c a a a
 
     Args:
       texts: of each item; compared without outer blanks, kind by kind (a problem with problems, and so on).
 
     Returns:
-      The place from which each item takes.
+      The index of the item that each one gets.
 
     Raises:
       ValueError: one group has more than half of the items, so that there is no such permutation.
@@ -200,10 +180,6 @@ def derangement(texts: Sequence[tuple[str, ...]], seed: int) -> Int[np.ndarray, 
             "most half, so that each can get another's"
         )
     order = np.array([i for of_group in members.values() for i in of_group], np.int64)
-    taken = np.empty(len(texts), np.int64)
-    taken[order] = np.roll(order, -largest)
-    return taken
-
-
-def _mean(values: np.ndarray) -> float | None:
-    return float(np.mean(values)) if len(values) else None
+    other = np.empty(len(texts), np.int64)
+    other[order] = np.roll(order, -largest)
+    return other

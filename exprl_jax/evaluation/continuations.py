@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from jax.sharding import Mesh
 
-from exprl_jax import programs as programs_room
 from exprl_jax.config import Calibrate
 from exprl_jax.data.training import kinds_of, policy_prompts
-from exprl_jax.evaluation.asking import Trace, says_something
-from exprl_jax.evaluation.fixed_rollouts import Ledger, renamed
+from exprl_jax.evaluation.completions import Completer
+from exprl_jax.evaluation.passes import Trace, decides
+from exprl_jax.files import Ledger
 from exprl_jax.hosts import local_problems, say
 from exprl_jax.reward.verifiers.grading import Graders, check_answers, open_graders
 from exprl_jax.reward.verifiers.verdict import Verdict
-from exprl_jax.rollout.call import make_prompts, texts_of
 from exprl_jax.run.stopping import StopRequest
-from exprl_jax.weights.language_model import load_params, open_model
+from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
+
+CONTINUATION_KEY = ("id", "rollout", "segment", "part")
+CONTINUATION_FIELDS = {"id": str, "rollout": int, "segment": int, "part": int, "correct": int, "graded": int}
 
 
 def continue_prefixes(
@@ -26,86 +28,77 @@ def continue_prefixes(
 ) -> bool:
     """Lets the policy go on after each prefix and grades what it arrives at; False where it was stopped.
 
-    A prefix is put after the prompt token by token.  Rows are {id, rollout, segment, part, correct, graded}: of the
-    part's continuations.
+    Rows are {id, rollout, segment, part, correct, graded}: counts of the part's continuations.
 
     Raises:
       ValueError: no prefix fits the policy's context.
     """
-    how, policy = config.prefixes.sampling, open_model(config.policy)
-    problems = {trace.rollout.problem.id: trace.rollout.problem for trace in prefixes}
-    bare = policy_prompts(config, policy.tokenizer, list(problems.values()))
-    room = policy.arch.max_positions - how.max_tokens
-    made = {trace: [*bare[trace.rollout.problem.id], *trace.ids] for trace in prefixes}
-    kept = {trace: ids for trace, ids in made.items() if len(ids) <= room}
-    if not kept:
-        raise ValueError(
-            f"config.prefixes.sampling.max_tokens: got {how.max_tokens}, expected less: no prefix fits the policy's "
-            f"context of {policy.arch.max_positions} tokens with it"
-        )
-    if len(kept) < len(made):
-        say(f"left out {len(made) - len(kept)} prefixes that leave no room for a continuation")
-    waiting = [
-        (part, trace)
-        for part in range(how.samples // how.group)
-        for trace in kept
-        if (trace.rollout.problem.id, trace.rollout.number, trace.segment, part) not in ledger
-    ]
-    if not waiting:
+    sampling, policy = config.prefixes.sampling, open_model(config.policy)
+    local_problems(mesh, sampling.wave)  # whether waves can be divided over the mesh
+    prompts = _prompts(config, policy, prefixes)
+    by_name = {_name(trace): trace for trace in prefixes if _name(trace) in prompts}
+    waiting = {
+        part: [name for name, trace in by_name.items() if (*trace.rollout.key, trace.segment, part) not in ledger]
+        for part in range(sampling.samples // sampling.group)
+    }
+    groups, done = sum(map(len, waiting.values())), 0
+    if not groups:
         return True
-    check_answers(list(problems.values()))
-    named = {t: renamed(t.rollout.problem, f"{t.rollout.problem.id}#{t.rollout.number}#{t.segment}") for t in kept}
-    prompts = make_prompts({named[trace].id: ids for trace, ids in kept.items()})
-    say(f"policy {config.policy.weights}; {len(kept)} prefixes, {how.samples} continuations each")
+    problems = list({trace.rollout.problem.id: trace.rollout.problem for trace in prefixes}.values())
+    check_answers(problems)
+    say(f"policy {config.policy.weights}; {len(by_name)} prefixes, {sampling.samples} continuations each")
+    sizes = dict(wave=sampling.wave, max_tokens=sampling.max_tokens)
     params = load_params(policy, mesh, config.seed)
-    sampler = programs_room.build_sampler(policy, mesh, max_tokens=how.max_tokens, wave=how.wave)
-    local_problems(mesh, how.wave)
-    with open_graders(config.grader, config.code, kinds_of(list(problems.values()))) as graders:
-        done = 0
-        for part, wave in _parts(waiting, how.wave):
-            if stop.agreed():
-                return False
-            filled = [*wave, *[wave[0]] * (how.wave - len(wave))]
-            rollouts = sampler(
-                params,
-                prompts,
-                [named[trace] for trace in filled],
-                group=how.group,
-                temperature=how.temperature,
-                seed=config.seed,
-                step=part,
-                attempt=0,
-                live_P=np.arange(how.wave) < len(wave),
-            )
-            _, texts = texts_of(rollouts, policy.tokenizer.decode)
-            ledger.add(_graded(graders, part, wave, texts))
-            done += len(wave)
-            say(f"continuations: {done}/{len(waiting)} groups of {how.group}")
+    completer = Completer(policy, mesh, params, prompts, **sizes, temperature=sampling.temperature, seed=config.seed)
+    with open_graders(config.grader, config.code, kinds_of(problems)) as graders:
+        for part, names in waiting.items():
+            for start in range(0, len(names), sampling.wave):
+                if stop.agreed():
+                    return False
+                wave = names[start : start + sampling.wave]
+                completions = completer.complete(wave, sampling.group, step=part)
+                texts = [[completion.text for completion in of_prefix] for of_prefix in completions]
+                rows = _grade(graders, [by_name[name] for name in wave], texts)
+                ledger.add(row | {"part": part} for row in rows)
+                done += len(wave)
+                say(f"continuations: {done}/{groups} groups of {sampling.group}")
     return True
 
 
-def _parts(waiting: Sequence[tuple[int, Trace]], size: int) -> Iterator[tuple[int, list[Trace]]]:
-    """Waves, each of one part."""
-    for part in sorted({part for part, _ in waiting}):
-        of_part = [trace for other, trace in waiting if other == part]
-        for start in range(0, len(of_part), size):
-            yield part, of_part[start : start + size]
+def _prompts(config: Calibrate, policy: LanguageModel, prefixes: Sequence[Trace]) -> Mapping[str, list[int]]:
+    """By name of the prefix: the problem's prompt, and the prefix after it token by token."""
+    max_tokens, context = config.prefixes.sampling.max_tokens, policy.arch.max_positions
+    problems = {trace.rollout.problem.id: trace.rollout.problem for trace in prefixes}
+    bare = policy_prompts(config, policy.tokenizer, list(problems.values()))
+    prompts = {_name(trace): [*bare[trace.rollout.problem.id], *trace.ids] for trace in prefixes}
+    fitting = {name: ids for name, ids in prompts.items() if len(ids) + max_tokens <= context}
+    if not fitting:
+        raise ValueError(
+            f"config.prefixes.sampling.max_tokens: got {max_tokens}, expected less: no prefix fits the policy's "
+            f"context of {context} tokens with it"
+        )
+    if len(fitting) < len(prompts):
+        say(f"left out {len(prompts) - len(fitting)} prefixes that leave no room for a continuation")
+    return fitting
 
 
-def _graded(graders: Graders, part: int, wave: Sequence[Trace], texts: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-    rows = [[(t.rollout.problem, t.text + text) for text in of_trace] for t, of_trace in zip(wave, texts)]
-    verdicts = iter(graders.submit([row for of_trace in rows for row in of_trace]).result())
-    found = []
-    for trace, of_trace in zip(wave, rows, strict=True):
-        said = [next(verdicts) for _ in of_trace]
-        found.append(
+def _name(trace: Trace) -> str:
+    return f"{trace.rollout.problem.id}#{trace.rollout.number}#{trace.segment}"
+
+
+def _grade(graders: Graders, traces: Sequence[Trace], texts: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Counts of the correct and of the graded continuations of each trace."""
+    pairs = [(t.rollout.problem, t.text + text) for t, of_trace in zip(traces, texts) for text in of_trace]
+    verdicts, rows = iter(graders.submit(pairs).result()), []
+    for trace, of_trace in zip(traces, texts, strict=True):
+        of_trace = list(itertools.islice(verdicts, len(of_trace)))
+        rows.append(
             {
                 "id": trace.rollout.problem.id,
                 "rollout": trace.rollout.number,
                 "segment": trace.segment,
-                "part": part,
-                "correct": sum(verdict == Verdict.correct for verdict in said),
-                "graded": sum(says_something(trace.rollout.problem, verdict) for verdict in said),
+                "correct": sum(verdict == Verdict.correct for verdict in of_trace),
+                "graded": sum(decides(trace.rollout.problem, verdict) for verdict in of_trace),
             }
         )
-    return found
+    return rows

@@ -1,48 +1,97 @@
 """Evaluation: n samples a problem of any model on any problem sets, graded by the one grader, as pass@k with intervals.
 
-Samples are drawn a wave of problems and a group of samples at a time, and are on disk (`samples/<set>.jsonl`) before the
-next but one are drawn.  A sample's random numbers depend on seed, problem, number and the size of groups alone, so that
-an evaluation which was killed goes on where its files end and arrives at the same numbers.
+    problems ─ groups without samples ─→ waves ─ sampler ─→ verifiers | judge ─→ samples/<set>.jsonl ─→ pass@k
+
+Samples are drawn a wave of problems and a group of samples at a time, and are on disk before the next but one are
+drawn.  A sample's random numbers depend on seed, problem, number and the size of groups alone: an evaluation which was
+killed goes on where its files end and arrives at the same numbers, and one that is finished may be given more samples.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
+import dataclasses
 import json
-import os
+import math
 import pathlib
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from exprl_jax import programs as programs_room
+from exprl_jax import programs
 from exprl_jax.config import Evaluate
 from exprl_jax.data.problem_sources import split_sources
 from exprl_jax.data.problems import Problem, read_problems
 from exprl_jax.data.training import check_same_problems, fingerprint, kinds_of, policy_prompts
 from exprl_jax.evaluation.pass_at_k import summarise
-from exprl_jax.evaluation.tables import Run, render_table, write_results, write_tables
-from exprl_jax.files import append_jsonl, read_jsonl, write_atomically
-from exprl_jax.hosts import barrier, gather_rows, local_problems, say
+from exprl_jax.evaluation.tables import RESULTS, EvaluatedModel, render_table, write_results, write_tables
+from exprl_jax.files import Ledger, read_rows, write_atomically
+from exprl_jax.hosts import agree_rows, barrier, gather_rows, local_problems, owned_problems, say
 from exprl_jax.layout import check_layout
 from exprl_jax.mesh import DATA, make_mesh
+from exprl_jax.model.decoder import Params
 from exprl_jax.records import Rollouts
 from exprl_jax.resolve import to_dict
 from exprl_jax.reward.judges import AnyJudge, JudgeBuilder
 from exprl_jax.reward.statistics import VERDICTS
-from exprl_jax.reward.verifiers.grading import Graders, Verdicts, check_answers, open_graders
+from exprl_jax.reward.verifiers.grading import Graders, check_answers, open_graders, submit_owned
 from exprl_jax.reward.verifiers.verdict import Verdict
-from exprl_jax.rollout.call import describe_problem, make_prompts, texts_of
+from exprl_jax.rollout.call import Prompts, Sampler, describe_problem, make_prompts, texts_of
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.workdir import check_workdir, open_workdir
 from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
 
-_SAY_EVERY_S = 10.0
+_PROGRESS_S = 10.0
+_SAMPLE_KEY = ("id", "sample")
+_SAMPLE_FIELDS = {"id": str, "sample": int, "response": str, "length": int, "ended": bool, "verdict": str}
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationRun:
+    """What stays the same through an evaluation."""
+
+    config: Evaluate
+    mesh: Mesh
+    policy: LanguageModel
+    params: Params
+    prompts: Prompts
+    sampler: Sampler
+    judge: AnyJudge
+    graders: Graders
+
+
+class SampleWave(NamedTuple):
+    """Problems to draw a group of samples of, as many as a wave has.
+
+    Attributes:
+      live_P: problems to sample; the others fill up the wave.
+      part: number of the group: its first sample is `part` times the size of groups.
+    """
+
+    problems: Sequence[Problem]
+    live_P: np.ndarray
+    part: int
+
+
+class PendingWave(NamedTuple):
+    """A wave that is sampled, while its verifiers are still at work.
+
+    Attributes:
+      index_P: of this process's problems in the wave; the other fields are of these alone.
+      judge_verdicts: on open-ended answers; none for other problems.
+      grading: waits for the verifiers' verdicts.
+    """
+
+    wave: SampleWave
+    index_P: np.ndarray
+    rollouts: Rollouts
+    judge_verdicts: Sequence[Sequence[Verdict]]
+    grading: Callable[[], list[list[Verdict]]]
 
 
 def evaluate(config: Evaluate, workdir_path: str) -> None:
@@ -53,83 +102,20 @@ def evaluate(config: Evaluate, workdir_path: str) -> None:
     """
     check_workdir(workdir_path, to_dict(config))
     sets = read_sets(config)
-    problems = [problem for of_set in sets.values() for problem in of_set]
-    check_same_problems(problems)
-    policy, mesh, how = open_model(config.policy), make_mesh(config.mesh), config.sampling
-    prompts = checked_prompts(config, policy, problems)
-    opening = JudgeBuilder(
-        config.judge, scored=[], verified=[p for p in problems if p.kind == "science"], unit=_no_unit
-    )
-    with contextlib.ExitStack() as held:
-        check_layout(config, mesh.shape[DATA])
-        opened = open_workdir(
-            workdir_path, to_dict(config), folders=("samples",), process=jax.process_index(), barrier=barrier
-        )
-        workdir = held.enter_context(opened)
-        say(f"policy {config.policy.weights}; {len(problems)} problems in {len(sets)} sets, {how.samples} samples each")
-        graders = held.enter_context(open_graders(config.grader, config.code, kinds_of(problems)))
-        params = load_params(policy, mesh, config.seed)
-        # Judge and policy may be one model; then they are one set of buffers.
-        judge = opening.open(
-            mesh,
-            held,
-            lambda model: params if model.config == config.policy else load_params(model, mesh, config.seed),
-            programs_room.build_judge,
-            problems,
-            wave=how.wave,
-            group=how.group,
-        )
-        sampler = programs_room.build_sampler(policy, mesh, max_tokens=how.max_tokens, wave=how.wave)
-        stop, waiting_s = held.enter_context(StopRequest()), 0.0
+    with contextlib.ExitStack() as stack:
+        folder, run = open_evaluation(config, sets, workdir_path, stack)
+        stop = stack.enter_context(StopRequest())
         if jax.process_index() == 0:
-            _check_same_problems(workdir.path / "problems.json", sets)
-        for name, of_set in sets.items():
-            path = workdir.path / "samples" / f"{name}.jsonl"
-            waiting = unfinished(path, of_set, how.samples, how.group)
-            groups, done, start, said = sum(map(len, waiting.values())), 0, time.monotonic(), -_SAY_EVERY_S
-            begun = collections.deque()  # the verifiers work on one wave while the next is sampled
-            for wave, part in [*_waves(waiting, how.wave), ([], 0)]:
-                if stop.agreed():
-                    say("stopped; start again with the same command to go on")
-                    return
-                if wave:
-                    mine = local_problems(mesh, how.wave)
-                    problems, live_P = [wave[i][0] for i in mine], np.array([wave[i][1] for i in mine])
-                    rollouts = sampler(
-                        params,
-                        prompts,
-                        problems,
-                        group=how.group,
-                        temperature=how.temperature,
-                        seed=config.seed,
-                        step=part,
-                        attempt=0,
-                        live_P=live_P,
-                    )
-                    begun.append((wave, part, begin_grading(policy, graders, judge, problems, live_P, rollouts, mine)))
-                if not begun or wave and len(begun) == 1:
-                    continue
-                before, its_part, grading = begun.popleft()
-                waited = time.monotonic()
-                rows = finish_grading(grading)
-                waiting_s += time.monotonic() - waited
-                if jax.process_index() == 0:
-                    sampled = [i for i, (_, live) in enumerate(before) if live]
-                    made = [sample_rows(before[i][0], its_part, how.group, policy, rows, i) for i in sampled]
-                    append_jsonl(path, [row for of_problem in made for row in of_problem])
-                done += sum(live for _, live in before)
-                seconds = time.monotonic() - start
-                if seconds - said >= _SAY_EVERY_S or done == groups:
-                    said = seconds
-                    say(f"{name}: {done}/{groups} groups of {how.group}  {done * how.group / seconds:.1f} samples/s")
-        busy = graders.throughput.report()
-        if busy["time/graded_rows"]:
-            say(
-                f"graded {busy['time/graded_rows']} samples in {busy['time/grading_seconds']:.1f} s beside the sampling, which "
-                f"waited {waiting_s:.1f} s for it"
-            )
+            _check_problems_of(folder / "problems.json", sets)
+        for name, problems in sets.items():
+            if not sample_set(run, name, problems, folder / "samples" / f"{name}.jsonl", stop):
+                say("stopped; start again with the same command to go on")
+                return
         if jax.process_index() == 0:
-            _report(config, workdir.path, sets)
+            _report(config, folder, sets)
+
+
+# ------------------------------------------------------------------------------------------------ opening
 
 
 def read_sets(config: Evaluate) -> dict[str, list[Problem]]:
@@ -138,7 +124,8 @@ def read_sets(config: Evaluate) -> dict[str, list[Problem]]:
     Raises:
       ValueError: two sets of one name, an id that stands for two problems, or a problem that its verifier cannot grade.
     """
-    sets, known = {}, {}
+    sets: dict[str, list[Problem]] = {}
+    by_id: dict[str, Problem] = {}
     for source in split_sources(config.data.source):
         name = set_name(source)
         if name in sets:
@@ -146,27 +133,12 @@ def read_sets(config: Evaluate) -> dict[str, list[Problem]]:
         sets[name] = read_problems(source, split=config.data.split, references=False)
         check_answers(sets[name])
         for problem in sets[name]:
-            if known.setdefault(problem.id, problem) != problem:
+            if by_id.setdefault(problem.id, problem) != problem:
                 raise ValueError(
-                    f"config.data.source: {problem.id!r} is another problem in {name!r} than in a set before it; rename it, or "
-                    "evaluate the sets apart"
+                    f"config.data.source: {problem.id!r} is another problem in {name!r} than in a set before it; "
+                    "rename it, or evaluate the sets apart"
                 )
     return sets
-
-
-def _check_same_problems(path: pathlib.Path, sets: Mapping[str, Sequence[Problem]]) -> None:
-    """Samples of other problems must not be added to.
-
-    Raises:
-      ValueError: the sets are not those that the samples there are of.
-    """
-    prints = {name: fingerprint(problems) for name, problems in sets.items()}
-    if not path.exists():
-        write_atomically(path, json.dumps(prints, indent=1) + "\n")
-    elif json.loads(path.read_text(encoding="utf-8")) != prints:
-        raise ValueError(
-            f"{path.parent}: its samples are of other problems than config.data.source has now; choose another --workdir"
-        )
 
 
 def set_name(source: str) -> str:
@@ -179,19 +151,54 @@ def set_name(source: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name).strip("_")
 
 
-def checked_prompts(config: Evaluate, policy: LanguageModel, problems: Sequence[Problem]):
+def open_evaluation(
+    config: Evaluate, sets: Mapping[str, Sequence[Problem]], workdir_path: str, stack: contextlib.ExitStack
+) -> tuple[pathlib.Path, EvaluationRun]:
+    """The folder, and what the evaluation needs, checked against one another.
+
+    Args:
+      stack: closes what stays open.
+
+    Raises:
+      ValueError: anything about config, data, model or folder that cannot work, in one line.
+    """
+    problems = [problem for of_set in sets.values() for problem in of_set]
+    check_same_problems(problems)
+    policy, mesh, sampling = open_model(config.policy), make_mesh(config.mesh), config.sampling
+    prompts = checked_prompts(config, policy, problems)
+    builder = checked_judge(config, problems)
+    check_layout(config, mesh.shape[DATA])
+    workdir = stack.enter_context(
+        open_workdir(workdir_path, to_dict(config), folders=("samples",), process=jax.process_index(), barrier=barrier)
+    )
+    say(
+        f"policy {config.policy.weights}; {len(problems)} problems in {len(sets)} sets, {sampling.samples} samples each"
+    )
+    grades = bool(owned_problems(mesh, sampling.wave).any())
+    graders = stack.enter_context(open_graders(config.grader, config.code, kinds_of(problems), grades))
+    params = load_params(policy, mesh, config.seed)
+    judge = builder.open(
+        mesh,
+        stack,
+        # Judge and policy may be one model; then they are one set of buffers.
+        lambda model: params if model.config == config.policy else load_params(model, mesh, config.seed),
+        programs.build_judge,
+        problems,
+        wave=sampling.wave,
+        group=sampling.group,
+    )
+    sampler = programs.build_sampler(policy, mesh, max_tokens=sampling.max_tokens, wave=sampling.wave)
+    return workdir.path, EvaluationRun(config, mesh, policy, params, prompts, sampler, judge, graders)
+
+
+def checked_prompts(config: Evaluate, policy: LanguageModel, problems: Sequence[Problem]) -> Prompts:
     """The policy's prompts.
 
     Raises:
-      ValueError: one is over the budget (nothing is left out of an evaluation), or budgets are over the model's context.
+      ValueError: one is over the budget (an evaluation leaves no problem out), or budgets are over the model's context.
     """
     ids = policy_prompts(config, policy.tokenizer, problems)
-    longest = max(ids, key=lambda name: len(ids[name]))
-    if len(ids[longest]) > config.data.max_prompt_tokens:
-        raise ValueError(
-            f"config.data.max_prompt_tokens: got {config.data.max_prompt_tokens}, expected at least {len(ids[longest])}, the "
-            f"prompt of problem {longest!r}; an evaluation leaves no problem out"
-        )
+    _check_budget("data.max_prompt_tokens", config.data.max_prompt_tokens, {name: len(ids[name]) for name in ids})
     tokens = config.data.max_prompt_tokens + config.sampling.max_tokens
     if tokens > policy.arch.max_positions:
         raise ValueError(
@@ -201,106 +208,183 @@ def checked_prompts(config: Evaluate, policy: LanguageModel, problems: Sequence[
     return make_prompts(ids)
 
 
-def unfinished(path: pathlib.Path, problems: Sequence[Problem], samples: int, group: int) -> dict[int, list[Problem]]:
-    """The problems that lack a group of samples, by the group's number; rows of groups cut short are dropped.
+def checked_judge(config: Evaluate, problems: Sequence[Problem]) -> JudgeBuilder:
+    """The judge that says yes or no to open-ended answers; nothing is loaded.
 
     Raises:
-      ValueError: a row that is none.
+      ValueError: a prompt is over the judge's budget, or its budgets are over its context.
     """
-    kept, seen = [], {}
-    for row in read_jsonl(path):
-        seen.setdefault((row["id"], row["sample"] // group), []).append(row)
-    whole = {key: rows for key, rows in seen.items() if len(rows) == group}
-    for rows in whole.values():
-        kept += rows
-    if path.exists() and jax.process_index() == 0:
-        partial = path.with_name(path.name + ".tmp")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        os.replace(partial, path)
-    barrier()
-    return {part: [p for p in problems if (p.id, part) not in whole] for part in range(samples // group)}
+    open_ended = [problem for problem in problems if problem.traits.by_judge]
+    builder = JudgeBuilder(config.judge, scored=[], verified=open_ended, unit=lambda _: "outcome")
+    _check_budget("judge.max_context_tokens", config.judge.max_context_tokens, builder.lengths(open_ended))
+    return builder
 
 
-def _waves(waiting: Mapping[int, Sequence[Problem]], size: int) -> Iterator[tuple[list[tuple[Problem, bool]], int]]:
-    """(problem, whether to sample it) of each wave, and the number of its group; the last wave is filled up."""
-    for part, problems in waiting.items():
-        for start in range(0, len(problems), size):
-            wave = [(problem, True) for problem in problems[start : start + size]]
-            yield wave + [(wave[0][0], False)] * (size - len(wave)), part
+def _check_budget(key: str, budget: int, tokens: Mapping[str, int]) -> None:
+    longest = max(tokens, key=lambda name: tokens[name], default="")
+    if tokens and tokens[longest] > budget:
+        raise ValueError(
+            f"config.{key}: got {budget}, expected at least {tokens[longest]}, the prompt of problem {longest!r}; an "
+            "evaluation leaves no problem out"
+        )
 
 
-class Grading(NamedTuple):
-    """A wave that is sampled, while its verifiers are still at work; this process's problems.
+def _check_problems_of(path: pathlib.Path, sets: Mapping[str, Sequence[Problem]]) -> None:
+    """Samples of other problems must not be added to.
 
-    Attributes:
-      place: of its problems in the wave.
-      opinions: a judge's verdicts on open-ended answers, none for other problems.
+    Raises:
+      ValueError: the sets are not those that the samples there are of.
     """
-
-    place: np.ndarray
-    rollouts: Rollouts
-    opinions: Sequence[Sequence[Verdict]]
-    verdicts: Verdicts
-
-
-def begin_grading(
-    policy: LanguageModel,
-    graders: Graders,
-    judge: AnyJudge,
-    problems: Sequence[Problem],
-    live_P: np.ndarray,
-    rollouts: Rollouts,
-    place: np.ndarray,
-) -> Grading:
-    """Gives a wave to the verifiers, and asks the judge about open-ended answers."""
-    _, responses = texts_of(rollouts, policy.tokenizer.decode)
-    verdicts = graders.submit([(p, text) for p, group in zip(problems, responses) for text in group])
-    asked = [group if p.kind == "science" and live else [] for p, group, live in zip(problems, responses, live_P)]
-    return Grading(place, rollouts, judge.verify(problems, asked), verdicts)
+    fingerprints = {name: fingerprint(problems) for name, problems in sets.items()}
+    if not path.exists():
+        write_atomically(path, json.dumps(fingerprints, indent=1) + "\n")
+    elif json.loads(path.read_text(encoding="utf-8")) != fingerprints:
+        raise ValueError(
+            f"{path.parent}: its samples are of other problems than config.data.source has now; choose another "
+            "--workdir"
+        )
 
 
-def finish_grading(grading: Grading) -> dict[str, np.ndarray]:
+# ------------------------------------------------------------------------------------------------ sampling
+
+
+def sample_set(
+    run: EvaluationRun, name: str, problems: Sequence[Problem], path: pathlib.Path, stop: StopRequest
+) -> bool:
+    """Draws and grades the samples of a set that are not there yet; False where it was stopped before the end.
+
+    Raises:
+      ValueError: the samples' file is damaged; names the line.
+    """
+    sampling = run.config.sampling
+    # One process reads and writes the file; the others are told which samples it lacks.
+    ledger = Ledger(path, "sample", _SAMPLE_KEY, _SAMPLE_FIELDS) if jax.process_index() == 0 else None
+    waves = sample_waves(problems, _unsampled(run, problems, ledger), sampling.wave)
+    groups, done, waited_s = sum(int(wave.live_P.sum()) for wave in waves), 0, 0.0
+    start, told = time.monotonic(), -math.inf
+    pending: PendingWave | None = None  # the verifiers work on one wave while the next is sampled
+    for wave in [*waves, None]:
+        stopped = stop.agreed()
+        started = start_wave(run, wave) if wave and not stopped else None
+        if pending:
+            waiting = time.monotonic()
+            table = finish_wave(pending)
+            waited_s += time.monotonic() - waiting
+            if ledger is not None:
+                ledger.add(sample_rows(run, pending.wave, table))
+            done += int(pending.wave.live_P.sum())
+            seconds = time.monotonic() - start
+            if seconds - told >= _PROGRESS_S or done == groups:
+                told = seconds
+                rate = done * sampling.group / seconds
+                say(f"{name}: {done}/{groups} groups of {sampling.group}  {rate:.1f} samples/s")
+        if stopped:
+            return False
+        pending = started
+    work = run.graders.throughput.report()
+    if work["time/graded_rows"]:
+        say(
+            f"{name}: graded {work['time/graded_rows']} samples in {work['time/grading_seconds']:.1f} s beside the "
+            f"sampling, which waited {waited_s:.1f} s for it"
+        )
+    return True
+
+
+def _unsampled(run: EvaluationRun, problems: Sequence[Problem], ledger: Ledger | None) -> np.ndarray:
+    """Which groups of samples lack one, bool [P, parts], the same on every process; process 0 has the ledger."""
+    group = run.config.sampling.group
+    lacking = np.zeros((len(problems), run.config.sampling.samples // group), bool)
+    if ledger is not None:
+        for i, part in np.ndindex(*lacking.shape):
+            numbers = range(part * group, (part + 1) * group)
+            lacking[i, part] = not all((problems[i].id, number) in ledger for number in numbers)
+    return agree_rows({"lacking": lacking}, np.arange(len(problems)))["lacking"]
+
+
+def sample_waves(problems: Sequence[Problem], lacking: np.ndarray, size: int) -> list[SampleWave]:
+    """Waves of one part each: the first part of all problems, then the second; the last wave of a part is filled up.
+
+    Args:
+      lacking: bool [P, parts], groups to sample.
+    """
+    waves = []
+    for part in range(lacking.shape[1]):
+        unsampled = [problem for problem, lacks in zip(problems, lacking[:, part], strict=True) if lacks]
+        for start in range(0, len(unsampled), size):
+            some = unsampled[start : start + size]
+            filled = [*some, *[some[0]] * (size - len(some))]
+            waves.append(SampleWave(filled, np.arange(size) < len(some), part))
+    return waves
+
+
+def start_wave(run: EvaluationRun, wave: SampleWave) -> PendingWave:
+    """Samples a wave, gives it to the verifiers, and asks the judge about open-ended answers.
+
+    Where processes share rows, one of them has them graded, and asks an endpoint; the others take its answers.
+    """
+    sampling = run.config.sampling
+    index_P = local_problems(run.mesh, sampling.wave)
+    problems, live_P = [wave.problems[i] for i in index_P], wave.live_P[index_P]
+    rollouts = run.sampler(
+        run.params,
+        run.prompts,
+        problems,
+        group=sampling.group,
+        temperature=sampling.temperature,
+        seed=run.config.seed,
+        step=wave.part,
+        attempt=0,
+        live_P=live_P,
+    )
+    _, responses = texts_of(rollouts, run.policy.tokenizer.decode)
+    owned_P = live_P & owned_problems(run.mesh, sampling.wave)
+    grading = submit_owned(run.graders, problems, responses, owned_P)
+    # A judge on the mesh is asked by all processes, for a program is the whole mesh's.
+    asks_P = live_P if run.judge.on_mesh else owned_P
+    open_ended = [
+        group if asks and problem.traits.by_judge else []
+        for problem, group, asks in zip(problems, responses, asks_P, strict=True)
+    ]
+    return PendingWave(wave, index_P, rollouts, run.judge.verify(problems, open_ended), grading)
+
+
+def finish_wave(pending: PendingWave) -> dict[str, np.ndarray]:
     """Tokens, lengths, ends and verdicts of the whole wave, on every process."""
-    place, rollouts, opinions, verdicts = grading
-    flat, G = verdicts.result(), rollouts.ended_PG.shape[1]
-    found = [opinions[i] or flat[i * G : (i + 1) * G] for i in range(len(place))]
+    graded = pending.grading()
+    verdicts = [judged or of_group for judged, of_group in zip(pending.judge_verdicts, graded, strict=True)]
     table = {
-        "tokens_PGR": rollouts.tokens_PGR,
-        "length_PG": rollouts.mask_PGR.sum(-1),
-        "ended_PG": rollouts.ended_PG,
-        "verdict_PG": np.array([[VERDICTS.index(verdict) for verdict in group] for group in found]),
+        "tokens_PGR": pending.rollouts.tokens_PGR,
+        "length_PG": pending.rollouts.mask_PGR.sum(-1),
+        "ended_PG": pending.rollouts.ended_PG,
+        "verdict_PG": np.array([[VERDICTS.index(verdict) for verdict in group] for group in verdicts]),
     }
-    return gather_rows(table, place)
+    return gather_rows(table, pending.index_P)
 
 
-def sample_rows(
-    problem: Problem, part: int, group: int, policy: LanguageModel, rows: Mapping[str, np.ndarray], i: int
-) -> list[dict[str, Any]]:
-    """One problem's samples, as they are written."""
+def sample_rows(run: EvaluationRun, wave: SampleWave, table: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """A wave's samples, as they are written."""
+    group, decode = run.config.sampling.group, run.policy.tokenizer.decode
     return [
-        describe_problem(problem)
+        describe_problem(wave.problems[i])
         | {
-            "sample": part * group + g,
-            "response": policy.tokenizer.decode(rows["tokens_PGR"][i, g, : rows["length_PG"][i, g]].tolist()),
-            "length": int(rows["length_PG"][i, g]),
-            "ended": bool(rows["ended_PG"][i, g]),
-            "verdict": str(VERDICTS[rows["verdict_PG"][i, g]]),
+            "sample": wave.part * group + g,
+            "response": decode(table["tokens_PGR"][i, g, : table["length_PG"][i, g]].tolist()),
+            "length": int(table["length_PG"][i, g]),
+            "ended": bool(table["ended_PG"][i, g]),
+            "verdict": str(VERDICTS[table["verdict_PG"][i, g]]),
         }
+        for i in np.flatnonzero(wave.live_P)
         for g in range(group)
     ]
 
 
 def _report(config: Evaluate, folder: pathlib.Path, sets: Mapping[str, Sequence[Problem]]) -> None:
-    summaries = tuple(
-        summarise(name, problems, read_jsonl(folder / "samples" / f"{name}.jsonl"), seed=config.seed)
-        for name, problems in sets.items()
-    )
-    run = Run(config.label, config.policy.weights, summaries)
-    write_results(folder / "results.json", run)
-    files = write_tables([run], folder)
-    print(render_table([run]))
-    print("\n".join(f"  {file}" for file in [folder / "results.json", *files]), flush=True)
-
-
-def _no_unit(problem: Problem) -> str:
-    raise ValueError(f"problem {problem.id!r}: an evaluation has no use for a judge's score")
+    summaries = []
+    for name, problems in sets.items():
+        samples = read_rows(folder / "samples" / f"{name}.jsonl", _SAMPLE_FIELDS, "sample")
+        summaries.append(summarise(name, problems, samples, seed=config.seed))
+    model = EvaluatedModel(config.label, config.policy.weights, tuple(summaries))
+    write_results(folder / RESULTS, model)
+    files = write_tables([model], folder)
+    print(render_table([model]))
+    print("\n".join(f"  {file}" for file in [folder / RESULTS, *files]), flush=True)

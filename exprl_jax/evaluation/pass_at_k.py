@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import decimal
-import re
 import statistics
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int
 
 from exprl_jax.data.problems import Problem
-from exprl_jax.reward.verifiers.choice import grade_choice
-from exprl_jax.reward.verifiers.math import last_boxed
 from exprl_jax.reward.verifiers.verdict import Verdict
+from exprl_jax.reward.verifiers.verifier import verifier_of
 
 DRAWS = 2000
 COVERAGE = 0.95
@@ -40,7 +37,7 @@ class Summary:
       pass_at_k: pass@1 .. pass@n; None where some problem has fewer than k graded samples, so that every point of the
         curve is a mean over the same problems.
       low, high: 95 % interval of pass_at_k; None where that is None, or where one problem leaves nothing to resample.
-      majority: share of problems whose most frequent answer is right; None for kinds without a vote (code, science).
+      majority: share of problems whose most frequent answer is right; None for kinds without a vote.
       accuracy: correct / graded samples, over all problems.
       no_answer: share of graded samples without an answer in the form that the verifier reads.
       overlong: share of drawn samples that reached the token limit.
@@ -122,8 +119,8 @@ def bootstrap(
         rows = min(step, draws - start)
         # The upper 32 bits times P, over 2³²: an index below P, off uniform by less than P / 2³².
         index = ((bits.random_raw(rows * P) >> np.uint64(32)) * np.uint64(P) >> np.uint64(32)).astype(np.int64)
-        place = index + np.repeat(np.arange(rows), P) * P
-        count_BP = np.bincount(place, minlength=rows * P).reshape(rows, P)
+        slot = index + np.repeat(np.arange(rows), P) * P
+        count_BP = np.bincount(slot, minlength=rows * P).reshape(rows, P)
         means_BK[start : start + rows] = count_BP @ value_PK / P
     tail = (1 - coverage) / 2
     return np.quantile(means_BK, tail, axis=0), np.quantile(means_BK, 1 - tail, axis=0)
@@ -153,40 +150,13 @@ def majority_vote(answers: Sequence[tuple[Hashable | None, bool]]) -> float:
     return sum(answer in right for answer in winners) / len(winners) if winners else 0.0
 
 
-_SPACING = re.compile(r"\\(?:left|right|displaystyle|qquad|quad|[,;:!\s])(?![A-Za-z])|[\s~$]|\\[()\[\]]")
-_WRAPPED = re.compile(r"\\(?:text|mathrm|textbf|mathbf)\{([^{}]*)\}")
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_NUMBER = re.compile(r"[+-]?\d+(?:\.\d+)?")
+class _Sample(NamedTuple):
+    """What a summary keeps of a sample: responses of a large set would be gigabytes."""
 
-
-def normalise_answer(boxed: str) -> str:
-    r"""One spelling for boxed answers that differ in spacing and dress only, for counting votes.
-
-    Drops LaTeX spacing, `$`, `\left` and `\right`, a final period and `\text{}` around words; `\dfrac` and `\tfrac`
-    are `\frac`; plain numbers lose leading and trailing zeros and separators of thousands.  Whether `1/2` equals
-    `0.5` it does not ask: that is the verifier's matter.
-    """
-    answer = _WRAPPED.sub(r"\1", boxed)
-    answer = _SPACING.sub("", re.sub(r"\\[dt]frac", r"\\frac", answer)).replace("{,}", ",").rstrip(".")
-    if _THOUSANDS.fullmatch(answer):
-        answer = answer.replace(",", "")
-    if _NUMBER.fullmatch(answer):
-        number = decimal.Decimal(answer)
-        answer = format(number if number else decimal.Decimal(0), "f")
-        return answer.rstrip("0").rstrip(".") if "." in answer else answer
-    return answer
-
-
-def vote(problem: Problem, response: str) -> str | None:
-    """What a response votes for: a boxed answer, or a choice's label; None without one, and for code and science."""
-    if problem.kind == "math":
-        boxed = last_boxed(response)
-        return None if boxed is None or not boxed.strip() else normalise_answer(boxed)
-    if problem.kind == "choice":
-        # The label that the verifier would accept is the one that the response names.
-        labels = (label for label, _ in problem.choices)
-        return next((x for x in labels if grade_choice(response, x, problem.choices) == Verdict.correct), None)
-    return None
+    verdict: Verdict
+    vote: Hashable | None
+    length: int
+    ended: bool
 
 
 def summarise(
@@ -206,49 +176,54 @@ def summarise(
       ValueError: a sample given twice or of no problem of the set, problems sampled unequally often or not at all, or
         a verdict that is none.
     """
-    rows_of: dict[str, dict[int, Mapping[str, Any]]] = {problem.id: {} for problem in problems}
+    by_id = {problem.id: problem for problem in problems}
+    samples_of: dict[str, dict[int, _Sample]] = {name: {} for name in by_id}
+    votes = {problem.kind: verifier_of(problem.kind).vote for problem in problems}
+    voted = None not in votes.values()
     for row in samples:
         where = f"{name}: problem {row['id']!r} sample {row['sample']}"
-        if row["id"] not in rows_of:
+        if row["id"] not in by_id:
             raise ValueError(f"{where} is of no problem of the set; expected one of its {len(problems)} problems")
-        if row["sample"] in rows_of[row["id"]]:
+        if row["sample"] in samples_of[row["id"]]:
             raise ValueError(f"{where} is given twice; expected one row a sample")
         if row["verdict"] not in list(Verdict):
             raise ValueError(f"{where} has the verdict {row['verdict']!r}; expected one of {', '.join(Verdict)}")
-        rows_of[row["id"]][row["sample"]] = row
-    n = max((len(rows) for rows in rows_of.values()), default=0)
-    short = [problem for problem, rows in rows_of.items() if len(rows) < n or not rows]
+        problem = by_id[row["id"]]
+        answer = votes[problem.kind](problem, row["response"]) if voted else None
+        sample = _Sample(Verdict(row["verdict"]), answer, row["length"], row["ended"])
+        samples_of[row["id"]][row["sample"]] = sample
+    n = max((len(of_problem) for of_problem in samples_of.values()), default=0)
+    short = [problem for problem, of_problem in samples_of.items() if len(of_problem) < n or not of_problem]
     if short or not n:
         raise ValueError(
             f"{name}: {len(short)} of {len(problems)} problems have fewer samples than {max(n, 1)}, the first"
             f" {', '.join(map(repr, short[:3])) or 'none'}; expected equally many of each: finish the evaluation"
         )
 
-    drawn = [row for rows in rows_of.values() for row in rows.values()]
-    graded = [(p, [row for row in rows_of[p.id].values() if row["verdict"] != Verdict.missing]) for p in problems]
-    graded = [(problem, rows) for problem, rows in graded if rows]
-    total = sum(len(rows) for _, rows in graded)
+    drawn = [sample for of_problem in samples_of.values() for sample in of_problem.values()]
+    graded = [[s for s in samples_of[name].values() if s.verdict != Verdict.missing] for name in by_id]
+    graded = [of_problem for of_problem in graded if of_problem]
+    total = sum(map(len, graded))
     low = high = curve = (None,) * n
     majority = accuracy = no_answer = None
     if graded:
-        graded_P = np.array([len(rows) for _, rows in graded])
-        correct_P = np.array([sum(row["verdict"] == Verdict.correct for row in rows) for _, rows in graded])
+        graded_P = np.array([len(of_problem) for of_problem in graded])
+        correct_P = np.array([sum(s.verdict == Verdict.correct for s in of_problem) for of_problem in graded])
         value_PK = pass_at_k(graded_P, correct_P, int(graded_P.min()))
         curve = _padded(value_PK.mean(0), n)
         if len(graded) > 1:
             low, high = (_padded(bound, n) for bound in bootstrap(value_PK, seed))
         accuracy = int(correct_P.sum()) / total
-        no_answer = sum(row["verdict"] == Verdict.no_answer for _, rows in graded for row in rows) / total
-        if all(problem.kind in ("math", "choice") for problem in problems):
+        no_answer = sum(s.verdict == Verdict.no_answer for of_problem in graded for s in of_problem) / total
+        if voted:
             majority = statistics.fmean(
-                majority_vote([(vote(problem, row["response"]), row["verdict"] == Verdict.correct) for row in rows])
-                for problem, rows in graded
+                majority_vote([(s.vote, s.verdict == Verdict.correct) for s in of_problem]) for of_problem in graded
             )
-    lengths = [row["length"] for row in drawn]
+    lengths = [sample.length for sample in drawn]
     return Summary(
         name=name,
         problems=len(graded),
-        ungraded=len(problems) - len(graded),
+        ungraded=len(by_id) - len(graded),
         n=n,
         missing=len(drawn) - total,
         pass_at_k=curve,
@@ -257,7 +232,7 @@ def summarise(
         majority=majority,
         accuracy=accuracy,
         no_answer=no_answer,
-        overlong=sum(not row["ended"] for row in drawn) / len(drawn),
+        overlong=sum(not sample.ended for sample in drawn) / len(drawn),
         length_mean=statistics.fmean(lengths),
         length_median=float(statistics.median(lengths)),
         length_max=max(lengths),

@@ -15,17 +15,17 @@ import json
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
-from exprl_jax.evaluation.tables import read_results
-from exprl_jax.learning import distillation, supervised, update
+from exprl_jax.evaluation.tables import RESULTS, read_results
+from exprl_jax.files import parse_row, read_jsonl
+from exprl_jax.metric_tables import explanations
 from exprl_jax.resolve import differences
-from exprl_jax.reward import statistics
 from exprl_jax.run.metrics import read_metrics
 
-_TEMPLATE = pathlib.Path(__file__).with_name("report.html")
+TEMPLATE = pathlib.Path(__file__).with_name("report.html")
 
 # What a run is, from the leaves of its config that say so; a config of another task has only some of them.
 _ABOUT = {
@@ -80,17 +80,17 @@ def read_workdirs(
     Raises:
       ValueError: a folder does not exist, or a run's file is not what its name says.
     """
-    found = list(dict.fromkeys(folder.resolve() for folder in folders))
-    for folder in found:
+    folders = list(dict.fromkeys(folder.resolve() for folder in folders))
+    for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"{folder}: no such folder; expected the workdir of a run or of an evaluation")
-    names = dict(zip(found, _names(found)))
-    metrics = {folder: rows for folder in found if (rows := read_metrics(folder / "metrics.jsonl"))}
+    names = dict(zip(folders, _short_names(folders)))
+    metrics = {folder: rows for folder in folders if (rows := read_metrics(folder / "metrics.jsonl"))}
     results, left_out = {}, []
-    for folder in found:
+    for folder in folders:
         try:
-            if (folder / "results.json").exists():
-                results[folder] = dataclasses.asdict(read_results(folder / "results.json"))
+            if (folder / RESULTS).exists():
+                results[folder] = dataclasses.asdict(read_results(folder / RESULTS))
             elif folder not in metrics:
                 left_out.append(f"{folder}: holds neither a run's metrics.jsonl nor an evaluation's results.json")
         except ValueError as error:  # of another program, or damaged: no reason to do without the others
@@ -108,45 +108,41 @@ def read_workdirs(
         for folder, rows in metrics.items()
     ]
     evaluations = [
-        {"name": names[folder], "folder": str(folder), "config": _config(folder), **read}
-        for folder, read in results.items()
+        {"name": names[folder], "folder": str(folder), "config": _config(folder), **of_models}
+        for folder, of_models in results.items()
     ]
     return Contents(runs, evaluations), left_out
 
 
 def render(contents: Contents) -> str:
     """The page: `report.html` with the contents in it and a policy that admits its own script and style alone."""
-    template = _TEMPLATE.read_text(encoding="utf-8")
+    template = TEMPLATE.read_text(encoding="utf-8")
     style, script = (re.search(f"<{tag}>(.*?)</{tag}>", template, re.DOTALL)[1] for tag in ("style", "script"))
     policy = f"default-src 'none'; style-src {_source(style)}; script-src {_source(script)}; base-uri 'none'"
     data = {
         "runs": [_without_config(run) for run in contents.runs],
-        "evaluations": [_without_config(each) for each in contents.evaluations],
+        "evaluations": [_without_config(evaluation) for evaluation in contents.evaluations],
         "about": _about(contents.runs),
         "differences": {"runs": _differing(contents.runs), "evaluations": _differing(contents.evaluations)},
         "metrics": _explained(contents.runs),
     }
-    places = {"POLICY": policy, "DATA": _embedded(data)}
-    return re.sub("{{(POLICY|DATA)}}", lambda place: places[place[1]], template)
+    parts = {"POLICY": policy, "DATA": _embedded(data)}
+    return re.sub("{{(POLICY|DATA)}}", lambda match: parts[match[1]], template)
 
 
 def _explained(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What each metric is; one that means different things in these runs' tasks says all of them."""
-    tables = {"rl": {**statistics.METRICS, **update.METRICS}, "sft": supervised.METRICS}
-    tables["distill"] = {**update.METRICS, **distillation.METRICS}
-    found: dict[str, list[str]] = {}
-    tasks = [run["config"]["task"] for run in runs if "task" in (run["config"] or {})]
-    for task in dict.fromkeys(each for each in tasks or ["rl"] if each in tables):
-        for name, text in tables[task].items():
-            if text not in found.setdefault(name, []):
-                found[name].append(text)
-    return {name: "; or ".join(texts) for name, texts in found.items()}
+    texts: dict[str, dict[str, None]] = {}
+    for task in dict.fromkeys(str(run["config"].get("task", "rl")) for run in runs):
+        for key, text in explanations(task).items():
+            texts.setdefault(key, {})[text] = None
+    return {key: "; or ".join(of_key) for key, of_key in texts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def _names(folders: Sequence[pathlib.Path]) -> list[str]:
+def _short_names(folders: Sequence[pathlib.Path]) -> list[str]:
     """The shortest ends of their paths that tell all of them apart."""
     for parts in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-parts:]) for folder in folders]
@@ -155,22 +151,12 @@ def _names(folders: Sequence[pathlib.Path]) -> list[str]:
     return names
 
 
-def _read_json(path: pathlib.Path, text: str) -> dict[str, Any]:
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is not a number")
-
-    try:
-        read = json.loads(text, parse_constant=refuse)
-    except ValueError as error:
-        raise ValueError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(read, dict):
-        raise ValueError(f"{path}: expected JSON objects, got {text[:60]!r}")
-    return read
-
-
 def _config(folder: pathlib.Path) -> dict[str, Any]:
     path = folder / "config.json"
-    return _read_json(path, path.read_text(encoding="utf-8")) if path.exists() else {}
+    try:
+        return parse_row(path.read_text(encoding="utf-8"), surrogates=True) if path.exists() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not readable as JSON ({error})") from error
 
 
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
@@ -194,36 +180,31 @@ def _rollouts(folder: pathlib.Path, most: int, most_bytes: int) -> dict[str, Any
         return {"steps": steps, "rows": rows, "problems": [], "left_out": left_out}
 
     # How many steps: as if all were like the last.  Those that turn out larger lose rollouts, so that the budget holds.
-    last = [_embedded(_embedded_rollout(row)) for row in _read_rollouts(paths[steps[-1]])]
+    last = [_embedded(_embedded_rollout(row)) for row in read_jsonl(paths[steps[-1]], surrogates=True)]
     affordable = min(most // max(len(last), 1), most_bytes // max(sum(map(len, last)), 1))
     kept = min(max(affordable, 2), len(steps))
     for step in (steps[i] for i in sorted(set(np.linspace(0, len(steps) - 1, kept).round().astype(int)))):
         count, size = 0, 0
-        for row in _read_rollouts(paths[step]):
+        for row in read_jsonl(paths[step], surrogates=True):
             problem = _embedded({key: row[key] for key in _PROBLEM if key in row})
-            made = {"step": step} | _embedded_rollout(row)
-            grown = size + len(_embedded(made)) + (len(problem) if problem not in problems else 0)
-            if count + 1 > most // kept or grown > most_bytes // kept:
+            rollout = {"step": step} | _embedded_rollout(row)
+            size_with = size + len(_embedded(rollout)) + (len(problem) if problem not in problems else 0)
+            if count + 1 > most // kept or size_with > most_bytes // kept:
                 left_out += 1
                 continue
-            count, size = count + 1, grown
-            rows.append(made | {"problem": problems.setdefault(problem, len(problems))})
-    return {"steps": steps, "rows": rows, "problems": [json.loads(each) for each in problems], "left_out": left_out}
-
-
-def _read_rollouts(path: pathlib.Path) -> list[dict[str, Any]]:
-    # Not splitlines: a rollout may hold U+2028, which ends a line there and does not in JSON.
-    return [_read_json(path, line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+            count, size = count + 1, size_with
+            rows.append(rollout | {"problem": problems.setdefault(problem, len(problems))})
+    return {"steps": steps, "rows": rows, "problems": list(map(json.loads, problems)), "left_out": left_out}
 
 
 def _embedded_rollout(row: Mapping[str, Any]) -> dict[str, Any]:
     """A rollout without its problem, and without its response where that is its segments, one after another."""
-    made = {key: row.get(key) for key in ("rollout", "length", "ended", "verdict")}
-    segments = [{key: each.get(key) for key in _SEGMENT} for each in row.get("segments") or []]
+    rollout = {key: row.get(key) for key in ("rollout", "length", "ended", "verdict")}
+    segments = [{key: segment.get(key) for key in _SEGMENT} for segment in row.get("segments") or []]
     response = row.get("response")
-    if "".join(each["text"] or "" for each in segments) != response:
-        made["response"] = response
-    return made | {"segments": segments}
+    if "".join(segment["text"] or "" for segment in segments) != response:
+        rollout["response"] = response
+    return rollout | {"segments": segments}
 
 
 # ---------------------------------------------------------------------------------------------------- writing
@@ -236,19 +217,13 @@ def _without_config(workdir: Mapping[str, Any]) -> dict[str, Any]:
 def _about(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the runs are, a row a property that any of them has."""
     planned = [_leaf(run["config"], "steps") for run in runs]
-    taken = [run["steps"][-1] for run in runs]
-    rows = [
-        {
-            "key": "steps",
-            "values": [str(t) if p is None else f"{t} of {p}" for t, p in zip(taken, planned, strict=True)],
-        }
-    ]
+    steps = [f"{run['steps'][-1]}" + (f" of {of}" if of is not None else "") for run, of in zip(runs, planned)]
+    rows = [{"key": "steps", "values": steps}]
     for key, paths in _ABOUT.items():
-        values = [
-            next((found for path in paths if (found := _leaf(run["config"], path)) is not None), None) for run in runs
-        ]
+        leaves = [[_leaf(run["config"], path) for path in paths] for run in runs]
+        values = [next((leaf for leaf in of_run if leaf is not None), None) for of_run in leaves]
         if any(value is not None for value in values):
-            rows.append({"key": key, "values": [None if value is None else _shown(value) for value in values]})
+            rows.append({"key": key, "values": list(map(_shown, values))})
     return rows
 
 
@@ -263,7 +238,7 @@ def _differing(workdirs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for path in sorted({line.partition(": ")[0] for line in lines}):
         leaves = [_leaf(config, path) for config in configs]
         if not any(isinstance(leaf, Mapping) for leaf in leaves):
-            rows.append({"key": path, "values": [None if leaf is None else _shown(leaf) for leaf in leaves]})
+            rows.append({"key": path, "values": list(map(_shown, leaves))})
     return rows
 
 
@@ -277,8 +252,9 @@ def _leaf(config: Mapping[str, Any], path: str) -> Any:
     return value
 
 
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value, ensure_ascii=False)
+def _shown(value: Any) -> str | None:
+    """As text; None of what a config does not have."""
+    return value if value is None or (isinstance(value, str) and value) else json.dumps(value, ensure_ascii=False)
 
 
 def _source(text: str) -> str:

@@ -99,25 +99,25 @@ def _summarise(rows: Mapping[str, np.ndarray], advantage: config.Advantage) -> d
     spread = [_std(r[g]) for r, g in zip(reward, given) if g.sum() > 1]
 
     return {
-        "reward/mean": _mean(reward[given]),
+        "reward/mean": mean(reward[given]),
         "reward/std": _std(reward[given]),
         **rollout_statistics(rows),
         "rollout/resampled": float(rows["resampled_P"].sum()),
-        "segments/mean": _mean(rows["count_PG"]),
+        "segments/mean": mean(rows["count_PG"]),
         "segments/max": float(rows["count_PG"].max()) if length.size else None,
-        "advantage/mean": _mean(values),
+        "advantage/mean": mean(values),
         "advantage/std": _std(values),
         "advantage/max": float(values.max()) if values.size else None,
         "advantage/min": float(values.min()) if values.size else None,
-        "advantage/counted": _mean(counted[real]),
-        "advantage/live_groups": _mean(rows["live_P"]),
+        "advantage/counted": mean(counted[real]),
+        "advantage/live_groups": mean(rows["live_P"]),
         "judge/asked": float(asked.sum()),
-        "judge/parsed": _mean(valid[asked]),
-        "judge/truncated": _mean(cut[asked]),
-        **{f"judge/score_{digit}": _mean(likert == digit) for digit in DIGITS},
-        "judge/group_spread": _mean(spread),
-        "judge/length_correlation": _correlation(judged[0], judged[1]),
-        "judge/correct_correlation": _correlation(judged[0], judged[2]),
+        "judge/parsed": mean(valid[asked]),
+        "judge/truncated": mean(cut[asked]),
+        **{f"judge/score_{digit}": mean(likert == digit) for digit in DIGITS},
+        "judge/group_spread": mean(spread),
+        "judge/length_correlation": correlation(judged[0], judged[1]),
+        "judge/correct_correlation": correlation(judged[0], judged[2]),
         "judge/correct_auroc": auroc(judged[0], judged[2]),
     }
 
@@ -132,40 +132,55 @@ def rollout_statistics(rows: Mapping[str, np.ndarray]) -> dict[str, float | None
     correct, known = verdict == VERDICTS.index(Verdict.correct), verdict != VERDICTS.index(Verdict.missing)
     solved = np.array([of_group[some].mean() for of_group, some in zip(correct, known) if some.any()])
     return {
-        "solve/accuracy": _mean(correct[known]),
-        "solve/none": _mean(solved == 0),
-        "solve/some": _mean((solved > 0) & (solved < 1)),
-        "solve/all": _mean(solved == 1),
-        "solve/no_answer": _mean(verdict == VERDICTS.index(Verdict.no_answer)),
-        "solve/timed_out": _mean(verdict == VERDICTS.index(Verdict.timed_out)),
-        "solve/missing": _mean(~known),
-        "response/length_mean": _mean(length),
+        "solve/accuracy": mean(correct[known]),
+        "solve/none": mean(solved == 0),
+        "solve/some": mean((solved > 0) & (solved < 1)),
+        "solve/all": mean(solved == 1),
+        "solve/no_answer": mean(verdict == VERDICTS.index(Verdict.no_answer)),
+        "solve/timed_out": mean(verdict == VERDICTS.index(Verdict.timed_out)),
+        "solve/missing": mean(~known),
+        "response/length_mean": mean(length),
         "response/length_max": float(length.max()) if length.size else None,
-        "response/overlong": _mean(ended == 0),
+        "response/overlong": mean(ended == 0),
     }
 
 
-def auroc(score: np.ndarray, positive: np.ndarray) -> float | None:
-    """P(score of a positive > score of a negative) + half of P(equal); None without both kinds."""
-    high, low = score[positive], score[~positive]
-    if not high.size or not low.size:
+def auroc(score_N: np.ndarray, positive_N: np.ndarray) -> float | None:
+    """P(score of a positive > score of a negative) + ½ P(equal), the area under the ROC curve; None without both kinds.
+
+    Rank sum of the positives less its smallest value, over the number of pairs (Mann and Whitney): n log n, where the
+    pairs themselves would be n².
+    """
+    positive_N = np.asarray(positive_N, bool)
+    positives = int(positive_N.sum())
+    negatives = len(positive_N) - positives
+    if not positives or not negatives:
         return None
-    above = (high[:, None] > low).mean() + 0.5 * (high[:, None] == low).mean()
-    return float(above)
+    rank_sum = midranks(score_N)[positive_N].sum()
+    return float((rank_sum - positives * (positives + 1) / 2) / (positives * negatives))
 
 
-def _mean(x: object) -> float | None:
-    x = np.asarray(x, np.float64)
-    return float(x.mean()) if x.size else None
+def midranks(value_N: np.ndarray) -> np.ndarray:
+    """Ranks from 1, float64 [N]; equal values share the mean of theirs."""
+    _, index_N, count = np.unique(np.asarray(value_N), return_inverse=True, return_counts=True)
+    last = np.cumsum(count)
+    return (last - (count - 1) / 2)[index_N]
+
+
+def correlation(a_N: np.ndarray, b_N: np.ndarray) -> float | None:
+    """Pearson's; None where either is constant or there are fewer than two pairs."""
+    a_N, b_N = np.asarray(a_N, np.float64), np.asarray(b_N, np.float64)
+    if a_N.size < 2 or np.ptp(a_N) == 0 or np.ptp(b_N) == 0:
+        return None
+    return float(np.corrcoef(a_N, b_N)[0, 1])
+
+
+def mean(values: object) -> float | None:
+    """In float64; None of nothing."""
+    values = np.asarray(values, np.float64)
+    return float(values.mean()) if values.size else None
 
 
 def _std(x: np.ndarray) -> float | None:
     # In float64, where the mean of equal float32 numbers is that number, so that no spread is exactly 0.
     return float(np.asarray(x, np.float64).std()) if x.size else None
-
-
-def _correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if x.size < 2 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return None
-    return float(np.corrcoef(x, y)[0, 1])

@@ -24,8 +24,8 @@ from exprl_jax.evaluation.behaviour import (
     parse_annotation,
     problem_means,
 )
-from exprl_jax.evaluation.fixed_rollouts import Ledger
 from exprl_jax.evaluation.pass_at_k import bootstrap
+from exprl_jax.files import Ledger
 from exprl_jax.resolve import resolve
 
 GOOD = dict.fromkeys(FIELDS, 0) | {"verification": 1, "self_correction": 7}

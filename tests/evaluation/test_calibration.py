@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import re
-import types
 
 import numpy as np
 import pytest
@@ -19,22 +18,13 @@ from stub_endpoint import Answer, StubEndpoint
 from tiny_runs import ROOT, config_dict, read_jsonl
 
 from exprl_jax.data.problems import Problem
-from exprl_jax.evaluation import calibrate as calibrate_room
-from exprl_jax.evaluation.asking import says_something
-from exprl_jax.evaluation.calibrate import calibrate, wrong_references
-from exprl_jax.evaluation.calibration import (
-    agreement,
-    auroc,
-    correlation,
-    derangement,
-    error_rates,
-    histogram,
-    likelihood,
-    midranks,
-    spread,
-)
-from exprl_jax.evaluation.calibration_tables import calibration_lines, prefix_pairs, repeated_scores
-from exprl_jax.evaluation.fixed_rollouts import Ledger, Rollout, read_rollouts
+from exprl_jax.evaluation.calibrate import calibrate
+from exprl_jax.evaluation.calibration import agreement, derangement, error_rates, histogram, likelihood, spread
+from exprl_jax.evaluation.calibration_tables import judge_accuracies, prefix_pairs, repeated_scores
+from exprl_jax.evaluation.fixed_rollouts import FixedRollout, read_rollouts
+from exprl_jax.evaluation.judging import SCORE_KEY
+from exprl_jax.evaluation.passes import decides, wrong_references
+from exprl_jax.files import Ledger
 from exprl_jax.resolve import resolve
 from exprl_jax.reward.judge_prompts import (
     CONTINUATION,
@@ -43,6 +33,7 @@ from exprl_jax.reward.judge_prompts import (
     parse_score,
     reference_last_messages,
 )
+from exprl_jax.reward.statistics import auroc, correlation, midranks
 from exprl_jax.reward.verifiers.verdict import Verdict
 
 RNG = np.random.default_rng(0)
@@ -298,7 +289,7 @@ def asked(rollout, score, repeat=0, segment=None, judge="a"):
 
 def test_whole_rollouts_repeats_and_prefixes_are_kept_apart():
     problem = Problem("p", "p", "r", "1", "math")
-    rollouts = [Rollout(problem, n, "", verdict) for n, verdict in enumerate((Verdict.correct, Verdict.no_answer))]
+    rollouts = [FixedRollout(problem, n, "", verdict) for n, verdict in enumerate((Verdict.correct, Verdict.no_answer))]
     scores = [
         asked(0, 1.0),
         asked(1, 0.5),
@@ -310,7 +301,7 @@ def test_whole_rollouts_repeats_and_prefixes_are_kept_apart():
         asked(1, 0.0, segment=1),
         asked(0, 1.0, segment=0, judge="b"),
     ]
-    line = calibration_lines(["a"], rollouts, scores)[0]
+    line = judge_accuracies(["a"], rollouts, scores)[0]
     assert (line.asked, line.scored, line.correct, line.tokens, line.seconds) == (2, 2, 1, 5, 1.0)
     assert (line.false_positive, line.false_negative, line.auroc) == (0.0, 0.0, 1.0)
     assert repeated_scores(scores, "a") == [[1.0, 3.0]]
@@ -406,12 +397,10 @@ def test_an_endpoint_that_dies_between_its_repeats_ends_the_run_and_is_not_asked
 
 
 def test_a_program_that_is_too_slow_is_wrong_and_a_comparison_that_is_too_slow_is_neither():
-    problems = {kind: types.SimpleNamespace(kind=kind) for kind in ("math", "code")}
-    assert says_something(problems["code"], Verdict.timed_out) and not says_something(
-        problems["math"], Verdict.timed_out
-    )
-    assert not any(says_something(each, Verdict.missing) for each in problems.values())
-    assert all(says_something(each, Verdict.no_answer) for each in problems.values())
+    problems = {kind: Problem(kind, "p", None, "1", kind) for kind in ("math", "code")}
+    assert decides(problems["code"], Verdict.timed_out) and not decides(problems["math"], Verdict.timed_out)
+    assert not any(decides(each, Verdict.missing) for each in problems.values())
+    assert all(decides(each, Verdict.no_answer) for each in problems.values())
 
 
 @pytest.mark.parametrize(
@@ -476,10 +465,7 @@ def test_a_calibration_goes_on_where_its_files_end(tmp_path, monkeypatch):
 
     for name in ("scores.jsonl", "continuations.jsonl"):
         ours, theirs = (
-            {
-                tuple(row.get(k) for k in calibrate_room.SCORE_KEY + ("part",)): row
-                for row in read_jsonl(tmp_path / run / name)
-            }
+            {tuple(row.get(k) for k in SCORE_KEY + ("part",)): row for row in read_jsonl(tmp_path / run / name)}
             for run in ("cut", "whole")
         )
         assert ours.keys() == theirs.keys() and len(ours) == len(read_jsonl(tmp_path / "cut" / name))

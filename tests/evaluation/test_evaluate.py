@@ -68,10 +68,12 @@ def test_results_tables_and_curves_are_written(whole):
         assert (whole / name).stat().st_size
 
 
-def test_a_second_start_draws_nothing_again(whole, capsys):
-    before = (whole / "samples/mixed.jsonl").stat().st_mtime_ns, (whole / "results.json").read_text()
+def test_a_second_start_draws_nothing_again_and_leaves_the_samples_alone(whole, capsys):
+    path, results = whole / "samples/mixed.jsonl", (whole / "results.json").read_text()
+    before = path.stat().st_mtime_ns, path.stat().st_ino
     room.evaluate(config(), str(whole))
-    assert samples(whole) and (whole / "results.json").read_text() == before[1]
+    assert (whole / "results.json").read_text() == results
+    assert (path.stat().st_mtime_ns, path.stat().st_ino) == before
     assert "groups of" not in capsys.readouterr().err
 
 
@@ -84,6 +86,59 @@ def test_what_a_kill_left_is_completed_to_the_same_samples(whole, tmp_path):
     room.evaluate(config(), str(tmp_path / "run"))
     assert sorted(samples(tmp_path / "run"), key=lambda row: (row["id"], row["sample"])) == expected
     assert (tmp_path / "run/results.json").read_text() == (whole / "results.json").read_text()
+
+
+def test_an_evaluation_is_given_more_samples_and_keeps_those_that_it_has(whole, tmp_path):
+    """From 2 samples a problem to 4: stopped on the way, and gone on with, it ends with the files of one start."""
+    folder = tmp_path / "run"
+    room.evaluate(config({"sampling.samples": 2}), str(folder))
+    first = (folder / "samples/mixed.jsonl").read_bytes()
+    assert first.count(b"\n") == 24 * 2 and read_results(folder / "results.json").sets[0].n == 2
+    room.evaluate(config(), str(folder))
+    grown = (folder / "samples/mixed.jsonl").read_bytes()
+    assert grown.startswith(first) and grown == (whole / "samples/mixed.jsonl").read_bytes()
+    assert (folder / "results.json").read_text() == (whole / "results.json").read_text()
+    # Fewer would not be those of which the results are.
+    with pytest.raises(ValueError, match="another config.*sampling.samples: 2 != 4"):
+        room.evaluate(config({"sampling.samples": 2}), str(folder))
+    # Groups of another size have other random numbers.
+    with pytest.raises(ValueError, match="another config.*sampling.group: 4 != 2"):
+        room.evaluate(config({"sampling.samples": 8, "sampling.group": 4}), str(folder))
+
+
+def test_samples_of_half_a_group_are_kept_and_the_others_drawn(whole, tmp_path):
+    (tmp_path / "run/samples").mkdir(parents=True)
+    (tmp_path / "run/config.json").write_text((whole / "config.json").read_text())
+    lines = (whole / "samples/mixed.jsonl").read_text().splitlines(keepends=True)
+    kept = lines[:5] + lines[20:95]
+    (tmp_path / "run/samples/mixed.jsonl").write_text("".join(kept))
+    room.evaluate(config(), str(tmp_path / "run"))
+    completed = (tmp_path / "run/samples/mixed.jsonl").read_text().splitlines(keepends=True)
+    assert completed[:80] == kept and sorted(completed) == sorted(lines)
+
+
+@pytest.mark.parametrize(
+    "line, problem",
+    [
+        ("{}", "row 4: not a sample .it has no 'id'"),
+        ("7", "line 4: not a row .expected a JSON object, got 7"),
+        ('{"id": "x"', "line 4: not a row"),
+        ('{"id": ["x"], "sample": 0}', "row 4: not a sample .its id is"),
+        ('{"response": "\\ud800"}', "line 4: not a row .*surrogates"),
+        ("[" * 100_000, "line 4: not a row"),
+        (None, "row 4: answers .* a second time"),
+    ],
+)
+def test_a_broken_line_of_samples_is_named_before_anything_is_sampled(whole, tmp_path, line, problem):
+    (tmp_path / "run/samples").mkdir(parents=True)
+    (tmp_path / "run/config.json").write_text((whole / "config.json").read_text())
+    lines = (whole / "samples/mixed.jsonl").read_text().splitlines()
+    broken = "\n".join([*lines[:3], lines[0] if line is None else line, *lines[3:]]) + "\n"
+    (tmp_path / "run/samples/mixed.jsonl").write_text(broken)
+    with pytest.raises(ValueError, match=problem) as caught:
+        room.evaluate(config(), str(tmp_path / "run"))
+    assert "\n" not in str(caught.value) and "samples/mixed.jsonl" in str(caught.value)
+    assert (tmp_path / "run/samples/mixed.jsonl").read_text() == broken
 
 
 def test_another_config_is_refused_but_another_label_is_not(whole):
@@ -99,6 +154,13 @@ def test_no_problem_is_left_out_for_its_length():
         room.checked_prompts(config({"data.max_prompt_tokens": 100}), *_opened())
     with pytest.raises(ValueError, match="the policy's context length"):
         room.checked_prompts(config({"sampling.max_tokens": 4096}), *_opened())
+
+
+def test_no_problem_is_left_out_for_its_judge():
+    with pytest.raises(
+        ValueError, match="judge.max_context_tokens: got 100, expected at least .* leaves no problem out"
+    ):
+        room.checked_judge(config({"judge.max_context_tokens": 100}), _opened()[1])
 
 
 def _opened():

@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exprl_jax.data.problems import Problem
-from exprl_jax.evaluation.pass_at_k import bootstrap, majority_vote, normalise_answer, pass_at_k, summarise, vote
+from exprl_jax.evaluation.pass_at_k import bootstrap, majority_vote, pass_at_k, summarise
+from exprl_jax.reward.verifiers.verifier import verifier_of
+from exprl_jax.reward.verifiers.votes import normalise_answer
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -195,13 +197,17 @@ def test_answers_that_differ_stay_apart(one, other):
     assert normalise_answer(one) != normalise_answer(other)
 
 
+def vote(of, response):
+    return verifier_of(of.kind).vote(of, response)
+
+
 def test_a_response_votes_for_its_box_or_its_choice():
     options = (("A", "iron"), ("B", "gold"))
     assert vote(problem(), "so \\boxed{ 2 }") == "2"
     assert vote(problem(), "so 2") is None and vote(problem(), "\\boxed{ }") is None
     assert vote(problem(choices=options), "Answer: B") == "B" and vote(problem(choices=options), "\\boxed{iron}") == "A"
     assert vote(problem(choices=options), "A or B") is None
-    assert vote(problem(domain="code"), "\\boxed{2}") is None and vote(problem(domain="science"), "\\boxed{2}") is None
+    assert verifier_of("code").vote is None and verifier_of("science").vote is None
 
 
 def four(name, verdicts, responses=None):

@@ -15,7 +15,7 @@ from tiny_runs import ROOT
 from exprl_jax.evaluation.pass_at_k import Summary
 from exprl_jax.evaluation.tables import (
     RESULTS,
-    Run,
+    EvaluatedModel,
     curves_csv,
     pass_at_k_figure,
     read_results,
@@ -50,7 +50,7 @@ def summary(name="aime25", n=4, first=0.25, **changes):
 
 
 def run(label="base", *sets):
-    return Run(label, "random:tiny", sets or (summary(),))
+    return EvaluatedModel(label, "random:tiny", sets or (summary(),))
 
 
 GAPS = summary("hmmt", 4, pass_at_k=(0.5, 0.75, None, None), low=(0.4, 0.6, None, None), high=(0.6, 0.9, None, None))

@@ -1,0 +1,141 @@
+"""What a calibration asks its judges: whole rollouts under several conditions, and prefixes of some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from exprl_jax.config import Calibrate
+from exprl_jax.data.problems import Problem
+from exprl_jax.data.tokenizer import Message
+from exprl_jax.evaluation.calibration import derangement
+from exprl_jax.evaluation.fixed_rollouts import FixedRollout
+from exprl_jax.reward.judge_prompts import Readout, Unit, blind_messages, judge_messages, reference_last_messages
+from exprl_jax.reward.judgements import MARKER, needed_reference
+from exprl_jax.reward.segments import Splitter, parse_rule
+from exprl_jax.reward.verifiers.verdict import Verdict
+from exprl_jax.weights.language_model import open_model
+
+CONDITIONS = ("correct", "none", "wrong")
+
+
+class Trace(NamedTuple):
+    """Something to be judged: a whole rollout, or its prefix that ends with one of its segments.
+
+    Attributes:
+      segment: the last one's number; None for a whole rollout.
+      text: what the judge sees.
+      ids: the policy's tokens of a prefix; empty for a whole rollout.
+    """
+
+    rollout: FixedRollout
+    segment: int | None
+    text: str
+    ids: tuple[int, ...]
+
+
+class ScoringPass(NamedTuple):
+    """One way in which a judge is asked about some traces.
+
+    Attributes:
+      condition: which reference it sees: `correct`, `none` or `wrong`.
+      order: `trace_last`, as in training, or `reference_last`.
+      references: by problem id; empty where it sees none.
+    """
+
+    condition: str
+    order: str
+    unit: Unit
+    references: Mapping[str, str]
+    traces: Sequence[Trace]
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        if self.unit != "outcome":
+            return "prefixes"
+        return self.condition if self.order == "trace_last" else self.order
+
+    def chats(self, readout: Readout) -> dict[str, list[Message]]:
+        """The prompt for each of its problems, by id, with `MARKER` in the trace's place."""
+        problems = {trace.rollout.problem.id: trace.rollout.problem for trace in self.traces}
+        return {name: self._chat(problem, readout) for name, problem in problems.items()}
+
+    def _chat(self, problem: Problem, readout: Readout) -> list[Message]:
+        if self.condition == "none":
+            return blind_messages(problem.problem, problem.choices, problem.domain, readout, MARKER)
+        make = judge_messages if self.order == "trace_last" else reference_last_messages
+        reference = self.references[problem.id]
+        return make(problem.problem, problem.choices, reference, problem.domain, self.unit, readout, MARKER)
+
+
+def scoring_passes(rollouts: Sequence[FixedRollout], prefixes: Sequence[Trace], seed: int) -> list[ScoringPass]:
+    """Every pass; the first is as in training.
+
+    Raises:
+      ValueError: a problem has no reference, or a domain has too few different problems for wrong ones.
+    """
+    problems = {rollout.problem.id: rollout.problem for rollout in rollouts}
+    correct = {name: needed_reference(problem) for name, problem in problems.items()}
+    references = {"correct": correct, "none": {}, "wrong": wrong_references(list(problems.values()), seed)}
+    whole = [Trace(rollout, None, rollout.response, ()) for rollout in rollouts]
+    passes = [ScoringPass(name, "trace_last", "outcome", references[name], whole) for name in CONDITIONS]
+    passes.append(ScoringPass("correct", "reference_last", "outcome", correct, whole))
+    return [*passes, ScoringPass("correct", "trace_last", "prefix", correct, prefixes)] if prefixes else passes
+
+
+def wrong_references(problems: Sequence[Problem], seed: int) -> dict[str, str]:
+    """Another problem's reference for each problem, by id, from the problems of its own domain.
+
+    Raises:
+      ValueError: a problem has no reference, or a domain has too few different problems.
+    """
+    distinct = {problem.id: problem for problem in problems}
+    wrong = {}
+    for domain in sorted({problem.domain for problem in distinct.values()}):
+        of_domain = [distinct[name] for name in sorted(distinct) if distinct[name].domain == domain]
+        texts = [(problem.problem, needed_reference(problem)) for problem in of_domain]
+        for problem, other in zip(of_domain, derangement(texts, seed), strict=True):
+            wrong[problem.id] = needed_reference(of_domain[other])
+    return wrong
+
+
+def cut_prefixes(config: Calibrate, rollouts: Sequence[FixedRollout]) -> list[Trace]:
+    """What precedes each cut of some rollouts; nothing precedes the first segment, and after the last nothing follows.
+
+    Problems that only a judge can verify are left out: their answers are not graded here.
+
+    Raises:
+      ValueError: the rule cuts none of them.
+    """
+    prefixes = config.prefixes
+    if not prefixes.rollouts:
+        return []
+    tokenizer = open_model(config.policy).tokenizer
+    splitter = Splitter(tokenizer.token_bytes, parse_rule(prefixes.segments))
+    gradable = [rollout for rollout in rollouts if not rollout.problem.traits.by_judge]
+    traces = []
+    for rollout in draw_some(gradable, prefixes.rollouts, config.seed):
+        ids = tokenizer.encode(rollout.response)
+        for segment, end in enumerate(splitter.segment_ends(ids)[:-1].tolist()):
+            traces.append(Trace(rollout, segment, tokenizer.decode(ids[:end]), tuple(ids[:end])))
+    if not traces:
+        raise ValueError(
+            f"config.prefixes.segments.rule: {prefixes.segments.rule!r} cuts none of the rollouts; expected a rule "
+            "that does"
+        )
+    return traces
+
+
+def draw_some(items: Sequence, count: int, seed: int) -> list:
+    """Some items at random, in their order."""
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed])))
+    return [items[i] for i in sorted(rng.permutation(len(items))[:count].tolist())]
+
+
+def decides(problem: Problem, verdict: Verdict) -> bool:
+    """Whether a verdict is about the rollout: a program that is too slow is wrong, an answer that could not be compared
+    in time is neither."""
+    return verdict != Verdict.missing and (verdict != Verdict.timed_out or problem.traits.slow_is_wrong)
