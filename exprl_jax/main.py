@@ -89,8 +89,6 @@ def main(argv: list[str]) -> int:
             print("\n".join(differences(to_dict(config), to_dict(resolve(others)))) or "no difference")
             return 0
         if _DRY_RUN.value:
-            if config.task not in ("rl", "distill"):
-                raise ValueError(f"--dry_run plans the tasks rl and distill, got config.task = {config.task!r}")
             from exprl_jax.plan.dry_run import describe
 
             print(describe(config))

@@ -155,8 +155,8 @@ class Placement:
 
     @property
     def platform(self) -> str | None:
-        """Of the mesh's devices, as JAX calls it."""
-        return None if self.mesh is None else self.mesh.devices.flat[0].platform
+        """Of the mesh's devices, as JAX calls it; None where there are no devices, as on a plan's abstract mesh."""
+        return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else None
 
     @property
     def on_tpu(self) -> bool:

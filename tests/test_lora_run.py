@@ -26,7 +26,6 @@ from tiny_runs import (
 )
 
 from exprl_jax import distill, sft, train
-from exprl_jax.plan.dry_run import describe
 from exprl_jax.resolve import resolve
 from exprl_jax.rl_run import first_state, open_run
 from exprl_jax.run import loop
@@ -90,24 +89,6 @@ def test_every_step_of_the_whole_run_moves_the_adapters(whole):
     """Else the comparisons below would prove little."""
     assert len({row["policy/entropy"] for row in rows(whole)}) == STEPS
     assert all(row["grad/norm"] > 0 and row["update/skipped"] == 0 for row in rows(whole))
-
-
-def test_the_dry_run_counts_what_a_run_holds(monkeypatch):
-    """Adapters and their moments; the base is frozen, as are reference and judge, beside it if of another dtype."""
-    monkeypatch.setattr("exprl_jax.plan.dry_run._GIB", 1)
-    config = live({"mesh.data": 4, "mesh.model": 2, "reference.param_dtype": "bfloat16"})
-    listed = dict(re.findall(r"(?m)^(resident: \w+|training: gradients) +(\S+) GiB", describe(config)))
-    made = opened(config)
-    state, first = first_state(made), jax.devices()[0]
-
-    def resident(tree):
-        return sum(s.data.nbytes for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == first)
-
-    assert len(made.frozen) == 2
-    assert float(listed["resident: policy"]) == resident(state.params)
-    assert float(listed["resident: Adam"]) == resident(state.opt_state)
-    assert float(listed["resident: frozen"]) == sum(resident(x) for x in made.frozen.values())
-    assert float(listed["training: gradients"]) == 2 * resident(state.params)
 
 
 # ------------------------------------------------------------------------------------------------ what a run leaves

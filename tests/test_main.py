@@ -448,6 +448,8 @@ def test_a_diff_with_what_does_not_resolve_is_one_line(refuse):
         "paper/grpo_4b.py",
         "paper/mixed_8b.py",
         "paper/distill_4b.py",
+        "paper/sft_4b.py",
+        "evaluate.py:tiny",
     ],
 )
 def test_a_dry_run_prints_and_writes_nothing(name, capfd):
@@ -456,10 +458,10 @@ def test_a_dry_run_prints_and_writes_nothing(name, capfd):
     assert captured.out.count("== ") >= 4 and captured.err == ""
 
 
-@pytest.mark.parametrize("name, task", [("evaluate.py:tiny", "evaluate"), ("tiny.py:sft", "sft")])
+@pytest.mark.parametrize("name, task", [("calibrate.py:smoke", "calibrate"), ("annotate.py:smoke", "annotate")])
 def test_a_dry_run_of_other_tasks_is_refused(name, task, refuse):
     said = refuse("--dry_run", config=f"--config={config_file(name)}")
-    assert said == f"--dry_run plans the tasks rl and distill, got config.task = '{task}'"
+    assert said == f"config.task: got {task!r}, which has no plan; those that have: rl, distill, sft, evaluate"
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,7 @@ def apply_gradient(
         (updated, opt_state),
         (state.params, state.opt_state),
     )
-    unmoved, size = equal_entries(params, state.params), sum(x.size for x in jax.tree.leaves(params))
+    unmoved, size = equal_entries(params, state.params), float(sum(x.size for x in jax.tree.leaves(params)))
     skipped = 1 - finite.astype(jnp.int32)
     state = state.replace(params=params, opt_state=opt_state, skipped=state.skipped + skipped)
     metrics = {"loss/total": total, "grad/norm": norm, "update/moved": 1 - unmoved / size}

@@ -1,38 +1,31 @@
-"""The compiled programs of a config, with the arguments that a run gives them and how often a step calls each.
+"""What a run calls: its compiled programs, the shapes and shardings it gives them, and how often a step calls each.
 
-Arguments are shapes with shardings: nothing is allocated and no weights are needed.  Widths that a run measures from its
-data stand at the config's budgets; a judge's rows are a little wider than that, by its closing instruction.
+The one description that `--dry_run` adds up and `compile_check` compiles.  Arguments are shapes with shardings: nothing
+is allocated, no weights are needed, and the mesh may be abstract.  Widths that a run measures from its data stand at
+the config's budgets; a judge's rows are a little wider than that, by its closing instruction.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
-from jax.sharding import Mesh
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 
-from exprl_jax.config import Config, Evaluate, Model, Rollout, Sampling, Sft
+from exprl_jax.config import Config, Evaluate, Model, Sft
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.layout import check_layout, check_lengths, packed_shape
-from exprl_jax.mesh import (
-    DATA,
-    MODEL,
-    Placement,
-    bytes_per_device,
-    microbatches_sharding,
-    replicated,
-    rows_sharding,
-    shard_parameters,
-)
-from exprl_jax.model.decoder import Transformer
+from exprl_jax.mesh import DATA, MODEL, bytes_per_device, microbatches_sharding, replicated, rows_sharding
 from exprl_jax.model.lora import Adapted, adapt
-from exprl_jax.model.paged import open_pages
-from exprl_jax.plan.kernels import KERNELS, Kernel, paged
+from exprl_jax.model.paged import PagedCache
+from exprl_jax.plan.costs import Cost, forward, seen_pairs, update
 from exprl_jax.programs import (
     Programs,
+    SftPrograms,
     abstract_state,
     build,
     build_judge,
@@ -45,26 +38,31 @@ from exprl_jax.records import Context, Draw, Experience, Lesson, Packed, Rows, T
 from exprl_jax.reward.judges import check_judge_lengths
 from exprl_jax.reward.segments import segment_rule
 from exprl_jax.rollout.call import padded_width
+from exprl_jax.rollout.sampler import CHUNK
 from exprl_jax.weights.language_model import PUBLISHED, LanguageModel, open_model
 
-Run = Config | Sft | Evaluate
-POLICY, ADAM, BATCH, KEYS = "policy", "Adam", "batch", "KV"
+Planned = Config | Sft | Evaluate
+POLICY, ADAM, BATCH, KEYS, COPY, GRADIENT = "policy", "Adam", "batch", "KV", "working copy", "gradient"
+_STARTING = ("mesh.data", "mesh.model")
 _SAMPLING = ("rollout.wave", "mesh.model", "policy.execution.kv_dtype")
+_EVALUATING = ("sampling.wave", "sampling.group", "mesh.model", "policy.execution.kv_dtype")
 _JUDGING = ("rollout.wave", "judge.max_context_tokens", "judge.max_trace_tokens", "judge.max_tokens", "mesh.model")
 _TRAINING = ("updates.microbatch", "updates.row_tokens", "updates.logp_chunk", "policy.execution.remat", "mesh.model")
+_SUPERVISING = ("microbatch", "row_tokens", "logp_chunk", "policy.execution.remat", "mesh.model")
 # An SFT run counts its updates from its data; here they are a constant of the learning rate's schedule, nothing more.
 _SFT_UPDATES = 100
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """An argument that another program of the run computes, and lays out as it likes.
+class Result(NamedTuple):
+    """An argument that another program of the run computes, and that the compiler lays out as it likes.
 
     Attributes:
       name: of that program's call.
+      bytes: a device's, divided as keys and values can be.
     """
 
     name: str
+    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,29 +73,29 @@ class Call:
       name: of the program; with the model in brackets where it is compiled for several.
       phase: of a step, as the metrics name it; `start` for what runs once.
       program: the jitted function.
-      arguments: trees of `jax.ShapeDtypeStruct` with shardings, or a `Result`, each with its owner; a `TrainState` is
-        the policy's and Adam's, whatever owner stands there.
-      inside: bytes a device of what the program allocates for an owner too, by owner.
-      beside: bytes a device that lie there meanwhile and are no argument, by owner.
-      steps: trips, at most, of the loop whose end depends on values; 0 where there is none.
-      kernels: what the Pallas kernels in it cost, by a pattern of their names.
-      each_step: calls in one step, at most.
+      arguments: (owner, tree of `jax.ShapeDtypeStruct` with shardings, or a `Result`) of each; a `TrainState` is the
+        policy's and Adam's, whatever owner stands there.
+      times: calls in one step, at most.
+      cost: of one call, for rollouts, traces and judgements that reach their budgets.
       settings: config keys that make it smaller, those that help most first.
+      steps: trips, at most, of the loop whose end depends on values; 0 where there is none.
+      inside: bytes a device that the program is known to allocate beside its arguments, by owner.
+      beside: bytes a device that lie there meanwhile and are no argument, by owner.
     """
 
     name: str
     phase: str
     program: Callable
     arguments: tuple[tuple[str, Any], ...]
-    inside: Mapping[str, int]
-    beside: Mapping[str, int]
-    steps: int
-    kernels: Mapping[str, Kernel]
-    each_step: int
+    times: int
+    cost: Cost
     settings: tuple[str, ...]
+    steps: int = 0
+    inside: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    beside: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
-def programs_of(config: Run, mesh: Mesh) -> list[Call]:
+def calls_of(config: Planned, mesh: Mesh | AbstractMesh) -> list[Call]:
     """Every program of a run, in the order in which it first calls them.
 
     Raises:
@@ -105,240 +103,29 @@ def programs_of(config: Run, mesh: Mesh) -> list[Call]:
     """
     tasks = {"rl": _reinforced, "distill": _distilled, "sft": _supervised, "evaluate": _evaluated}
     if config.task not in tasks:
-        raise ValueError(
-            f"compile_check: got config.task = {config.task!r}, expected one of {', '.join(map(repr, tasks))}"
-        )
-    return tasks[config.task](config, mesh, _caller(residents(config, mesh)))
-
-
-def _caller(held: Mapping[str, int]) -> Callable[..., Call]:
-    """Makes calls of a run that holds so many bytes by owner."""
-
-    def call(
-        name, phase, program, arguments, *, each_step, settings, inside=None, beside=None, steps=0, attended=(0, 0)
-    ):
-        passed = {
-            each for owner, tree in arguments if not isinstance(tree, Result) for each in owned_bytes(owner, tree)
-        }
-        made = {POLICY, ADAM} if phase == "start" else set()
-        others = {owner: size for owner, size in held.items() if owner not in passed | made}
-        kernels = KERNELS | {"ragged_paged_attention": paged(*attended)}
-        return Call(
-            name, phase, program, arguments, inside or {}, others | (beside or {}), steps, kernels, each_step, settings
-        )
-
-    return call
-
-
-def _reinforced(config: Config, mesh: Mesh, call: Callable[..., Call]) -> list[Call]:
-    updates, shape = config.updates.per_batch, packed_shape(config)
-    programs, acting, base, state = _trained(config, mesh)
-    calls = _begun(config, mesh, call, programs, acting)
-    if config.has_local_judge:
-        calls += _judging(config, mesh, call)
-
-    experience = _experience(mesh, shape)
-    # A step's updates lie ready together.
-    waiting = {BATCH: (updates - 1) * tree_bytes(experience)}
-    asked = tuple((BATCH, x) for x in (experience.packed, experience.used))
-    scored = [("token_logp", *acting)] if updates > 1 else []
-    if config.loss.kl_coef > 0:
-        reference = _parameters(known_model(config.reference), mesh)
-        scored.append(("token_logp (reference)", frozen_models(config)[config.reference], reference))
-    calls += [
-        call(
-            name,
-            "logp",
-            programs.token_logp,
-            ((owner, params), *asked),
-            each_step=updates,
-            settings=_TRAINING,
-            beside=waiting,
-            steps=shape[0],
-        )
-        for name, owner, params in scored
-    ]
-    train = call(
-        "train_step",
-        "train",
-        programs.train_step,
-        ((POLICY, state), base, (BATCH, experience)),
-        each_step=updates,
-        settings=_TRAINING,
-        beside=waiting,
-        steps=shape[0],
-    )
-    return [*calls, train]
-
-
-def _distilled(config: Config, mesh: Mesh, call: Callable[..., Call]) -> list[Call]:
-    shape = packed_shape(config)
-    programs, acting, base, state = _trained(config, mesh)
-    teaching = build_teacher(config, mesh, known_model(config.policy))
-    teacher = frozen_models(config)[config.reference], _parameters(known_model(config.reference), mesh)
-    experience = _experience(mesh, shape)
-    shown = Teaching(experience.packed, experience.packed.tokens_BT)
-    batch, how = ((BATCH, shown), (BATCH, experience)), dict(each_step=1, settings=_TRAINING, steps=shape[0])
-    if config.distillation.kl == "full":
-        arguments = (POLICY, state), base, teacher, *batch
-        learning = [call("distill_step", "train", teaching.distill_step, arguments, **how)]
-    else:
-        arguments = (POLICY, state), base, batch[1]
-        learning = [
-            call("teacher_signal", "train", teaching.signal, (acting, teacher, *batch), **how),
-            call("train_step", "train", programs.train_step, arguments, beside={BATCH: tree_bytes(shown)}, **how),
-        ]
-    return _begun(config, mesh, call, programs, acting) + learning
-
-
-def _supervised(config: Sft, mesh: Mesh, call: Callable[..., Call]) -> list[Call]:
+        raise ValueError(f"config.task: got {config.task!r}, which has no plan; those that have: {', '.join(tasks)}")
     check_layout(config, mesh.shape[DATA])
-    policy, state = known_model(config.policy), _state(config, mesh)
-    programs = build_sft(config, mesh, policy, _SFT_UPDATES)
-    shape = packed_shape(config)
-    packed, mask, _ = _slots(mesh, shape)
-    lesson, weights = Lesson(packed, mask, used=_array(mesh, np.int32)), _parameters(policy, mesh)
-    base = (frozen_models(config)[config.policy], weights) if config.lora.rank else (POLICY, ())
-    settings = ("microbatch", "row_tokens", "logp_chunk", "policy.execution.remat", "mesh.model")
-    return [
-        call(
-            "init_state",
-            "start",
-            programs.init_state,
-            (("weights", weights),),
-            each_step=0,
-            settings=("mesh.data", "mesh.model"),
-        ),
-        call(
-            "sft_step",
-            "train",
-            programs.sft_step,
-            ((POLICY, state), base, (BATCH, lesson)),
-            each_step=1,
-            settings=settings,
-            steps=shape[0],
-        ),
-    ]
+    calls, resident = tasks[config.task](config, mesh), residents(config, mesh)
+
+    def with_residents(call: Call) -> Call:
+        own = {owner for argument in call.arguments for owner in owned_bytes(*argument)} | set(call.inside)
+        others = {owner: size for owner, size in resident.items() if owner not in own}
+        return dataclasses.replace(call, beside=others | call.beside)
+
+    return [with_residents(call) for call in calls]
 
 
-def _trained(config: Config, mesh: Mesh) -> tuple[Programs, tuple[str, Any], tuple[str, Any], TrainState]:
-    """(programs, what samples, what adapters stand on, the state), arguments with their owners.
-
-    Raises:
-      ValueError: the config does not fit the mesh or its models.
-    """
-    check_layout(config, mesh.shape[DATA])
-    policy = known_model(config.policy)
-    check_lengths(config, policy.arch)
-    state = _state(config, mesh)
-    base = (frozen_models(config)[config.policy], _parameters(policy, mesh)) if config.lora.rank else (POLICY, ())
-    return build(config, mesh, policy), (base[0], adapt(config.lora, base[1], state.params)), base, state
-
-
-def _begun(
-    config: Config, mesh: Mesh, call: Callable[..., Call], programs: Programs, acting: tuple[str, Any]
-) -> list[Call]:
-    """The state's beginning, and the rollouts."""
-    weights, waves = _parameters(known_model(config.policy), mesh), config.rollout.prompts // config.rollout.wave
-    start = call(
-        "init_state",
-        "start",
-        programs.init_state,
-        (("weights", weights),),
-        each_step=0,
-        settings=("mesh.data", "mesh.model"),
-    )
-    return [start, *_sampling(config, config.rollout, mesh, call, acting, waves, _SAMPLING)]
-
-
-def _evaluated(config: Evaluate, mesh: Mesh, call: Callable[..., Call]) -> list[Call]:
-    """A step is a wave.  Whether a judge is needed too, for open-ended answers, only the data says."""
-    check_layout(config, mesh.shape[DATA])
-    acting = POLICY, _parameters(known_model(config.policy), mesh)
-    settings = ("sampling.wave", "sampling.group", "mesh.model", "policy.execution.kv_dtype")
-    return _sampling(config, config.sampling, mesh, call, acting, 1, settings)
-
-
-def _sampling(
-    config: Config | Evaluate,
-    how: Rollout | Sampling,
-    mesh: Mesh,
-    call: Callable[..., Call],
-    acting: tuple[str, Any],
-    waves: int,
-    settings: tuple[str, ...],
-) -> list[Call]:
-    policy, wave, group, answer = known_model(config.policy), how.wave, how.group, how.max_tokens
-    prompt = padded_width(config.data.max_prompt_tokens - 1)
-    prompts = _context(mesh, wave, prompt)
-    sampler = build_sampler(policy, mesh, max_tokens=answer, wave=wave)
-    prefix = jax.eval_shape(sampler.prefill, acting[1], prompts)
-    return [
-        call("prefill", "sample", sampler.prefill, (acting, (BATCH, prompts)), each_step=waves, settings=settings),
-        call(
-            "sample",
-            "sample",
-            sampler.sample,
-            (
-                acting,
-                (KEYS, Result("prefill")),
-                (BATCH, _rows(mesh, wave, group, 1)),
-                (BATCH, _draw(mesh, wave, group)),
-            ),
-            # Over a response a row attends to half of it on average.
-            each_step=waves,
-            settings=settings,
-            steps=answer,
-            attended=(0, prompt + answer / 2),
-            inside={KEYS: _pool_bytes(policy, mesh, prefix, group, answer)},
-        ),
-    ]
-
-
-def _judging(config: Config, mesh: Mesh, call: Callable[..., Call]) -> list[Call]:
-    how, role = config.judge, frozen_models(config)[config.judge.model]
-    judge, wave, group = known_model(how.model), config.rollout.wave, config.rollout.group
-    check_judge_lengths(how, judge.arch)
-    asking, params, waves = build_judge(how, mesh, judge), _parameters(judge, mesh), config.rollout.prompts // wave
-    context, trace = _context(mesh, wave, padded_width(how.max_context_tokens)), padded_width(how.max_trace_tokens)
-    writes = how.readout == "text"
-    queries = (BATCH, _rows(mesh, wave, group, trace)), *([(BATCH, _draw(mesh, wave, group))] if writes else [])
-    slots, seen = trace - 1 + how.max_tokens if writes else trace, context.tokens_PC.shape[1]
-    prefix = jax.eval_shape(asking.prefill, params, context)
-    return [
-        call(
-            "judge_prefill",
-            "judge",
-            asking.prefill,
-            ((role, params), (BATCH, context)),
-            each_step=waves,
-            settings=_JUDGING,
-        ),
-        call(
-            "judge",
-            "judge",
-            asking.judge,
-            ((role, params), (KEYS, Result("judge_prefill")), *queries),
-            # A rollout has at most so many prefixes to score, and a call takes one of each rollout.
-            each_step=waves * segment_rule(config).max_segments,
-            settings=_JUDGING,
-            steps=how.max_tokens if writes else 0,
-            attended=(seen + trace / 2, seen + trace + how.max_tokens / 2),
-            inside={KEYS: _pool_bytes(judge, mesh, prefix, group, slots)} if writes else {},
-        ),
-    ]
-
-
-def known_model(how: Model) -> LanguageModel:
-    """A model as the programs see it.  Of a published one the tokenizer is not at hand without a network; the byte
-    tokenizer's ids of end, padding and digits stand for its own: they are constants in the programs, nothing more."""
-    if how.weights in PUBLISHED:
-        return LanguageModel(how, PUBLISHED[how.weights], load_tokenizer("byte"), None)
-    return open_model(how)
+def residents(config: Planned, mesh: Mesh | AbstractMesh) -> dict[str, int]:
+    """Bytes a device that a run keeps throughout a step, by owner."""
+    if config.task == "evaluate":
+        return {POLICY: tree_bytes(_parameters(known_model(config.policy), mesh))}
+    frozen = {role: tree_bytes(_parameters(known_model(m), mesh)) for m, role in frozen_models(config).items()}
+    return owned_bytes(POLICY, _state(config, mesh)) | frozen
 
 
 def frozen_models(config: Config | Sft) -> dict[Model, str]:
-    """The models that a training run holds beside the policy, and what they serve as; equal models are one copy."""
+    """The models that a training run keeps beside the policy, and what they serve as; equal models are one copy.
+    Whether open-ended science in the data has a judge besides, only the data says."""
     roles: dict[Model, list[str]] = {}
     if config.task != "sft" and config.has_reference_model:
         roles.setdefault(config.reference, []).append("teacher" if config.task == "distill" else "reference")
@@ -349,18 +136,20 @@ def frozen_models(config: Config | Sft) -> dict[Model, str]:
     return {model: "frozen " + " + ".join(names) for model, names in roles.items()}
 
 
-def residents(config: Run, mesh: Mesh) -> dict[str, int]:
-    """Bytes a device that a run holds throughout a step, by owner."""
-    if config.task == "evaluate":
-        return {POLICY: tree_bytes(_parameters(known_model(config.policy), mesh))}
-    state = _state(config, mesh)
-    frozen = {role: tree_bytes(_parameters(known_model(how), mesh)) for how, role in frozen_models(config).items()}
-    return owned_bytes(POLICY, state) | frozen
+@functools.cache
+def known_model(model: Model) -> LanguageModel:
+    """A model as the programs see it.  Of a published one the tokenizer is not at hand without a network; the byte
+    tokenizer's ids of end, padding and digits stand for its own: they are constants in the programs, nothing more."""
+    if model.weights in PUBLISHED:
+        return LanguageModel(model, PUBLISHED[model.weights], load_tokenizer("byte"), None)
+    return open_model(model)
 
 
 def owned_bytes(owner: str, tree: Any) -> dict[str, int]:
-    """Bytes a device of an argument, by owner; a state is the policy's and Adam's, and adapters are the policy's, whatever
-    owner stands there."""
+    """Bytes a device of an argument, by owner; a state is the policy's and Adam's, and adapters are the policy's,
+    whatever owner stands there."""
+    if isinstance(tree, Result):
+        return {owner: tree.bytes}
     if isinstance(tree, TrainState):
         return {POLICY: tree_bytes(tree.params), ADAM: tree_bytes(tree) - tree_bytes(tree.params)}
     if isinstance(tree, Adapted):
@@ -374,67 +163,309 @@ def tree_bytes(tree: Any) -> int:
     return bytes_per_device(leaves, [leaf.sharding for leaf in leaves])
 
 
-def _placed(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), tree, shardings)
+# ---------------------------------------------------------------------------------------------------------- the tasks
 
 
-def _parameters(model: LanguageModel, mesh: Mesh) -> Any:
-    abstract = Transformer(model.arch, model.execution).abstract_params(model.config.param_dtype)
-    return _placed(abstract, shard_parameters(abstract, model.arch, model.execution, mesh))
+def _reinforced(config: Config, mesh: Mesh) -> list[Call]:
+    policy, rule = _policy(config, mesh), segment_rule(config)
+    programs, shape, updates = build(config, mesh, policy.model), packed_shape(config), config.updates.per_batch
+    calls = [*_start(policy, programs), *_sampling(config, mesh, policy.acting)]
+    if config.has_local_judge:
+        calls += _judging(config, mesh, rule.max_segments)
+    experience = _experience(mesh, shape)
+    # A step's updates are packed together, and lie there until their turn comes.
+    waiting = {BATCH: (updates - 1) * tree_bytes(experience)}
+    scored = [("token_logp", policy.acting)] if updates > 1 else []
+    if config.loss.kl_coef > 0:
+        scored.append(("token_logp (reference)", _frozen(config, mesh, config.reference)))
+    for name, params in scored:
+        arguments = params, (BATCH, experience.packed), (BATCH, experience.used)
+        cost = _reading(policy, params[1], shape)
+        calls.append(
+            Call(name, "logp", programs.token_logp, arguments, updates, cost, _TRAINING, shape[0], beside=waiting)
+        )
+    learn = _update(policy, programs.train_step, "train_step", shape, [(BATCH, experience)])
+    return [*calls, dataclasses.replace(learn, times=updates, beside=waiting)]
+
+
+def _distilled(config: Config, mesh: Mesh) -> list[Call]:
+    policy, shape = _policy(config, mesh), packed_shape(config)
+    programs, teaching = build(config, mesh, policy.model), build_teacher(config, mesh, policy.model)
+    teacher, experience = _frozen(config, mesh, config.reference), _experience(mesh, shape)
+    shown = BATCH, Teaching(experience.packed, experience.packed.tokens_BT)
+    calls = [*_start(policy, programs), *_sampling(config, mesh, policy.acting)]
+    if config.distillation.kl == "full":
+        arguments = [teacher, shown, (BATCH, experience)]
+        return [*calls, _update(policy, teaching.distill_step, "distill_step", shape, arguments, teacher=teacher[1])]
+    arguments = policy.acting, teacher, shown, (BATCH, experience)
+    cost = _reading(policy, teacher[1], shape) + _reading(policy, policy.acting[1], shape)
+    signal = Call("teacher_signal", "train", teaching.signal, arguments, 1, cost, _TRAINING, shape[0])
+    learn = _update(policy, programs.train_step, "train_step", shape, [(BATCH, experience)])
+    return [*calls, signal, dataclasses.replace(learn, beside={BATCH: tree_bytes(shown[1])})]
+
+
+def _supervised(config: Sft, mesh: Mesh) -> list[Call]:
+    policy, shape = _policy(config, mesh), packed_shape(config)
+    programs = build_sft(config, mesh, policy.model, _SFT_UPDATES)
+    packed, mask, _ = _slots(mesh, shape)
+    lesson = Lesson(packed, mask, used=_array(mesh, jnp.int32))
+    learn = _update(policy, programs.sft_step, "sft_step", shape, [(BATCH, lesson)])
+    return [*_start(policy, programs), dataclasses.replace(learn, settings=_SUPERVISING)]
+
+
+def _evaluated(config: Evaluate, mesh: Mesh) -> list[Call]:
+    """A step is a wave.  Whether a judge is needed too, for open-ended answers, only the data says."""
+    acting = POLICY, _parameters(known_model(config.policy), mesh)
+    return _sampling(config, mesh, acting)
+
+
+class _Policy(NamedTuple):
+    """What a run trains.
+
+    Attributes:
+      state: as its programs take it.
+      weights: it starts from these; with adapters they are their base, which stays.
+      base, acting: arguments with their owners: what adapters stand on, () for none; and what samples.
+    """
+
+    model: LanguageModel
+    mesh: Mesh
+    state: TrainState
+    weights: tuple[str, Any]
+    base: tuple[str, Any]
+    acting: tuple[str, Any]
+
+
+def _policy(config: Config | Sft, mesh: Mesh) -> _Policy:
+    model = known_model(config.policy)
+    if config.task != "sft":
+        check_lengths(config, model.arch)
+    state = _state(config, mesh)
+    weights = frozen_models(config).get(config.policy, "weights"), _parameters(model, mesh)
+    base = weights if config.lora.rank else (POLICY, ())
+    return _Policy(model, mesh, state, weights, base, (base[0], adapt(config.lora, base[1], state.params)))
+
+
+def _start(policy: _Policy, programs: Programs | SftPrograms) -> list[Call]:
+    made = owned_bytes(POLICY, policy.state)
+    moved = tree_bytes(policy.weights[1]) + sum(made.values())
+    params = POLICY, policy.state.params
+    return [
+        Call(
+            "init_state", "start", programs.init_state, (policy.weights,), 0, Cost(bytes=moved), _STARTING, inside=made
+        ),
+        Call("all_finite", "start", programs.all_finite, (params,), 0, Cost(bytes=made[POLICY]), _STARTING),
+    ]
+
+
+def _reading(policy: _Policy, params: Any, shape: tuple[int, int, int], logits: bool = True) -> Cost:
+    """Of one pass over packed rows, each counted as a single sequence, the most that it can be."""
+    (M, B, T), model = shape, policy.model
+    tokens, pairs = M * B * T, M * B * seen_pairs(T, T)
+    passes = Cost(bytes=M * _weight_bytes(model, policy.mesh))
+    return forward(model.arch, params, tokens, pairs, tokens * logits) + passes
+
+
+def _update(
+    policy: _Policy,
+    program: Callable,
+    name: str,
+    shape: tuple[int, int, int],
+    arguments: Sequence[tuple[str, Any]],
+    teacher: Any = None,
+) -> Call:
+    """An optimizer update from microbatches.
+
+    Args:
+      arguments: after the state and its base.
+      teacher: parameters of a model that is asked in it.
+    """
+    (M, B, T), model, state = shape, policy.model, policy.state
+    gradient = tree_bytes(jax.tree.map(lambda x: x.update(dtype=jnp.float32), state.params))
+    passes = 2 + (model.execution.remat != "none")
+    tokens, pairs = M * B * T, M * B * seen_pairs(T, T)
+    cost = update(model.arch, model.execution, policy.acting[1], tokens, pairs, teacher=teacher is not None)
+    # The gradient's sum is read and written for each microbatch, and the state once.
+    moved = M * (passes * _weight_bytes(model, policy.mesh) + 2 * gradient) + 2 * tree_bytes(state)
+    cost += Cost(bytes=moved) + (_reading(policy, teacher, shape, logits=False) if teacher is not None else Cost())
+    given = (POLICY, state), policy.base, *arguments
+    return Call(name, "train", program, given, 1, cost, _TRAINING, M, inside={GRADIENT: gradient})
+
+
+# ----------------------------------------------------------------------------------------------- rows on their contexts
+
+
+class _Rows(NamedTuple):
+    """What a sampler or a judge is given.
+
+    Attributes:
+      problems, group: contexts, and rows of each.
+      context, width: slots of a context, and of a row before its answer.
+      answer: tokens that are sampled after them; 0 where a row is only read.
+    """
+
+    problems: int
+    group: int
+    context: int
+    width: int
+    answer: int
+
+
+def _sampling(config: Config | Evaluate, mesh: Mesh, acting: tuple[str, Any]) -> list[Call]:
+    model, evaluates = known_model(config.policy), isinstance(config, Evaluate)
+    rollout = config.sampling if evaluates else config.rollout
+    waves, settings = (1, _EVALUATING) if evaluates else (rollout.prompts // rollout.wave, _SAMPLING)
+    # A prompt's last token is the first of its rows.
+    rows = _Rows(rollout.wave, rollout.group, padded_width(config.data.max_prompt_tokens - 1), 1, rollout.max_tokens)
+    sampler = build_sampler(model, mesh, max_tokens=rollout.max_tokens, wave=rollout.wave)
+    programs = {"prefill": sampler.prefill, "sample": sampler.sample}
+    return _asking(model, mesh, acting, rows, programs, "sample", (waves, waves), settings)
+
+
+def _judging(config: Config, mesh: Mesh, prefixes: int) -> list[Call]:
+    judge, rollout = config.judge, config.rollout
+    model, answer = known_model(judge.model), judge.max_tokens if judge.readout == "text" else 0
+    check_judge_lengths(judge, model.arch)
+    context, trace = padded_width(judge.max_context_tokens), padded_width(judge.max_trace_tokens)
+    built, waves = build_judge(judge, mesh, model), rollout.prompts // rollout.wave
+    # A rollout has at most so many prefixes to score, and a call takes one of each rollout.
+    times = waves, waves * prefixes
+    rows = _Rows(rollout.wave, rollout.group, context, trace, answer)
+    programs = {"judge_prefill": built.prefill, "judge": built.judge}
+    return _asking(model, mesh, _frozen(config, mesh, judge.model), rows, programs, "judge", times, _JUDGING)
+
+
+def _asking(
+    model: LanguageModel,
+    mesh: Mesh,
+    params: tuple[str, Any],
+    rows: _Rows,
+    programs: Mapping[str, Callable],
+    phase: str,
+    times: tuple[int, int],
+    settings: tuple[str, ...],
+) -> list[Call]:
+    """The program that reads contexts once, and the one that continues each of their rows.
+
+    Args:
+      programs: the two, by name.
+      times: calls of each in a step.
+    """
+    (prefill, reads), (proceed, continues) = programs.items()
+    (P, G, C, T, answer), shards = rows, mesh.shape[DATA]
+    context = Context(_array(mesh, jnp.int32, P, C), _array(mesh, jnp.int32, P))
+    queries = [Rows(_array(mesh, jnp.int32, P, G, T), _array(mesh, jnp.int32, P, G))]
+    if answer:
+        queries.append(_draw(mesh, P, G))
+    prefix = jax.eval_shape(reads, params[1], context)
+    keys, weights = _keys_bytes(model, mesh, prefix.layers), _weight_bytes(model, mesh)
+    token = keys / (P * C / shards) * (0.5 if model.execution.kv_dtype == "int8" and answer else 1)
+
+    def passes(queries: int, keys: int, times: int, logits: int) -> Cost:
+        """Of every row's last `queries` tokens; the weights and what the rows see are read so many times."""
+        pairs = seen_pairs(queries, keys)
+        moved = times * (weights + P * G / shards * pairs / max(queries, 1) * token)
+        return forward(model.arch, params[1], P * G * queries, P * G * pairs, P * G * logits) + Cost(bytes=moved)
+
+    contexts = forward(model.arch, params[1], P * C, P * seen_pairs(C, C)) + Cost(bytes=weights + keys)
+    # Of a row that is continued, the loop itself feeds the last token.
+    read = T - bool(answer)
+    cost = passes(read, C + read, -(-read // CHUNK), 0) + passes(answer, C + read + answer, answer, answer)
+    inside = {COPY: _copy_bytes(model, mesh, whole=bool(answer))}
+    if answer:
+        inside[KEYS] = _cache_bytes(model, mesh, prefix, G, read + answer)
+    arguments = params, (KEYS, Result(prefill, keys)), *((BATCH, query) for query in queries)
+    return [
+        Call(prefill, phase, reads, (params, (BATCH, context)), times[0], contexts, settings, inside={KEYS: keys}),
+        Call(proceed, phase, continues, arguments, times[1], cost, settings, answer, inside),
+    ]
+
+
+def _keys_bytes(model: LanguageModel, mesh: Mesh, tree: Any) -> int:
+    """Bytes a device of keys and values: problems over `data`, heads over `model` where they divide."""
+    heads = mesh.shape[MODEL] if model.arch.kv_heads % mesh.shape[MODEL] == 0 else 1
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) // mesh.shape[DATA] // heads
+
+
+def _cache_bytes(model: LanguageModel, mesh: Mesh, prefix: Any, group: int, slots: int) -> int:
+    """Bytes a device of the keys and values from which rows are continued."""
+    start_PG = jax.ShapeDtypeStruct((*prefix.length_P.shape, group), jnp.int32)
+    open_cache = functools.partial(model.on(mesh).open_cache, slots=slots, tokens=slots)
+    cache = jax.eval_shape(open_cache, prefix, start_PG)
+    if isinstance(cache, PagedCache):
+        return _keys_bytes(model, mesh, cache.pool)
+    # A scan over layers takes the cache as input and gives it as output: two copies, where a pool is written in place.
+    return _keys_bytes(model, mesh, cache) * (1 + model.execution.scan_layers)
+
+
+def _weight_bytes(model: LanguageModel, mesh: Mesh) -> int:
+    """Bytes a device of the weights as products take them: in the compute dtype, gathered along `data`."""
+    return tree_bytes(_parameters(model, AbstractMesh((1, mesh.shape[MODEL]), (DATA, MODEL)), cast=True))
+
+
+def _copy_bytes(model: LanguageModel, mesh: Mesh, whole: bool) -> int:
+    """Bytes a device of the weights' copy that a loop of passes works with; 0 where it would be the weights themselves.
+
+    Args:
+      whole: it is gathered along `data`, so that no step of decoding gathers.
+    """
+    if model.config.param_dtype == model.execution.compute_dtype and (not whole or mesh.shape[DATA] == 1):
+        return 0
+    return _weight_bytes(model, mesh) if whole else tree_bytes(_parameters(model, mesh, cast=True))
+
+
+# ----------------------------------------------------------------------------------------------- arguments, as they lie
+
+
+def _parameters(model: LanguageModel, mesh: Mesh, cast: bool = False) -> Any:
+    transformer = model.on(mesh)
+    abstract = transformer.abstract_params(model.config.param_dtype)
+    if cast:
+        abstract = jax.eval_shape(transformer.cast_kernels, abstract)
+    return _laid_out(abstract, transformer.shard(abstract))
+
+
+def _frozen(config: Config, mesh: Mesh, model: Model) -> tuple[str, Any]:
+    return frozen_models(config)[model], _parameters(known_model(model), mesh)
 
 
 def _state(config: Config | Sft, mesh: Mesh) -> TrainState:
     policy = known_model(config.policy)
     if config.task == "sft":
         programs = build_sft(config, mesh, policy, _SFT_UPDATES)
-        return _placed(programs.abstract, programs.shardings)
-    return _placed(abstract_state(config, policy.arch), shard_state(config, mesh, policy))
+        return _laid_out(programs.abstract, programs.shardings)
+    return _laid_out(abstract_state(config, policy.arch), shard_state(config, mesh, policy))
+
+
+def _laid_out(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
 
 
 def _array(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-    """A batch array, as `mesh.put_rows` places it."""
+    """A batch array, as `hosts.put_rows` lays it out."""
     return jax.ShapeDtypeStruct(shape, dtype, sharding=rows_sharding(mesh) if shape else replicated(mesh))
-
-
-def _context(mesh: Mesh, problems: int, width: int) -> Context:
-    return Context(_array(mesh, np.int32, problems, width), _array(mesh, np.int32, problems))
-
-
-def _rows(mesh: Mesh, problems: int, group: int, width: int) -> Rows:
-    return Rows(_array(mesh, np.int32, problems, group, width), _array(mesh, np.int32, problems, group))
 
 
 def _draw(mesh: Mesh, problems: int, group: int) -> Draw:
     return Draw(
-        seed=_array(mesh, np.uint32),
-        step=_array(mesh, np.int32),
-        problem_P=_array(mesh, np.uint32, problems),
-        temperature_PG=_array(mesh, np.float32, problems, group),
-        live_PG=_array(mesh, np.bool_, problems, group),
+        seed=_array(mesh, jnp.uint32),
+        step=_array(mesh, jnp.int32),
+        problem_P=_array(mesh, jnp.uint32, problems),
+        temperature_PG=_array(mesh, jnp.float32, problems, group),
+        live_PG=_array(mesh, jnp.bool_, problems, group),
     )
 
 
-def _experience(mesh: Mesh, shape: tuple[int, int, int]) -> Experience:
-    packed, mask, number = _slots(mesh, shape)
-    return Experience(packed, mask, number, number, number, number, number, used=_array(mesh, np.int32))
-
-
 def _slots(mesh: Mesh, shape: tuple[int, int, int]) -> tuple[Packed, jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Packed rows of an update's batch [M, B, T], a mask and a number of each slot, as `mesh.put_microbatches` places them."""
+    """Packed rows of an update's batch [M, B, T], a mask and a number of each slot, as `hosts.put_microbatches`
+    lays them out."""
     token, mask, number = (
-        jax.ShapeDtypeStruct(shape, kind, sharding=microbatches_sharding(mesh))
-        for kind in (np.int32, np.bool_, np.float32)
+        jax.ShapeDtypeStruct(shape, dtype, sharding=microbatches_sharding(mesh))
+        for dtype in (jnp.int32, jnp.bool_, jnp.float32)
     )
     return Packed(token, token, token, token, token), mask, number
 
 
-def _pool_bytes(model: LanguageModel, mesh: Mesh, prefix: Any, group: int, slots: int) -> int:
-    """Of the pages from which rows are decoded: problems over `data`, heads over `model` where they divide."""
-    start_PG = jax.ShapeDtypeStruct((*prefix.length_P.shape, group), np.int32)
-
-    def opened(prefix, start_PG):
-        return open_pages(model.arch, model.execution, Placement(mesh), prefix, start_PG, slots).pool
-
-    pool = jax.eval_shape(opened, prefix, start_PG)
-    heads = mesh.shape[MODEL] if model.arch.kv_heads % mesh.shape[MODEL] == 0 else 1
-    return pool.size * pool.dtype.itemsize // mesh.shape[DATA] // heads
+def _experience(mesh: Mesh, shape: tuple[int, int, int]) -> Experience:
+    packed, mask, number = _slots(mesh, shape)
+    return Experience(packed, mask, number, number, number, number, number, used=_array(mesh, jnp.int32))

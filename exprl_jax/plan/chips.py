@@ -13,7 +13,6 @@ a cut's links in one direction (v5e 1.6 TB/s over 32 links, v6e 3.2 over 32, v4 
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from typing import Any
 
@@ -103,19 +102,6 @@ def topology(name: str) -> Topology:
             f"--topology: {name} cannot be described here: {str(error).splitlines()[0]}; install jax[tpu], which brings libtpu"
         ) from error
     return Topology(name, chip, tuple(int(size) for size in shape.split("x")), tuple(described.devices))
-
-
-def roomiest(chips: int) -> Topology:
-    """A slice of so many chips, of the generation with the most memory that has one.
-
-    Raises:
-      ValueError: no generation has.
-    """
-    sizes = {f"{name}:{shape}": math.prod(map(int, shape.split("x"))) for name in CHIPS for shape in CHIPS[name].shapes}
-    found = [name for name, size in sizes.items() if size == chips]
-    if not found:
-        raise ValueError(f"no generation has a slice of {chips} chips")
-    return topology(max(found, key=lambda name: CHIPS[name.partition(":")[0]].hbm))
 
 
 def axis_bandwidth(where: Topology, mesh: Mesh) -> dict[str, float]:

@@ -1,150 +1,94 @@
-"""The compile check's tables: on the terminal, and as a page of docs/."""
+"""The plan's tables as text: memory by owner, collectives, time at best, and a row of what decides."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+from exprl_jax.plan.calls import ADAM, BATCH, COPY, GRADIENT, KEYS, POLICY
 from exprl_jax.plan.chips import GIB
-from exprl_jax.plan.measure import CODE, TEMPORARIES, Program, Proof
+from exprl_jax.plan.compiled import CODE, TEMPORARIES, Report, Usage
+from exprl_jax.text_tables import align, markdown
 
-Table = tuple[str, list[str], list[list[str]]]
-BEGIN, END = "<!-- compile_check: begin -->", "<!-- compile_check: end -->"
+_OWNERS = ("weights", POLICY, ADAM, "frozen", BATCH, KEYS, COPY, GRADIENT, TEMPORARIES, CODE, "total")
+PHASES = ("sample", "judge", "logp", "train")
 
 
-def tables_of(proof: Proof) -> list[Table]:
-    """(title, header, rows): memory, collectives, time at best."""
-    made = [each for each in proof.programs if each.compiled]
-    owners = sorted({name for each in made for name in each.owners if name != TEMPORARIES}, key=_place)
-    memory = [
-        [
-            each.name,
-            f"{each.seconds:.0f}",
-            _gib(each.peak),
-            _gib(each.total),
-            "yes" if each.exhausted is None else "NO",
-            *(_gib(each.owners[name]) if name in each.owners else "" for name in owners),
-            _gib(each.owners[TEMPORARIES]),
-            f"{_gib(each.aliased)} of {_gib(each.donated)}" if each.donated else "",
-        ]
-        if each.compiled
-        else [each.name, f"{each.seconds:.0f}", *[""] * 2, "NO", *[""] * (len(owners) + 2)]
-        for each in proof.programs
+def memory_rows(owners: Sequence[Mapping[str, int]]) -> list[list[str]]:
+    """GiB by owner: a header, and a row for each program; an owner that a program does not meet is left empty."""
+    names = sorted({name for each in owners for name in each}, key=_position)
+    return [names, *([_gib(each[name]) if name in each else "" for name in names] for each in owners)]
+
+
+def as_text(report: Report) -> str:
+    """For the terminal."""
+    header, *memory = memory_rows([usage.owners for usage in report.programs])
+    fits = [["program", "compile s", "needs", "fits", *header, "donated"]]
+    for usage, owners in zip(report.programs, memory):
+        donated = f"{_gib(usage.aliased)} of {_gib(usage.donated)}" if usage.donated else ""
+        needs, verdict = _gib(usage.needed) if usage.needed else "", "yes" if usage.fits else "NO"
+        fits.append([usage.name, f"{usage.seconds:.0f}", needs, verdict, *owners, donated])
+    moved = [
+        [usage.name, *name.split(" "), f"{times:,}", _figure(size / 1e9)]
+        for usage in report.programs
+        for name, (size, times) in sorted(usage.moved.items())
     ]
-    header = ["program", "compile s", "peak", "with the rest", "fits", *owners, "temporaries", "donated"]
-    collectives = [
-        [each.name, *name.split(" "), f"{times:,}", _figure(size / 1e9)]
-        for each in made
-        for name, (size, times) in sorted(each.moved.items())
-    ]
+    compiled = [usage for usage in report.programs if usage.compiled]
     time = [
         [
-            each.name,
-            str(each.each_step),
-            _figure(each.flops / 1e12),
-            _figure(each.hbm / 1e9),
-            *(_figure(each.bounds[name]) for name in ("compute", "HBM", "ICI")),
-            _figure(each.bound * each.each_step),
+            *(usage.name, str(usage.times), _figure(usage.flops / 1e12), _figure(usage.hbm / 1e9)),
+            *(_figure(usage.bounds[name]) for name in ("compute", "HBM", "ICI")),
+            _figure(usage.bound),
         ]
-        for each in made
+        for usage in compiled
     ]
-    phases = dict.fromkeys(each.phase for each in made if each.each_step)
-    time += [[f"= {phase}", *[""] * 6, _figure(proof.seconds(phase))] for phase in phases]
-    time.append(
-        ["= a step" if proof.fits else "= a step, without what did not compile", *[""] * 6, _figure(proof.seconds())]
-    )
-    limit = _gib(proof.limit)
-    return [
-        (f"memory a device, GiB of {limit}", header, memory),
-        ("collectives a call, received by each device", ["program", "kind", "mesh axes", "times", "GB"], collectives),
-        (
-            "time at best: a bound, not a measurement; all rollouts at their budgets",
-            ["program", "calls a step", "TFLOP", "HBM GB", "compute s", "HBM s", "ICI s", "s a step"],
-            time,
+    phases = dict.fromkeys(usage.phase for usage in compiled if usage.times)
+    time += [[f"= {phase}", *[""] * 6, _figure(report.seconds(phase))] for phase in phases]
+    time.append(["= a step" + ("" if report.fits else ", but for the rest"), *[""] * 6, _figure(report.seconds())])
+    parts = [
+        _heading(report),
+        f"memory a device, GiB of {_gib(report.limit)}\n{align(fits)}",
+        "collectives a call, received by each device\n" + align([["program", "kind", "axes", "times", "GB"], *moved]),
+        "time at best: a bound, not a measurement; all rollouts at their budgets\n"
+        + align(
+            [["program", "calls a step", "TFLOP", "HBM GB", "compute s", "HBM s", "ICI s", "s a step"], *time], left=1
         ),
+        "\n".join(line for usage in report.programs for line in _problems(usage)),
     ]
+    return "\n\n".join(part for part in parts if part)
 
 
-def problems_of(proof: Proof) -> list[str]:
-    """A line or more for each program that does not fit or compile, and for each large copy in a loop."""
-    lines = []
-    for each in proof.programs:
-        if each.exhausted is not None:
-            lines += _exhausted(each)
-        if each.failure:
-            lines.append(f"{each.name} did not compile: {each.failure}")
-        lines += [f"{each.name} copies in a loop: {copy}" for copy in each.copies]
+def summary(reports: Iterable[Report]) -> str:
+    """A row a topology, as Markdown: the figures that decide."""
+    header = ["topology", "mesh", "settings", "HBM GiB", "largest GiB", "in", "fits"]
+    rows = [header + [f"{phase} s" for phase in PHASES] + ["a step at best, s"]]
+    for report in reports:
+        fullest = max(report.programs, key=lambda usage: usage.needed)
+        settings = [report.topology, f"{report.data} x {report.model}", report.changes]
+        size = [_gib(report.limit), _gib(fullest.needed), fullest.name, "yes" if report.fits else "no"]
+        seconds = [f"{report.seconds(phase):,.0f}" if report.fits else "" for phase in (*PHASES, None)]
+        rows.append(settings + size + seconds)
+    return markdown(rows)
+
+
+def _heading(report: Report) -> str:
+    changes = f", {report.changes}" if report.changes else ""
+    fits = "fits" if report.fits else "does not fit"
+    return f"{report.topology}, mesh data {report.data} x model {report.model}{changes}: {fits}"
+
+
+def _problems(usage: Usage) -> list[str]:
+    """What to know of a program that does not fit or compile, and of each large copy in a loop."""
+    lines = [f"{usage.name} copies in a loop: {copy}" for copy in usage.copies]
+    if usage.failure:
+        return [f"{usage.name} did not compile: {usage.failure}", *lines]
+    if usage.needed > usage.limit:
+        largest = sorted(usage.owners.items(), key=lambda owned: -owned[1])
+        owners = ", ".join(f"{name} {_gib(size)}" for name, size in largest)
+        lines += [
+            f"{usage.name}: out of memory, needs {_gib(usage.needed)} of {_gib(usage.limit)} GiB a device ({owners})",
+            f"  to change: {', '.join(usage.settings)}",
+        ]
     return lines
-
-
-def heading(proof: Proof) -> str:
-    """One line that says what this is of."""
-    changes = f", {proof.changes}" if proof.changes else ""
-    fits = "fits" if proof.fits else "does not fit"
-    return f"{proof.topology}, mesh data {proof.data} x model {proof.model}{changes}: {fits}"
-
-
-def as_text(proof: Proof) -> str:
-    """For the terminal."""
-    parts = [heading(proof)]
-    for title, header, rows in tables_of(proof):
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (header, *rows)]
-        parts.append("\n".join([title, *lines]))
-    return "\n\n".join([*parts, *["\n".join(problems_of(proof))][: bool(problems_of(proof))]])
-
-
-def as_markdown(proof: Proof) -> str:
-    """For a page."""
-    parts = [f"## {heading(proof)}"]
-    for title, header, rows in tables_of(proof):
-        lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
-        parts.append("\n".join([f"{title[0].upper()}{title[1:]}:", "", *lines]))
-    if problems := problems_of(proof):
-        parts.append("\n".join(f"- {line.strip()}" for line in problems))
-    return "\n\n".join(parts)
-
-
-def summary(proofs: Sequence[Proof]) -> str:
-    """One row a topology, as markdown: the figures that decide."""
-    header = ["topology", "mesh", "settings", "HBM limit GiB", "largest GiB", "in", "fits", "a step at best, s"]
-    rows = []
-    for proof in proofs:
-        fullest = max(proof.programs, key=lambda each: each.exhausted.needed if each.exhausted else each.total)
-        size = fullest.exhausted.needed if fullest.exhausted else fullest.total
-        step = _figure(proof.seconds()) if proof.fits else ""
-        rows.append(
-            [
-                proof.topology,
-                f"{proof.data} x {proof.model}",
-                proof.changes,
-                _gib(proof.limit),
-                _gib(size),
-                fullest.name,
-                "yes" if proof.fits else "no",
-                step,
-            ]
-        )
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
-
-
-def rewritten(page: str, command: str, proofs: Sequence[Proof]) -> str:
-    """The page with what stands between the markers replaced; the markers come last where there are none."""
-    body = "\n\n".join([f"Made by `{command}`.", summary(proofs), *map(as_markdown, proofs)])
-    before, found, after = page.partition(BEGIN)
-    after = after.partition(END)[2] if found else "\n"
-    before = before if found else page.rstrip("\n") + "\n\n" if page else ""
-    return f"{before}{BEGIN}\n\n{body}\n\n{END}{after}"
-
-
-def _exhausted(each: Program) -> list[str]:
-    out = each.exhausted
-    said = f"{each.name}: out of memory, needs {_gib(out.needed)} of {_gib(out.limit)} GiB a device"
-    if each.compiled:
-        said += f" ({_gib(each.peak)} of its own and {_gib(each.total - each.peak)} that lie beside it)"
-    lines = [said, *(f"  {buffer}" for buffer in out.buffers)]
-    if not out.buffers:
-        lines.append("  its buffers are not known: it does not fit the generation with the most memory either")
-    return [*lines, f"  to change: {', '.join(out.settings)}"]
 
 
 def _gib(size: float) -> str:
@@ -156,6 +100,5 @@ def _figure(number: float) -> str:
     return f"{number:.3g}" if abs(number) < 1 else f"{number:,.2f}"
 
 
-def _place(owner: str) -> tuple[int, str]:
-    order = ["weights", "policy", "Adam", "frozen", "batch", "KV", CODE]
-    return next((i for i, name in enumerate(order) if owner.startswith(name)), len(order)), owner
+def _position(owner: str) -> tuple[int, str]:
+    return next(i for i, name in enumerate(_OWNERS) if owner.startswith(name)), owner

@@ -213,13 +213,6 @@ def find_checkpoint(weights: str) -> Checkpoint | None:
     return Checkpoint(path, Model(policy["weights"], execution, policy["param_dtype"]))
 
 
-def published_architecture(config: Model) -> Architecture:
-    """The architecture without fetching anything, where that is possible (dry runs)."""
-    if config.weights in PUBLISHED:
-        return PUBLISHED[config.weights]
-    return open_model(config).arch
-
-
 def load_params(model: LanguageModel, mesh: Mesh, seed: int) -> Params:
     """The model's parameters on the mesh; `random:` ones depend on the seed alone."""
     dtype, transformer = model.config.param_dtype, model.on(mesh)

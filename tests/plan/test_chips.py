@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from exprl_jax.mesh import mesh_over, replicated
-from exprl_jax.plan.chips import CHIPS, GIB, axis_bandwidth, roomiest, topology
-from exprl_jax.plan.measure import uncached
+from exprl_jax.plan.chips import CHIPS, GIB, axis_bandwidth, topology
+from exprl_jax.plan.compiled import uncached
 
 
 @pytest.mark.parametrize("generation, chips", [("v4", 8), ("v5e", 4), ("v5p", 8), ("v6e", 4)])
@@ -52,11 +52,3 @@ def test_a_mesh_axis_has_the_links_of_the_physical_axes_that_it_lies_on(name, da
     where = topology(name)
     found = axis_bandwidth(where, mesh_over(where.devices, data, model))
     assert found == {axis: count * where.chip.link for axis, count in links.items()}
-
-
-def test_the_generation_with_the_most_memory_has_slices_of_all_common_sizes():
-    for chips in (4, 8, 16, 32, 64):
-        assert len(roomiest(chips).devices) == chips and roomiest(chips).name.startswith("v5p")
-    assert roomiest(1).name == "v6e:1x1"
-    with pytest.raises(ValueError, match="no generation has a slice of 3 chips"):
-        roomiest(3)

@@ -11,7 +11,7 @@ from exprl_jax.plan.dry_run import describe
 from exprl_jax.resolve import resolve, to_dict
 from exprl_jax.rl_run import first_state
 
-SECTIONS = ("resolved config", "derived", "parameters", "memory a device")
+SECTIONS = ("resolved config", "derived", "parameters", "memory")
 
 
 def sections(config):
@@ -29,9 +29,21 @@ def stage1(arm="outcome", changes=None):
     return resolve(config_dict("stage1", arm, changes))
 
 
-@pytest.mark.parametrize("arm", ["outcome", "process", "text", "mixed", "sparse", "distill"])
+def memory(config):
+    """The figures of the memory's table, by program and column; an empty cell is left out."""
+    header, *lines = sections(config)["memory"].strip().splitlines()
+    columns = [(match[0], match.start()) for match in re.finditer(r"\S+( \S+)*", header)]
+    ends = [start for _, start in columns[1:]] + [None]
+    rows = [[line[start:end].strip() for (_, start), end in zip(columns, ends)] for line in lines]
+    return {
+        name: {column: float(cell.replace(",", "")) for (column, _), cell in zip(columns[1:], cells) if cell}
+        for name, *cells in rows
+    }
+
+
+@pytest.mark.parametrize("arm", ["outcome", "process", "text", "mixed", "sparse", "distill", "sft"])
 def test_the_report_holds_the_config_that_it_describes(arm):
-    config = tiny(arm)
+    config = tiny(arm) if arm != "sft" else resolve(config_dict("tiny", arm))
     assert json.loads(sections(config)["resolved config"]) == to_dict(config)
 
 
@@ -43,7 +55,8 @@ def test_the_papers_runs_are_derived_from_their_config():
     assert (outcome["updates a step"], process["updates a step"]) == ("2", "1")
     assert (outcome["rows an update"], process["rows an update"]) == ("180", "576")
     assert (outcome["waves a step"], outcome["rows a wave"], process["rows a wave"]) == ("9", "40", "32")
-    assert outcome["microbatch"] == process["microbatch"] == "4 rows of 20480 tokens"
+    assert outcome["microbatch"] == "4 rows of 20480 tokens, at most 45 an update"
+    assert process["microbatch"] == "4 rows of 20480 tokens, at most 144 an update"
     assert outcome["optimizer updates in all"] == "460"
     assert outcome["frozen copies"] == "1 (Qwen/Qwen3-4B-Instruct-2507)"
 
@@ -62,50 +75,76 @@ def bytes_held(tree):
     return sum(s.data.nbytes for leaf in jax.tree.leaves(tree) for s in leaf.addressable_shards if s.device == first)
 
 
+@pytest.fixture
+def in_bytes(monkeypatch):
+    """A tiny model is nothing in GiB."""
+    monkeypatch.setattr("exprl_jax.plan.tables.GIB", 1)
+
+
 @pytest.mark.parametrize("data, model", [(8, 1), (2, 4)])
-def test_resident_memory_is_what_a_run_holds(data, model, monkeypatch):
-    monkeypatch.setattr("exprl_jax.plan.dry_run._GIB", 1)  # bytes: a tiny model is nothing in GiB
+def test_memory_is_what_a_run_holds(data, model, in_bytes):
     config = tiny("outcome", {"mesh.data": data, "mesh.model": model})
-    listed = {k: float(v.split()[0]) for k, v in table(sections(config)["memory a device"]).items()}
-    run = opened(config)
+    listed, run = memory(config), opened(config)
     state = first_state(run)
-    assert listed["resident: policy"] == bytes_held(state.params)
-    assert listed["resident: Adam"] == bytes_held(state.opt_state)
-    assert listed["resident: frozen"] == bytes_held(run.frozen[config.reference])
+    for program in listed.values():
+        assert program["policy"] == bytes_held(state.params)
+        assert program["Adam"] == bytes_held(state.opt_state) + 8  # and two counts of the state
+        assert program["frozen reference + judge"] == bytes_held(run.frozen[config.reference])
+        columns = ("calls a step", "TFLOP", "total")
+        assert program["total"] == sum(size for name, size in program.items() if name not in columns)
     # Sampling holds the parameters whole along `data`; the judge that answers with its logits reads them as they lie.
     decoding = run.policy.on(run.mesh).decoding_params(run.frozen[config.reference])
-    assert listed["sampling: policy copy"] == bytes_held(decoding) > listed["resident: policy"]
-    assert listed["judging: judge copy"] == 0  # float32 throughout
-    for phase in ("sampling", "judging", "training"):
-        parts = sum(size for name, size in listed.items() if name.startswith(("resident", phase)))
-        assert listed[f"= while {phase}"] == pytest.approx(parts)
+    assert listed["sample"]["working copy"] == bytes_held(decoding) > listed["sample"]["policy"]
+    assert listed["judge"]["working copy"] == 0  # float32 throughout
+    assert listed["train_step"]["gradient"] == bytes_held(state.params)
+
+
+def test_adapters_and_their_moments_are_small_beside_what_is_frozen(in_bytes):
+    """The base is frozen, with the reference and the judge, or beside them if they are of another dtype."""
+    config = tiny("lora", {"mesh.data": 4, "mesh.model": 2, "reference.param_dtype": "bfloat16"})
+    listed, run = memory(config), opened(config)
+    state = first_state(run)
+    frozen = {"frozen reference": config.reference, "frozen judge + base": config.policy}
+    assert set(frozen.values()) == set(run.frozen)
+    for program in listed.values():
+        assert program["policy"] == bytes_held(state.params)
+        assert {name: program[name] for name in frozen} == {n: bytes_held(run.frozen[m]) for n, m in frozen.items()}
+    assert listed["train_step"]["gradient"] == bytes_held(state.params)
 
 
 def test_memory_follows_the_settings():
     """What is sharded over twice the devices halves; a longer budget costs cache; two frozen models cost two."""
 
-    def memory(changes):
-        return {
-            k: float(v.split()[0]) for k, v in table(sections(stage1("outcome", changes))["memory a device"]).items()
-        }
+    def listed(changes=None):
+        return memory(stage1("outcome", changes))
 
-    base, narrow = memory({}), memory({"mesh.data": 1})
-    for name in ("resident: policy", "resident: Adam", "sampling: KV cache", "judging: KV cache"):
-        assert base[name] == pytest.approx(narrow[name] / 2, abs=0.002)
-    longer = memory({"rollout.max_tokens": 32_768, "updates.row_tokens": 40_960})
-    assert longer["sampling: KV cache"] > 1.9 * base["sampling: KV cache"]
-    assert longer["judging: KV cache"] == base["judging: KV cache"]
-    wider, more = memory({"updates.row_tokens": 40_960}), memory({"updates.microbatch": 8})
-    for name in base:
-        grows = name in ("training: activations", "= while training")
-        assert (wider[name] > 1.05 * base[name]) == (more[name] > 1.05 * base[name]) == grows, name
-    assert (
-        wider["training: activations"]
-        == more["training: activations"]
-        == pytest.approx(2 * base["training: activations"], abs=0.002)
+    base, narrow = listed(), listed({"mesh.data": 1})
+    for program, owner in (("sample", "policy"), ("train_step", "Adam"), ("sample", "KV"), ("judge", "KV")):
+        assert base[program][owner] == pytest.approx(narrow[program][owner] / 2, rel=0.01)
+    longer = listed({"rollout.max_tokens": 32_768, "updates.row_tokens": 40_960})
+    assert longer["sample"]["KV"] > 1.9 * base["sample"]["KV"] and longer["judge"]["KV"] == base["judge"]["KV"]
+    assert longer["train_step"]["batch"] == pytest.approx(2 * base["train_step"]["batch"], rel=0.01)
+    assert "frozen judge" in listed({"judge.model.weights": "Qwen/Qwen3-8B"})["sample"]
+    # Scanned layers hold a cache twice; a pool of int8 pages is written in place, and its elements are half as large.
+    kv_dtype = {f"{model}.execution.kv_dtype": "int8" for model in ("policy", "reference", "judge.model")}
+    assert listed(kv_dtype)["sample"]["KV"] < 0.3 * base["sample"]["KV"]
+
+
+def test_an_evaluation_and_a_supervised_run_are_planned_too(in_bytes):
+    """The policy alone, and what one wave takes; or the update alone."""
+    evaluation = resolve(config_dict("evaluate", "tiny", {"mesh.data": 8}))
+    derived, listed = table(sections(evaluation)["derived"]), memory(evaluation)
+    assert (derived["rollouts a problem"], derived["calls a wave of problems"], derived["rows a wave"]) == (
+        "16",
+        "4",
+        "32",
     )
-    two = memory({"judge.model.weights": "Qwen/Qwen3-8B"})
-    assert two["resident: frozen"] > 2.5 * base["resident: frozen"]
+    assert list(listed) == ["prefill", "sample"] and "Adam" not in listed["sample"]
+    supervised = resolve(config_dict("tiny", "sft", {"mesh.data": 8}))
+    derived, listed = table(sections(supervised)["derived"]), memory(supervised)
+    assert derived["microbatch"] == "8 rows of 512 tokens, at most 1 an update"
+    assert list(listed) == ["init_state", "all_finite", "sft_step"]
+    assert listed["sft_step"]["Adam"] == pytest.approx(2 * listed["sft_step"]["policy"], rel=0.01)
 
 
 SPARSE = {f"routes.{kind}": "verifier" for kind in ("math", "choice", "science", "code")}
@@ -115,23 +154,24 @@ def test_what_a_run_does_not_load_takes_no_memory():
     """Sparse rewards have no judge, and without a KL no reference either."""
 
     def described(changes):
-        found = sections(stage1("outcome", changes))
-        return table(found["derived"]), table(found["memory a device"])
+        config = stage1("outcome", changes)
+        return table(sections(config)["derived"]), memory(config)
 
-    derived, memory = described(SPARSE)
-    assert derived["frozen copies"].startswith("1")
-    assert not [name for name in memory if "judg" in name] and memory["resident: frozen"] != "0.000 GiB"
+    derived, programs = described(SPARSE)
+    assert derived["frozen copies"].startswith("1") and "frozen reference" in programs["sample"]
+    assert "judge" not in programs and "token_logp (reference)" in programs
     assert derived["judge"].endswith("if the data hold open-ended science, Qwen/Qwen3-4B-Instruct-2507 verifies it")
-    derived, memory = described(SPARSE | {"loss.kl_coef": 0.0})
-    assert derived["frozen copies"] == "0 (none)" and memory["resident: frozen"] == "0.000 GiB"
+    derived, programs = described(SPARSE | {"loss.kl_coef": 0.0})
+    assert derived["frozen copies"] == "0 (none)" and "token_logp (reference)" not in programs
+    assert not [owner for program in programs.values() for owner in program if owner.startswith("frozen")]
     endpoint = {"judge.backend": "openai", "judge.endpoint.base_url": "http://judge/v1", "judge.endpoint.model": "m"}
-    derived, memory = described(endpoint)
-    assert derived["frozen copies"].startswith("1") and not [name for name in memory if "judg" in name]
+    derived, programs = described(endpoint)
+    assert derived["frozen copies"].startswith("1") and "judge" not in programs
     assert "judge" not in derived and "judge" not in described(SPARSE | endpoint)[0] and "judge" not in described({})[0]
-    derived, memory = described({"judge.model.weights": "Qwen/Qwen3-8B"})
-    assert derived["frozen copies"].startswith("2") and "judging: KV cache" in memory
-    derived, memory = described({"task": "distill", "updates.per_batch": 1, "loss.kl_coef": 0.0})
-    assert derived["frozen copies"].startswith("1") and not [name for name in memory if "judg" in name]
+    derived, programs = described({"judge.model.weights": "Qwen/Qwen3-8B"})
+    assert derived["frozen copies"].startswith("2") and "judge" in programs
+    derived, programs = described({"task": "distill", "updates.per_batch": 1, "loss.kl_coef": 0.0})
+    assert derived["frozen copies"].startswith("1") and "judge" not in programs
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,65 @@
+"""Operations of a traced program by brute force: every matrix product in its jaxpr, as often as its loops run."""
+
+import math
+
+from jax.extend.core import ClosedJaxpr, Jaxpr
+
+
+def count_products(traced, trips):
+    """(operations of products with weights, of attention): two for each multiplication and addition.
+
+    Attention's products have batch dimensions, rows and heads; weights have none.
+
+    Args:
+      traced: a jaxpr.
+      trips: how often the loops run that values end, in their order in the program.
+    """
+    left = iter(trips)
+
+    def count(jaxpr):
+        totals = [0, 0]
+        for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+            for kind, operations in enumerate(cost(equation)):
+                totals[kind] += operations
+        return totals
+
+    def cost(equation):
+        name, params = equation.primitive.name, equation.params
+        assert name not in ("pallas_call", "conv_general_dilated", "ragged_dot_general", "cond"), name
+        if name == "dot_general":
+            (contracted, _), (batch, _) = params["dimension_numbers"]
+            terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            operations = 2 * math.prod(equation.outvars[0].aval.shape) * terms
+            return (0, operations) if batch else (operations, 0)
+        times = 1
+        if name == "scan":
+            times = params["length"]
+        elif name == "while":
+            times = next(left)
+        elif name == "shard_map":
+            times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+        inner = [x for value in params.values() for x in (value if isinstance(value, tuple | list) else [value])]
+        parts = [count(x) for x in inner if isinstance(x, ClosedJaxpr | Jaxpr)]
+        return [times * sum(part[kind] for part in parts) for kind in (0, 1)]
+
+    totals = count(traced)
+    assert next(left, None) is None, "the program has fewer loops"
+    return tuple(totals)
+
+
+def kernels_of(traced):
+    """Matrix products in the body of each Pallas kernel, by the kernel's name."""
+    found = {}
+
+    def walk(jaxpr, kernel):
+        for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+            name = equation.params["name"] if equation.primitive.name == "pallas_call" else kernel
+            if name and equation.primitive.name == "dot_general":
+                found[name] = found.get(name, 0) + 1
+            for value in equation.params.values():
+                for inner in value if isinstance(value, tuple | list) else (value,):
+                    if isinstance(inner, ClosedJaxpr | Jaxpr):
+                        walk(inner, name)
+
+    walk(traced, None)
+    return found

@@ -1,0 +1,154 @@
+"""The description of a run's calls: against what runs give their programs, and what lies beside each."""
+
+import contextlib
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh
+from tiny_runs import LIVELY, ROOT, config_dict, run
+
+from exprl_jax import programs
+from exprl_jax.evaluation.evaluate import evaluate
+from exprl_jax.mesh import make_mesh
+from exprl_jax.plan.calls import Result, calls_of, residents
+from exprl_jax.resolve import resolve
+from exprl_jax.sft import sft
+
+MESH = {"mesh.data": 4, "mesh.model": 2}
+SLOW = pytest.mark.slow
+
+
+def config_of(name, arm, changes=None):
+    """A committed config on 4 x 2."""
+    return resolve(config_dict(name, arm, MESH | (changes or {})))
+
+
+def calls_on(config, data=4, model=2):
+    return {call.name: call for call in calls_of(config, AbstractMesh((data, model), ("data", "model")))}
+
+
+@contextlib.contextmanager
+def recorded():
+    """The shapes of the arguments of every call of a program, by the program's name."""
+    calls, jit = {}, programs._jit
+
+    def recording(name, *definition, **options):
+        program = jit(name, *definition, **options)
+
+        def call(*arguments):
+            shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), arguments)
+            calls.setdefault(name, []).append(shapes)
+            return program(*arguments)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(programs, "_jit", recording)
+        yield calls
+
+
+@pytest.mark.parametrize(
+    "name, arm, changes",
+    [
+        ("tiny", "text", {"updates.per_batch": 2, "rollout.wave": 4, "routes.math": "process"}),
+        pytest.param("tiny", "lora", {}, marks=SLOW),
+        pytest.param("tiny", "distill", {"distillation.kl": "full"}, marks=SLOW),
+        pytest.param("tiny", "distill", {"distillation.kl": "sampled"}, marks=SLOW),
+        ("tiny", "sft", {"epochs": 1, "batch": 64, "microbatch": 64}),
+        pytest.param("evaluate", "tiny", {"sampling.samples": 4}, marks=SLOW),
+    ],
+)
+def test_a_run_calls_what_is_described(name, arm, changes, tmp_path):
+    """One step: every program with such trees, dtypes, shardings and, but for widths that the data give, shapes; as
+    often as is said; of the judge at most so often, which is asked nothing about what is not to be scored."""
+    if name == "tiny":
+        changes = {key: value for key, value in LIVELY.items() if arm != "sft" or key.startswith("data.")} | changes
+        changes |= {"steps": 1} if arm != "sft" else {}
+    config = config_of(name, arm, changes | {"data.source": str(ROOT / "configs/data/arithmetic.jsonl")})
+    with recorded() as calls:
+        {"sft": sft, "evaluate": evaluate}.get(config.task, run)(config, str(tmp_path / "run"))
+    described = calls_of(config, make_mesh(config.mesh))
+    assert {call.name.partition(" ")[0] for call in described} == calls.keys()
+    for program, made in calls.items():
+        planned = [call for call in described if call.name.partition(" ")[0] == program]
+        # A step of an evaluation is a wave, of which its 64 problems make 8.
+        times = sum(call.times for call in planned) * (8 if name == "evaluate" else 1)
+        fewer, more = planned[0].phase == "judge", planned[0].phase == "start"
+        assert len(made) == times or fewer and 0 < len(made) < times or more and len(made) > 0, (program, len(made))
+        for arguments in made:
+            for given, (_, tree) in zip(arguments, planned[0].arguments, strict=True):
+                if isinstance(tree, Result):
+                    continue
+                assert jax.tree.structure(given) == jax.tree.structure(tree), program
+                for real, plan in zip(jax.tree.leaves(given), jax.tree.leaves(tree)):
+                    assert real.dtype == plan.dtype and real.ndim == plan.ndim, program
+                    assert real.shape[:-1] == plan.shape[:-1], program
+                    # A judge's rows are wider than their budget by its closing instruction, which is long in bytes.
+                    assert real.shape[-1:] <= plan.shape[-1:] or program == "judge", (program, real.shape, plan.shape)
+                    assert real.sharding.is_equivalent_to(plan.sharding, real.ndim), program
+
+
+def test_what_a_run_keeps_lies_beside_every_program():
+    config = config_of("tiny", "mixed")
+    resident, calls = residents(config, AbstractMesh((4, 2), ("data", "model"))), calls_on(config)
+    # The judge is another model than the reference here: two frozen copies.
+    assert set(resident) == {"policy", "Adam", "frozen reference", "frozen judge"}
+    assert resident["Adam"] == pytest.approx(2 * resident["policy"], rel=0.01)
+    assert set(calls["sample"].beside) == {"Adam", "frozen reference", "frozen judge"}
+    assert set(calls["judge"].beside) == {"policy", "Adam", "frozen reference"}
+    assert set(calls["train_step"].beside) == {"frozen reference", "frozen judge", "batch"}
+    # A state is made of the policy's start, which stays where the run has it as a frozen model.
+    assert set(calls["init_state"].beside) == {"frozen judge"}
+    # Scores of prefixes: as many judge calls a wave as a rollout has segments.
+    assert calls["judge"].times == config.segments.max_segments * calls["judge_prefill"].times
+
+
+def test_the_papers_update_can_be_traced_at_its_size():
+    """Four billion parameters: their number is no int32."""
+    call = calls_on(resolve(config_dict("stage1", "outcome")), 2, 8)["train_step"]
+    state, metrics = call.program.trace(*(tree for _, tree in call.arguments)).out_info
+    assert sum(x.size for x in jax.tree.leaves(state.params)) == 4_022_468_096 and metrics["update/moved"].shape == ()
+
+
+def test_updates_that_wait_lie_beside_the_one_at_work():
+    one, two = (calls_on(config_of("tiny", "text", {"updates.per_batch": n})) for n in (1, 2))
+    assert one["train_step"].beside["batch"] == 0 < two["train_step"].beside["batch"]
+    assert "token_logp" not in one and two["token_logp"].times == two["train_step"].times == 2
+
+
+# Arm, changes, programs, frozen models, and what lies beside the update.
+SAMPLED, FULL = {"distillation.kl": "sampled"}, {"distillation.kl": "full"}
+ROLLOUT = ["init_state", "all_finite", "prefill", "sample"]
+BASELINES = [
+    ("sft", {}, ["init_state", "all_finite", "sft_step"], set(), set()),
+    ("sft", {"lora.rank": 2}, ["init_state", "all_finite", "sft_step"], {"frozen base"}, set()),
+    ("distill", SAMPLED, [*ROLLOUT, "teacher_signal", "train_step"], {"frozen teacher"}, {"frozen teacher", "batch"}),
+    ("distill", FULL, [*ROLLOUT, "distill_step"], {"frozen teacher"}, set()),
+]
+
+
+@pytest.mark.parametrize("arm, changes, names, frozen, beside", BASELINES)
+def test_the_baselines_programs_take_what_they_are_given(arm, changes, names, frozen, beside):
+    config = config_of("tiny", arm, changes)
+    calls, mesh = list(calls_on(config).values()), AbstractMesh((4, 2), ("data", "model"))
+    assert [call.name for call in calls] == names
+    assert set(residents(config, mesh)) == {"policy", "Adam"} | frozen and set(calls[-1].beside) == beside
+    for call in calls:
+        if call.phase == "train":
+            made = call.program.trace(*(tree for _, tree in call.arguments)).out_info[0]
+            given = call.arguments[0][1] if call.name.endswith("step") else call.arguments[-1][1].weight_MBT
+            shapes = [jax.tree.map(lambda x: (x.shape, x.dtype), tree) for tree in (made, given)]
+            assert shapes[0] == shapes[1], call.name
+
+
+@pytest.mark.parametrize(
+    "name, arm, changes, said",
+    [
+        ("calibrate", "smoke", {}, "config.task: got 'calibrate', which has no plan; those that have: rl, distill"),
+        ("tiny", "sft", {"microbatch": 3}, "config.microbatch: got 3, expected a multiple of mesh.data = 4"),
+        ("evaluate", "tiny", {"sampling.wave": 7}, "config.sampling.wave: got 7"),
+    ],
+)
+def test_what_could_not_run_is_not_described(name, arm, changes, said):
+    with pytest.raises(ValueError, match=said):
+        calls_on(config_of(name, arm, changes))
