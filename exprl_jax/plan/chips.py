@@ -1,13 +1,14 @@
 """TPU generations by their public figures, and the topologies that a program can be compiled for without any.
 
 Sources, all Google Cloud's pages of a generation: docs.cloud.google.com/tpu/docs/v5e, /v6e, /v5p and /v4.  HBM is what
-this compiler gives a program, as its own message says when one asks for more; the pages' 16, 32, 95 and 32 GB are before
-what the system reserves.
+this compiler gives a program, as its own message says when one asks for more; the pages' 16, 32, 95 and 32 GB are
+before what the system reserves.
 
-Interconnect: the pages give the sum over a chip's links and over both directions (v5e 400 GB/s on 4 ports, v6e 800 on 4,
-v5p 1,200 on 6); a link carries an equal part of half of that each way.  The older figures for v5e (1,600 Gbit/s) and v5p
-(4,800 Gbit/s) are sums over links of one direction and come to the same; so do the pod's bisection bandwidths, which count
-a cut's links in one direction (v5e 1.6 TB/s over 32 links, v6e 3.2 over 32, v4 24 over 512).
+Interconnect: the pages give the sum over a chip's links and over both directions (v5e 400 GB/s on 4 ports, v6e 800 on
+  4,
+v5p 1,200 on 6); a link carries an equal part of half of that each way.  The older figures for v5e (1,600 Gbit/s) and
+v5p (4,800 Gbit/s) are sums over links of one direction and come to the same; so do the pod's bisection bandwidths,
+which count a cut's links in one direction (v5e 1.6 TB/s over 32 links, v6e 3.2 over 32, v4 24 over 512).
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class Chip:
       flops: peak bfloat16 operations a second.
       hbm_bandwidth: bytes a second.
       link: bytes a second of one interconnect link in one direction.
-      wraps_at: an axis of a slice closes to a ring where its length is a multiple of this (of a 3D slice: where all are).
+      wraps_at: an axis of a slice closes to a ring where its length is a multiple of this (of a 3D slice: where all
+        are).
       shapes: of the slices that there are.
       options: of JAX's topology description.
     """
@@ -99,7 +101,8 @@ def topology(name: str) -> Topology:
         described = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except RuntimeError as error:
         raise ValueError(
-            f"--topology: {name} cannot be described here: {str(error).splitlines()[0]}; install jax[tpu], which brings libtpu"
+            f"--topology: {name} cannot be described here: {str(error).splitlines()[0]}; install jax[tpu], which "
+            "brings libtpu"
         ) from error
     return Topology(name, chip, tuple(int(size) for size in shape.split("x")), tuple(described.devices))
 

@@ -1,7 +1,7 @@
 """Compiles a run's programs for chips that are not there: memory by owner, whether it fits, collectives, time at best.
 
-Memory and collectives are the compiler's.  Seconds are bounds, not measurements: what matrix units, HBM or links take at
-their peak for what `plan.costs` counts and the collectives move, whichever is longest.
+Memory and collectives are the compiler's.  Seconds are bounds, not measurements: what matrix units, HBM or links take
+at their peak for what `plan.costs` counts and the collectives move, whichever is longest.
 """
 
 from __future__ import annotations
@@ -201,7 +201,8 @@ def _compile(call: Call, topology: Topology, mesh: Mesh, results: dict[str, Any]
 def time_at_best(
     flops: float, hbm: float, moved: Mapping[str, tuple[float, int]], topology: Topology, mesh: Mesh
 ) -> dict[str, float]:
-    """Seconds that one call takes at the peak of the matrix units, of HBM, and of the links of its busiest mesh axis."""
+    """Seconds that one call takes at the peak of the matrix units, of HBM, and of the links of its busiest mesh
+    axis."""
     speed, busy = axis_bandwidth(topology, mesh), collections.Counter()
     for name, (size, _) in moved.items():
         axes = name.split(" ")[1]

@@ -18,8 +18,9 @@ from exprl_jax.resolve import to_dict
 from exprl_jax.text_tables import align
 
 _MEMORY = (
-    "GiB a device while a program runs, at full budgets: arguments, caches, copies of weights and gradients. Activations, "
-    "logits and what the compiler adds come on top, and a TPU's caches are pages: for a TPU, ask exprl_jax.compile_check"
+    "GiB a device while a program runs, at full budgets: arguments, caches, copies of weights and gradients. "
+    "Activations, logits and what the compiler adds come on top, and a TPU's caches are pages: for a TPU, ask "
+    "exprl_jax.compile_check"
 )
 
 

@@ -14,7 +14,8 @@
     }
 
 Where values end a loop there are no such numbers, and the caller says how often it runs.  Each branch of a
-conditional counts as if it were taken.  `compiled.memory_analysis()` has the memory; nothing but this text has the rest.
+conditional counts as if it were taken.  `compiled.memory_analysis()` has the memory; nothing but this text has the
+rest.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ def test_every_calls_operations_are_those_of_its_program(config, loops, monkeypa
         traced = call.program.trace(*arguments)
         results[name] = traced.out_info
         products, attention = count_products(traced.jaxpr, loops.get(name, [call.steps] if call.steps else []))
-        # A judge's digits are five columns of the vocabulary; of adapters' tables the program makes a gradient too, that
-        # nothing reads, and none of the first layer's input.
+        # A judge's digits are five columns of the vocabulary; of adapters' tables the program makes a gradient too,
+        # that nothing reads, and none of the first layer's input.
         exact = 0.05 if getattr(config, "lora", None) and config.lora.rank and call.phase == "train" else 1e-4
         assert call.cost.products == pytest.approx(products, rel=exact), name
         if config.policy.execution.remat != "but_attention" or call.phase != "train":  # which keeps what kernels need
@@ -70,7 +70,8 @@ def test_every_calls_operations_are_those_of_its_program(config, loops, monkeypa
 
 
 def test_the_splash_kernels_products_are_those_that_are_counted():
-    """By the kernels' own code: scores and values forward; for dq scores, dp and dq; for dk and dv those two as well."""
+    """By the kernels' own code: scores and values forward; for dq scores, dp and dq; for dk and dv those two as
+    well."""
     mask = splash_attention_mask.MultiHeadMask([splash_attention_mask.CausalMask((256, 256))] * 2)
     splash = splash_attention_kernel.make_splash_mha(mask, head_shards=1, q_seq_shards=1)
     q = k = v = jnp.zeros((2, 256, 128))
