@@ -1,15 +1,19 @@
 """Grades programs: the last Python block of a response, run on a problem's tests in a sandbox.
 
-A program gets a test's input and nothing else; what it should have answered stays in this process, which compares.  So
-there is nothing in the sandbox that a program could read, or forge, to be called correct.
+A program gets a test's input and nothing else; what it should have answered stays in this process, which compares, or
+in a sandbox of its own, where assert tests run.  So there is nothing in the sandbox of a program that it could read, or
+forge, to be called correct.
 
 As in LiveCodeBench's published grader, a program finds the usual names imported, its stdout is compared line by line
-without outer whitespace and lines of numbers by their exact decimal values, results of calls are compared as Python
-compares JSON values, and `sys.exit` is no failure.
+without outer whitespace and lines of numbers by their exact decimal values, and `sys.exit` is no failure.
+
+The result of a call is compared as JSON values are (`same_value`): a tuple is a list, 1.0 is 1, `true` is not 1, the
+keys of a dict are strings, and NaN is NaN.  Assert tests compare as Python does.
 """
 
 from __future__ import annotations
 
+import ast
 import concurrent.futures
 import dataclasses
 import decimal
@@ -18,12 +22,14 @@ import json
 import re
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 from exprl_jax.data.benchmarks import unpack_string
+from exprl_jax.reward.verifiers.assert_worker import program_names
 from exprl_jax.reward.verifiers.math import Grading
-from exprl_jax.reward.verifiers.sandbox import Isolation, Outcome, Sandbox, complaint
+from exprl_jax.reward.verifiers.sandbox import MAX_OUTPUT, Isolation, Outcome, Sandbox, complaint, usual_names
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.reward.verifiers.verifier import Verifier
 
@@ -31,8 +37,14 @@ from exprl_jax.reward.verifiers.verifier import Verifier
 MAX_PROGRAM = 1 << 18
 # A row's tests may take this many times the limit of one, together.
 ROW_LIMITS = 20
+# A right output may be longer than the expected one, by escapes and by spaces: this many times, and MAX_OUTPUT more.
+_LONGER = 4
+# Digits from which on Python does not convert between text and integer.
+_LONG_INTEGER = 4300
 
 _FENCE = re.compile(r"(?P<indent>[ \t]*+)(?P<fence>`{3,}+|~{3,}+)(?P<info>[^`]*)")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NUMBER = re.compile(r"[+-]?(?:(?:[0-9]++(?:\.[0-9]*+)?|\.[0-9]++)(?:e[+-]?[0-9]{1,17})?|inf|infinity)", re.IGNORECASE)
 _PYTHON = re.compile(r"\s*(python|py)[\d.]*(\s.*)?", re.IGNORECASE)
 
 
@@ -79,27 +91,50 @@ class CallTest:
 
 
 @dataclasses.dataclass(frozen=True)
+class AssertTest:
+    """Python text that raises an exception where the program is wrong; see `Sandbox.check`."""
+
+    beginning: str
+    setup: str
+    tests: str
+    entry_point: str
+    solved: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class Tests:
     """What a program must pass, in this order."""
 
-    cases: tuple[StdoutTest | CallTest, ...]
+    cases: tuple[StdoutTest | CallTest | AssertTest, ...]
+
+
+class LongInteger(str):
+    """The digits of an integer that is too long for Python to convert in reasonable time; equal to itself only."""
 
 
 def parse_tests(answer: str) -> Tests:
     """Reads a code problem's answer.
 
     Args:
-      answer: JSON text, or what LiveCodeBench makes of JSON text: base64 of zlib of a pickled string.  The JSON is
-        `{"inputs": [...], "outputs": [...], "fn_name": name or null}`, or a list of
-        `{"input": ..., "output": ..., "testtype": "stdin" or "functional", "metadata": {"func_name": name}}`, where
-        only functional tests need metadata.  An input on stdin and its output are strings.  A function's input is a
-        list of arguments, or a string with one JSON value a line; its output is a string of JSON, or another value.
+      answer: JSON text, or what LiveCodeBench makes of JSON text: base64 of zlib of a pickled string.  One of
+
+        - `{"inputs": [...], "outputs": [...], "fn_name": name or null}`, as in APPS and LiveCodeBench;
+        - a list of `{"input": ..., "output": ..., "testtype": "stdin" or "functional", "metadata": {"func_name":
+          name}}`, where only functional tests need metadata;
+        - `{"test": text, "entry_point": expression, "prompt": text, "canonical_solution": text}`, as in HumanEval: the
+          text defines `check(candidate)`; the last two may be left out;
+        - `{"test_list": [text, ...], "test_setup_code": text, "test_imports": [text, ...], "entry_point": name}`, as in
+          MBPP; all but the first may be left out.
+
+        An input on stdin and its output are strings.  A function's inputs and outputs are all JSON text (an input has
+        one argument a line), or they are values: then an input is a list of arguments, and an output that is a string
+        must not be JSON text as well, for nobody could tell `1` from `"1"`.
 
     Returns:
       At least one test.
 
     Raises:
-      ValueError: the answer is none of these.
+      ValueError: the answer is none of these, or could be read in two ways.
     """
     try:
         return _parse_tests(answer)
@@ -107,24 +142,54 @@ def parse_tests(answer: str) -> Tests:
         raise ValueError(f"a code problem's tests are nested too deeply: {answer!r:.60}") from None
 
 
+def check_tests(answer: str) -> None:
+    """Refuses tests that cannot be read, or that no program could fail or pass; for the start of a run.
+
+    Raises:
+      ValueError: as `parse_tests`; or assert tests that are not Python, have no assert, or name nothing to test.
+    """
+    for case in parse_tests(answer).cases:
+        if isinstance(case, AssertTest):
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")
+                    _check_asserts(case)
+            except (SyntaxError, RecursionError, MemoryError) as error:
+                raise ValueError(f"assert tests are not Python: {error!s:.80}: {case.tests!r:.60}") from None
+
+
+def _check_asserts(case: AssertTest) -> None:
+    program_names(case.setup, case.tests, case.entry_point, usual_names())
+    nodes = list(ast.walk(ast.parse(case.tests)))
+    if not any(isinstance(node, ast.Assert | ast.Raise) for node in nodes):
+        raise ValueError(f"assert tests assert nothing: {case.tests!r:.60}")
+
+
 def _parse_tests(answer: str) -> Tests:
     text = answer.strip()
-    found = _json(text if text[:1] in ("{", "[") else _unpacked(text), "a code problem's answer")
-    if isinstance(found, dict):
-        missing = {"inputs", "outputs"} - found.keys()
-        if missing:
-            raise ValueError(f"a code problem's tests have no {sorted(missing)}; expected inputs, outputs and fn_name")
-        inputs, outputs, name = found["inputs"], found["outputs"], found["fn_name"] if "fn_name" in found else None
+    content = _json(text if text[:1] in ("{", "[") else _unpacked(text), "a code problem's answer")
+    if isinstance(content, dict):
+        kinds = [key for key in ("inputs", "outputs", "test", "test_list") if key in content]
+        if kinds not in (["inputs", "outputs"], ["test"], ["test_list"]):
+            raise ValueError(
+                f"a code problem's tests have {', '.join(kinds) or 'none of the known fields'}; expected inputs and"
+                " outputs, or test and entry_point, or test_list"
+            )
+        if kinds[0] in ("test", "test_list"):
+            return Tests((_assert_test(content),))
+        inputs, outputs, name = content["inputs"], content["outputs"], content.get("fn_name")
         if not isinstance(inputs, list) or not isinstance(outputs, list) or len(inputs) != len(outputs):
             raise ValueError("a code problem's inputs and outputs must be two lists of the same length")
         rows = [(given, expected, name) for given, expected in zip(inputs, outputs, strict=True)]
-    elif isinstance(found, list):
-        rows = [_listed(item) for item in found]
+    elif isinstance(content, list):
+        rows = [_listed(item) for item in content]
     else:
-        raise ValueError(f"a code problem's tests must be a JSON object or list, got {found!r:.60}")
+        raise ValueError(f"a code problem's tests must be a JSON object or list, got {content!r:.60}")
     if not rows:
         raise ValueError("a code problem has no tests; expected at least one")
-    return Tests(tuple(_case(*row) for row in rows))
+    calls = [row for row in rows if row[2] is not None]
+    as_text = all(isinstance(given, str) and isinstance(expected, str) for given, expected, _ in calls)
+    return Tests(tuple(_stdout_test(*row[:2]) if row[2] is None else _call_test(*row, as_text) for row in rows))
 
 
 def _listed(item: Any) -> tuple[Any, Any, str | None]:
@@ -140,27 +205,98 @@ def _listed(item: Any) -> tuple[Any, Any, str | None]:
     return item["input"], item["output"], metadata["func_name"]
 
 
-def _case(given: Any, expected: Any, function: Any) -> StdoutTest | CallTest:
-    if function is None:
-        if not isinstance(given, str) or not isinstance(expected, str):
-            raise ValueError(f"a test on stdin must have two strings, got {given!r:.40} and {expected!r:.40}")
-        return StdoutTest(given, expected)
+def _stdout_test(given: Any, expected: Any) -> StdoutTest:
+    if not _is_text(given) or not _is_text(expected):
+        raise ValueError(f"a test on stdin must have two strings of Unicode text, got {given!r:.40}, {expected!r:.40}")
+    return StdoutTest(given, expected)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not isinstance(value, LongInteger) and not _SURROGATE.search(value)
+
+
+def _call_test(given: Any, expected: Any, function: Any, as_text: bool) -> CallTest:
+    """Args: as_text: every input and output of the row is a string, and so JSON text."""
     if not isinstance(function, str) or not function.isidentifier():
         raise ValueError(f"a test's function must be a Python name, got {function!r:.60}")
     if isinstance(given, str):
         given = [_json(line, "an argument of a test") for line in given.splitlines() if line.strip()]
     if not isinstance(given, list):
         raise ValueError(f"the input of a function must be a list of arguments or lines of JSON, got {given!r:.60}")
-    return CallTest(
-        function, tuple(given), _json(expected, "the output of a test") if isinstance(expected, str) else expected
-    )
+    if as_text:
+        expected = _json(expected, "the output of a test")
+    elif isinstance(expected, str) and not isinstance(expected, LongInteger) and _is_json(expected):
+        raise ValueError(
+            f"the output {expected!r:.40} of a function may be a string or JSON text: write all inputs and outputs of"
+            " the row as JSON text, an argument a line"
+        )
+    return CallTest(function, tuple(given), expected)
+
+
+def _assert_test(content: dict[str, Any]) -> AssertTest:
+    def text(key: str, default: str | None = None) -> str:
+        value = content.get(key)
+        value = default if value is None and default is not None else value
+        if not _is_text(value):
+            raise ValueError(f"{key} of assert tests must be Python text, got {value!r:.60}")
+        return value
+
+    def texts(key: str) -> str:
+        value = content.get(key) or []
+        if not isinstance(value, list) or not all(map(_is_text, value)):
+            raise ValueError(f"{key} of assert tests must be a list of Python texts, got {value!r:.60}")
+        return "\n".join(value)
+
+    if "test_list" in content:
+        tests = texts("test_list")
+        if not tests.strip():
+            raise ValueError("a code problem's test_list is empty; expected at least one assert")
+        setup = f"{texts('test_imports')}\n{text('test_setup_code', '')}"
+        return AssertTest("", setup, tests, text("entry_point", ""), solved=False)
+    tests, entry_point, prompt = text("test"), text("entry_point"), text("prompt", "")
+    if not re.search(r"^def check\(", tests, re.MULTILINE):
+        raise ValueError(f"test of assert tests must define check(candidate), got {tests!r:.60}")
+    solution = text("canonical_solution", "")
+    return AssertTest(prompt, prompt + solution, f"{tests}\ncheck(candidate)", entry_point, solved=bool(solution))
+
+
+def _integer(digits: str) -> int | LongInteger:
+    return int(digits) if len(digits) < _LONG_INTEGER else LongInteger(digits)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) != len(pairs):
+        raise ValueError("an object has a name twice")
+    return dict(pairs)
+
+
+_loads = functools.partial(json.loads, parse_int=_integer, object_pairs_hook=_object)
+
+
+def _dumps(value: Any) -> str:
+    """JSON text of what `_loads` made."""
+    if isinstance(value, LongInteger):
+        return value
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_dumps, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{json.dumps(name)}: {_dumps(item)}' for name, item in value.items())}}}"
+    return json.dumps(value)
 
 
 def _json(text: str, what: str) -> Any:
     try:
-        return json.loads(text)
+        return _loads(text)
     except ValueError as error:
         raise ValueError(f"{what} must be JSON, got {text!r:.60}: {error}") from None
+
+
+def _is_json(text: str) -> bool:
+    try:
+        _loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
 
 
 def _unpacked(text: str) -> str:
@@ -188,22 +324,38 @@ def same_stdout(got: str, expected: str) -> bool:
 
 def _same_numbers(got: str, expected: str) -> bool:
     words, expected_words = got.split(), expected.split()
-    try:
-        return len(words) == len(expected_words) and all(
-            decimal.Decimal(mine) == decimal.Decimal(theirs) for mine, theirs in zip(words, expected_words, strict=True)
+    return len(words) == len(expected_words) and all(
+        _NUMBER.fullmatch(mine) and _NUMBER.fullmatch(theirs) and decimal.Decimal(mine) == decimal.Decimal(theirs)
+        for mine, theirs in zip(words, expected_words, strict=True)
+    )
+
+
+def same_value(got: Any, expected: Any) -> bool:
+    """Whether two JSON values, as `json.loads` gives them, agree: numbers by value, and true and false are no numbers.
+
+    NaN, which Python writes as JSON, agrees with itself.
+    """
+    if isinstance(expected, list):
+        return type(got) is list and len(got) == len(expected) and all(map(same_value, got, expected))
+    if isinstance(expected, dict):
+        return (
+            type(got) is dict
+            and got.keys() == expected.keys()
+            and all(same_value(got[name], value) for name, value in expected.items())
         )
-    except decimal.InvalidOperation:
-        return False
+    if type(got) in (int, float) and type(expected) in (int, float):
+        return got == expected or (got != got and expected != expected)
+    return type(got) is type(expected) and got == expected
 
 
-def _passes(case: StdoutTest | CallTest, outcome: Outcome) -> bool:
+def _passes(case: StdoutTest | CallTest | AssertTest, outcome: Outcome) -> bool:
     if outcome.ended != "finished":
         return False
-    if isinstance(case, StdoutTest):
-        return same_stdout(outcome.output.decode("utf-8", "replace"), case.stdout)
     try:
-        return bool(json.loads(outcome.output) == case.result)
-    except (ValueError, RecursionError):
+        if isinstance(case, StdoutTest):
+            return same_stdout(outcome.output.decode(), case.stdout)
+        return isinstance(case, AssertTest) or same_value(_loads(outcome.output), case.result)
+    except (ValueError, RecursionError):  # no UTF-8, or no JSON
         return False
 
 
@@ -228,13 +380,13 @@ class CodeGrader:
         if not working or not (working[0].real or allow_unsandboxed):
             reasons = "; ".join(f"{each.value}: {complaint(each)}" for each in Isolation if complaint(each))
             raise ValueError(
-                f"programs cannot be isolated on this machine ({reasons}); install bubblewrap, let the kernel give "
-                f"user namespaces, or, where all that it can reach may be lost, set code.allow_unsandboxed"
+                f"programs cannot be isolated on this machine ({reasons}); `apt-get install bubblewrap libseccomp2`,"
+                " let the kernel give namespaces, or, where all that it can reach may be lost, set"
+                " code.allow_unsandboxed"
             )
-        self._isolation = working[0]
-        self._sandbox = Sandbox(working[0], limit_s, memory_bytes)
-        self._row_limit_s = ROW_LIMITS * limit_s
         self._closed = threading.Event()
+        self._sandbox = Sandbox(working[0], limit_s, memory_bytes, self._closed)
+        self._row_limit_s = ROW_LIMITS * limit_s
         self._threads = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="code")
 
     def __enter__(self) -> CodeGrader:
@@ -246,7 +398,7 @@ class CodeGrader:
     @property
     def isolation(self) -> Isolation:
         """What is in force; its `sentence` is for the run's first lines."""
-        return self._isolation
+        return self._sandbox.isolation
 
     def submit(self, rows: Sequence[tuple[str, str]]) -> Grading:
         """Begins to grade (response text, tests as `parse_tests` reads them) rows and returns at once."""
@@ -257,7 +409,8 @@ class CodeGrader:
 
         Returns:
           A verdict a row, in row order: `no_answer` without a program, `unparsable` for an empty or endless one,
-          `correct` where every test passes; else the first that does not pass says `timed_out` or `wrong`.
+          `correct` where every test passes; else the first that does not pass says `timed_out` or `wrong`, or `missing`
+          where assert tests pass to a program what cannot leave their process.
 
         Raises:
           ValueError: tests that cannot be read.
@@ -265,7 +418,7 @@ class CodeGrader:
         return self.submit(rows).result()
 
     def close(self) -> None:
-        """Drops the rows that are waiting; those in work end after the test that they are at."""
+        """Drops the rows that are waiting, and ends the programs that are running."""
         self._closed.set()
         self._threads.shutdown(cancel_futures=True)
 
@@ -282,15 +435,25 @@ class CodeGrader:
                 raise concurrent.futures.CancelledError
             if time.monotonic() >= deadline:
                 return Verdict.timed_out
-            if isinstance(case, StdoutTest):
-                outcome = self._sandbox.run(program, case.stdin)
-            else:
-                outcome = self._sandbox.call(program, case.function, case.arguments)
+            outcome = self._outcome(program, case)
+            if self._closed.is_set():
+                raise concurrent.futures.CancelledError
             if outcome.ended == "timed_out":
                 return Verdict.timed_out
+            if outcome.ended == "unsupported":
+                return Verdict.missing
             if not _passes(case, outcome):
                 return Verdict.wrong
         return Verdict.correct
+
+    def _outcome(self, program: str, case: StdoutTest | CallTest | AssertTest) -> Outcome:
+        if isinstance(case, AssertTest):
+            asserts = (case.setup, case.tests, case.entry_point, case.solved)
+            return self._sandbox.check(case.beginning, program, *asserts)
+        if isinstance(case, StdoutTest):
+            return self._sandbox.run(program, case.stdin, MAX_OUTPUT + _LONGER * len(case.stdout.encode()))
+        longest = MAX_OUTPUT + _LONGER * len(_dumps(case.result))
+        return self._sandbox.call(program, case.function, _dumps(case.arguments), longest)
 
 
 VERIFIER = Verifier(
@@ -298,6 +461,6 @@ VERIFIER = Verifier(
         grader.workers, code.seconds, code.memory_mb * 1_000_000, code.allow_unsandboxed
     ),
     row=lambda problem, response: (response, problem.answer),
-    check=lambda problem: parse_tests(problem.answer),
+    check=lambda problem: check_tests(problem.answer),
     vote=None,
 )
