@@ -1,8 +1,8 @@
 """The paper's held-out problem sets, from their hub ids or from local files with the same columns.
 
 A source `<name>` reads a set from the hub, `<name>:<path or glob>` from files.  Here rows are only translated into our
-own columns; `read_problems` checks them like any others.  None but OlympiadBench (`solution`) and GPQA (`Explanation`)
-has anything to read as a reference.
+own columns; `read_problems` checks them like any others.  None but OlympiadBench (`solution`), GPQA (`Explanation`),
+HumanEval (`canonical_solution`) and MBPP (`code`) has anything to read as a reference.
 
 | source | hub | problems | columns read |
 |---|---|---|---|
@@ -13,6 +13,8 @@ has anything to read as a reference.
 | gpqa_diamond | Idavidrein/gpqa, gpqa_diamond (gated) | 198 | Record ID, Question, Correct/Incorrect Answer (1–3) |
 | olympiadbench_physics | Hothan/OlympiadBench, OE_TO_physics_en_COMP | 236 | id, context, question, final_answer |
 | livecodebench_v5, _v6 | livecodebench/code_generation_lite, shards 1–5, 1–6 | 880, 1055 | see `_livecodebench` |
+| humaneval | openai/openai_humaneval | 164 | task_id, prompt, entry_point, test, canonical_solution |
+| mbpp | google-research-datasets/mbpp, full, test | 500 | task_id, text or prompt, test_list, code, … (`_mbpp`) |
 
 Columns and sizes are those of the data cards and of public readers of the sets, as of 2026; no hub could be reached
 when this was written.  The least certain are the card of `aime_2026`, taken to be that of its sister sets, and the
@@ -149,6 +151,41 @@ def _livecodebench(name: str, row: Row) -> dict[str, Any]:
     }
 
 
+def _humaneval(name: str, row: Row) -> dict[str, Any]:
+    """Statement: the head of a function, with its docstring, to complete."""
+    prompt = _string(row, "prompt")
+    keys = ("prompt", "entry_point", "test", "canonical_solution")
+    solution = row.columns.get("canonical_solution")
+    return {
+        "id": f"{name}/{str(_column(row, 'task_id')).removeprefix('HumanEval/')}",
+        "problem": f"Write this Python function in full.\n\n```python\n{prompt.strip()}\n```",
+        "reference": None if solution is None else f"```python\n{prompt}{solution}```",
+        "answer": json.dumps({key: row.columns[key] for key in keys if row.columns.get(key) is not None}),
+        "domain": "code",
+    }
+
+
+def _mbpp(name: str, row: Row) -> dict[str, Any]:
+    """Statement: the task and its tests, as in the paper of the set (arXiv 2108.07732), for the tests alone give the
+    function's name.  Columns of the full set (`text`, `test_setup_code`) or of the sanitized one (`prompt`,
+    `test_imports`).
+    """
+    text = _string(row, "text" if row.columns.get("text") is not None else "prompt")
+    tests = _column(row, "test_list")
+    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
+        raise ValueError(f"{row.where}: test_list must be a list of strings, got {tests!r:.60}")
+    asserts = "\n".join(test.strip() for test in tests)
+    keys = ("test_list", "test_setup_code", "test_imports")
+    code = row.columns.get("code")
+    return {
+        "id": f"{name}/{_column(row, 'task_id')}",
+        "problem": f"{text.strip()}\n\nYour code should pass these tests:\n```python\n{asserts}\n```",
+        "reference": None if code is None else f"```python\n{code.strip()}\n```",
+        "answer": json.dumps({key: row.columns[key] for key in keys if row.columns.get(key)}),
+        "domain": "code",
+    }
+
+
 def _tests(row: Row, key: str) -> list[dict[str, Any]]:
     if row.columns.get(key) is None:
         return []
@@ -209,6 +246,8 @@ BENCHMARKS = {
     "olympiadbench_physics": Benchmark(("hf:Hothan/OlympiadBench:OE_TO_physics_en_COMP",), "train", _olympiadbench),
     "livecodebench_v5": Benchmark(_shards(5), "test", _livecodebench),
     "livecodebench_v6": Benchmark(_shards(6), "test", _livecodebench),
+    "humaneval": Benchmark(("hf:openai/openai_humaneval",), "test", _humaneval),
+    "mbpp": Benchmark(("hf:google-research-datasets/mbpp:full",), "test", _mbpp),
 }
 
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from exprl_jax.data.benchmarks import BENCHMARKS, STARTER
 from exprl_jax.data.problems import Problem, check_held_out, problem_hash, read_problems
-from exprl_jax.reward.verifiers.code import CallTest, StdoutTest, parse_tests
+from exprl_jax.reward.verifiers.code import CallTest, StdoutTest, check_tests, parse_tests
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
 
@@ -94,6 +94,21 @@ IMO = {
     "Subcategory": "Functional Equation",
     "Source": "x",
 }
+HUMAN_EVAL = {
+    "task_id": "HumanEval/7",
+    "prompt": "from math import sqrt\n\n\ndef root(x: float) -> float:\n    '''Its root.'''\n",
+    "entry_point": "root",
+    "canonical_solution": "    return sqrt(x)\n",
+    "test": "def check(candidate):\n    assert candidate(4.0) == 2.0\n",
+}
+MBPP = {
+    "task_id": 2,
+    "text": "Write a function to find the shared elements of two lists. ",
+    "code": "def shared(a, b):\r\n    return sorted(set(a) & set(b))\r\n",
+    "test_list": ["assert shared([3, 4], [4]) == [4]", " assert shared([], []) == []"],
+    "test_setup_code": "",
+    "challenge_test_list": [],
+}
 ARENA = {"problem_idx": 7, "problem": "Find $n$.", "answer": "42", "problem_type": ["Algebra"]}
 ROWS = {
     "aime25": {"question": "Find $m$.", "answer": "70"},
@@ -104,6 +119,8 @@ ROWS = {
     "olympiadbench_physics": OLYMPIAD,
     "livecodebench_v5": CODE,
     "livecodebench_v6": CALLED,
+    "humaneval": HUMAN_EVAL,
+    "mbpp": MBPP,
 }
 
 
@@ -194,6 +211,34 @@ def test_tests_may_be_plain_json_or_public_only(tmp_path):
     assert len(parse_tests(problem.answer).cases) == 1
 
 
+def test_assert_tests_become_an_answer_and_a_solution_a_reference(tmp_path):
+    path = tmp_path / "set.jsonl"
+    (problem,) = read("humaneval", path, HUMAN_EVAL, references=True)
+    assert (problem.id, problem.kind) == ("humaneval/7", "code")
+    assert problem.problem == f"Write this Python function in full.\n\n```python\n{HUMAN_EVAL['prompt'].strip()}\n```"
+    assert problem.reference == f"```python\n{HUMAN_EVAL['prompt']}    return sqrt(x)\n```"
+    (case,) = parse_tests(problem.answer).cases
+    assert case.entry_point == "root" and case.solved and case.setup.endswith("    return sqrt(x)\n")
+    (problem,) = read("mbpp", path, MBPP, references=True)
+    assert (problem.id, problem.kind) == ("mbpp/2", "code")
+    assert problem.problem == (
+        "Write a function to find the shared elements of two lists.\n\nYour code should pass these tests:\n```python\n"
+        "assert shared([3, 4], [4]) == [4]\nassert shared([], []) == []\n```"
+    )
+    assert problem.reference == "```python\ndef shared(a, b):\r\n    return sorted(set(a) & set(b))\n```"
+    (case,) = parse_tests(problem.answer).cases
+    assert (case.setup.strip(), case.entry_point, case.solved) == ("", "", False)
+    sanitized = {"task_id": 3, "prompt": "Write f.", "test_imports": ["import math"], "test_list": ["assert f(1) == 1"]}
+    (problem,) = read("mbpp", path, sanitized)
+    assert (
+        problem.problem.startswith("Write f.\n\nYour code")
+        and "import math" in parse_tests(problem.answer).cases[0].setup
+    )
+    for name, row in (("humaneval", HUMAN_EVAL), ("mbpp", MBPP)):
+        for problem in read(name, path, row):
+            check_tests(problem.answer)
+
+
 class Hostile:
     def __reduce__(self):
         return (exec, ("raise SystemExit('a pickle was run')",))
@@ -244,6 +289,11 @@ def test_tests_that_inflate_without_end_are_refused(tmp_path, monkeypatch):
         ("olympiadbench_physics", {"final_answer": "3"}, "final_answer must be a list of strings, got '3'"),
         ("olympiadbench_physics", {"final_answer": None}, "no final_answer"),
         ("olympiadbench_physics", {"image_1": "bytes"}, "has an image: expected rows of a text-only config"),
+        ("humaneval", {"prompt": None}, "no prompt; the row has task_id"),
+        ("humaneval", {"task_id": None}, "no task_id"),
+        ("mbpp", {"text": None}, "no prompt; the row has task_id"),
+        ("mbpp", {"test_list": "assert f(1)"}, "test_list must be a list of strings, got 'assert"),
+        ("mbpp", {"test_list": []}, "test_list must be a list of strings"),
     ],
 )
 def test_bad_rows_are_named(tmp_path, name, changes, match):

@@ -175,12 +175,13 @@ class Sandbox:
             server, checker = stack.enter_context(server), stack.enter_context(checker)
             # So that each side reads an end where the other ended.
             ours.close()
-            return self._follow(checker, [checker.pid, server.pid], deadline, MAX_OUTPUT)
+            outcome, status = self._follow(checker, [checker.pid, server.pid], deadline, MAX_OUTPUT)
+            return Outcome("unsupported") if status == assert_worker.UNSUPPORTED else outcome
 
     def _run(self, task: Sequence[str], program: str, stdin: str, stderr: BinaryIO | int, max_output: int) -> Outcome:
         deadline = time.monotonic() + self._limit_s
         with self._process(task, program, stdin, stderr=stderr) as process:
-            return self._follow(process, [process.pid], deadline, max_output)
+            return self._follow(process, [process.pid], deadline, max_output)[0]
 
     @contextlib.contextmanager
     def _process(
@@ -243,22 +244,26 @@ class Sandbox:
 
     def _follow(
         self, process: subprocess.Popen[bytes], watched: Sequence[int], deadline: float, max_output: int
-    ) -> Outcome:
-        """Reads the output until the process ended (it is left unreaped), or what is watched did what it must not."""
+    ) -> tuple[Outcome, int | None]:
+        """Reads the output until the process ended (it is left unreaped), or what is watched did what it must not.
+
+        Returns:
+          What became of it, and its exit status if it ended by itself.
+        """
         output, reading, pause, next_look = bytearray(), True, 0.0005, time.monotonic() + _TICK_S
         poll = select.poll()
         poll.register(process.stdout, select.POLLIN)
         while (now := time.monotonic()) < deadline:
             if self._stopped.is_set():
-                return Outcome("failed", bytes(output))
+                return Outcome("failed", bytes(output)), None
             if now >= next_look:
                 next_look = now + _TICK_S
                 # A process has its own limit; this is for many processes, and for files in memory.
                 if not self._group and any(_exceeds(_usage(pid), self._memory_bytes) for pid in watched):
-                    return Outcome("failed", bytes(output))
+                    return Outcome("failed", bytes(output)), None
             if not reading:
                 if (status := _exit_status(process.pid)) is not None:
-                    return _ended(status, output)
+                    return Outcome("failed" if status else "finished", bytes(output)), status
                 time.sleep(pause)
                 pause = min(2 * pause, _TICK_S)
             elif poll.poll(1000 * min(_TICK_S, deadline - now)):
@@ -266,11 +271,13 @@ class Sandbox:
                 output += received
                 reading = bool(received)
                 if len(output) > max_output:
-                    return Outcome("failed", bytes(output))
+                    return Outcome("failed", bytes(output)), None
             # It may have written and ended after the poll gave up, while this thread waited for its turn.
             elif (status := _exit_status(process.pid)) is not None and not poll.poll(0):
-                return _ended(status, output)  # and another process holds its stdout
-        return Outcome("timed_out", bytes(output))
+                return Outcome(
+                    "failed" if status else "finished", bytes(output)
+                ), status  # and another process holds its stdout
+        return Outcome("timed_out", bytes(output)), None
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:
         """Kills what left the process group, and the group, whose number is its own until the leader is reaped."""
@@ -282,11 +289,6 @@ class Sandbox:
                 time.sleep(0.001)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-
-
-def _ended(status: int, output: bytearray) -> Outcome:
-    names = {0: "finished", assert_worker.UNSUPPORTED: "unsupported"}
-    return Outcome(names.get(status, "failed"), bytes(output))
 
 
 @functools.cache

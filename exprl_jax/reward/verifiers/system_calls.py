@@ -14,21 +14,24 @@ import socket
 import tempfile
 
 # Memory outside of any process's resident pages: System V segments and queues, files in memory, pages given to a pipe,
-# rings of asynchronous input and output; locks on files, of which Linux limits no number.
+# watches on files, rings of asynchronous input and output.  Below: locks on files, of which Linux limits no number, and
+# larger buffers of sockets.
 _MEMORY = (
-    *("shmget", "shmat", "shmctl", "msgget", "msgsnd", "semget", "semop", "semtimedop", "mq_open"),
-    *("memfd_create", "memfd_secret", "vmsplice", "io_setup", "io_uring_setup", "io_uring_enter", "io_uring_register"),
-)
+    "shmget shmat shmctl msgget msgsnd semget semop semtimedop mq_open memfd_create memfd_secret vmsplice"
+    " inotify_add_watch io_setup io_uring_setup io_uring_enter io_uring_register"
+).split()
 _LOCKS = (fcntl.F_SETLK, fcntl.F_SETLKW, 37, 38)  # the last two: F_OFD_SETLK, F_OFD_SETLKW
-_NAMESPACES = ("unshare", "setns", "mount", "umount2", "pivot_root", "chroot", "move_mount", "open_tree", "fsopen")
+_BUFFERS = (socket.SO_SNDBUF, socket.SO_RCVBUF, 32, 33)  # the last two: SO_SNDBUFFORCE, SO_RCVBUFFORCE
+_NAMESPACES = (
+    "unshare setns mount umount2 pivot_root chroot move_mount open_tree fsopen fsconfig fsmount fspick mount_setattr"
+).split()
 _CLONE_NEW = (0x80, 0x20000, 0x2000000, 0x4000000, 0x8000000, 0x10000000, 0x20000000, 0x40000000)
 _ATTACKS = (
-    *("ptrace", "process_vm_readv", "process_vm_writev", "kcmp", "pidfd_getfd", "bpf", "perf_event_open"),
-    *("userfaultfd", "keyctl", "add_key", "request_key", "name_to_handle_at", "open_by_handle_at", "fanotify_init"),
-    *("fsconfig", "fsmount", "fspick", "mount_setattr", "quotactl", "acct", "swapon", "swapoff", "reboot"),
-    *("init_module", "finit_module", "delete_module", "kexec_load", "kexec_file_load", "syslog", "lookup_dcookie"),
-    *("modify_ldt", "iopl", "ioperm", "move_pages", "migrate_pages"),
-)
+    "ptrace process_vm_readv process_vm_writev kcmp pidfd_getfd bpf perf_event_open userfaultfd keyctl add_key"
+    " request_key name_to_handle_at open_by_handle_at fanotify_init quotactl acct swapon swapoff reboot init_module"
+    " finit_module delete_module kexec_load kexec_file_load syslog lookup_dcookie modify_ldt iopl ioperm move_pages"
+    " migrate_pages"
+).split()
 _MAP_HUGETLB = 0x40000
 _LOW_32_BITS = 0xFFFFFFFF
 
@@ -59,6 +62,9 @@ def filter_program() -> bytes:
     for command in _LOCKS:
         # The kernel reads 32 bits of what a filter sees 64 of.
         calls.add_rule(refused, "fcntl", Arg(1, MASKED_EQ, _LOW_32_BITS, command))
+    for option in _BUFFERS:
+        level = Arg(1, MASKED_EQ, _LOW_32_BITS, socket.SOL_SOCKET)
+        calls.add_rule(refused, "setsockopt", level, Arg(2, MASKED_EQ, _LOW_32_BITS, option))
     for flag in _CLONE_NEW:
         calls.add_rule(refused, "clone", Arg(0, MASKED_EQ, flag, flag))
     # Its flags lie in memory, where a filter cannot read them; the C library falls back to clone.
