@@ -336,6 +336,8 @@ def test_sets_come_from_the_hub_under_their_names_and_splits(tmp_path, monkeypat
         ("Idavidrein/gpqa", "gpqa_diamond", "train"),
         ("Hothan/OlympiadBench", "OE_TO_physics_en_COMP", "train"),
         *(("livecodebench/code_generation_lite", shard, "dataset") for shard in shards[:5] + shards),
+        ("openai/openai_humaneval", "test"),
+        ("google-research-datasets/mbpp", "full", "test"),
     ]
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from choice_responses import CELL, FRESH, NAMED, NOTHING
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from exprl_jax.reward.verifiers.choice import correct_label, grade_choice
 from exprl_jax.reward.verifiers.math import MAX_ANSWER
 
-CELL = (("A", "the nucleus"), ("B", "the mitochondrion"), ("C", "the nucleus and the mitochondrion"), ("D", "vacuole"))
 SPEED = (("1", r"$3.5\,\text{m/s}$"), ("2", r"$9.8 \times 10^{-2}$ m/s"), ("3", "7/2 m/s"), ("4", "3 m/s"))
 UNITS = (("a", "mA"), ("b", "MA"), ("c", "same"), ("d", "same"))
 LETTERS = (("A", "B"), ("B", "N"), ("C", "O"), ("D", "A"))
@@ -130,7 +130,7 @@ def test_what_has_no_answer():
     "response",
     [
         "Answer: A\n" + r"\boxed{B}" + "\nC",  # the box before everything
-        r"\boxed{A} \boxed{B}",  # the last
+        r"\boxed{A} and then \boxed{B}",  # the last of them
         "Answer: A\nFinal Answer: B\nA",  # a final-answer line before the last line, the last of them
         "Answer: B\nThe answer is consistent with A.\nA",  # prose is no final-answer line
         "The answer is A, no: the answer is B",  # the last mark of a line
@@ -144,6 +144,21 @@ def test_the_first_place_that_has_an_answer_decides(response):
 def test_an_unreadable_box_or_line_is_not_skipped_for_a_readable_one():
     for response in (r"Answer: B \boxed{?}", "Answer: B\nFinal Answer: 17\nB", "The answer is B.\nThe answer is E."):
         assert grade_choice(response, "B", CELL) == "unparsable"
+
+
+LABELLED = [(CELL, *pair) for pair in NAMED] + [(CELL, text, None) for text in NOTHING] + FRESH
+
+
+@pytest.mark.parametrize("choices, response, label", LABELLED)
+def test_what_a_response_names_is_what_a_reader_sees(choices, response, label):
+    right = [each for each, _ in choices if grade_choice(response, each, choices) == "correct"]
+    assert right == ([label] if label else [])
+
+
+@pytest.mark.parametrize("before", ["", "The answer is B.\n", r"\boxed{B}" + "\n", "<answer>B</answer>\n"])
+@pytest.mark.parametrize("end", [r"\boxed{C", r"so \boxed {\text{B", "<answer>C", "<final_answer>B"])
+def test_a_response_that_breaks_off_within_its_answer_has_none(before, end):
+    assert grade_choice(before + end, "B", CELL) == "no_answer"
 
 
 @pytest.mark.parametrize(
@@ -292,6 +307,18 @@ HOSTILE = [
     "Answer: " + "B. " * 600,
     "Answer: " + "answer:" * 250,
     "final " * 160_000,
+    "<answer>" * 120_000,
+    "</answer>" * 110_000,
+    '{"answer": ' * 90_000,
+    '{"answer": ' + "[" * 900_000 + "}",
+    "B is correct. " * 70_000,
+    "B is correct.\n" * 70_000,
+    "A is wrong,\n" * 80_000,
+    "not A, B, C, " * 150,
+    "Answer: " + "A, B, " * 300,
+    "Answer: " + "so " * 600 + "B",
+    "~~" * 500_000,
+    "⟦1⟧ is correct. " * 100,
 ]
 
 

@@ -743,7 +743,11 @@ TESTS = {
         "return sorted(x)",
         "return sorted(set(x))",
     ),
-    "modules that nobody imported": (["assert math.isclose(f(2), 1.4142135623730951)"], "return 2 ** 0.5", "return 1.4"),
+    "modules that nobody imported": (
+        ["assert math.isclose(f(2), 1.4142135623730951)"],
+        "return 2 ** 0.5",
+        "return 1.4",
+    ),
 }
 
 

@@ -20,6 +20,7 @@ import decimal
 import functools
 import json
 import re
+import textwrap
 import threading
 import time
 import warnings
@@ -245,7 +246,7 @@ def _assert_test(content: dict[str, Any]) -> AssertTest:
         value = content.get(key) or []
         if not isinstance(value, list) or not all(map(_is_text, value)):
             raise ValueError(f"{key} of assert tests must be a list of Python texts, got {value!r:.60}")
-        return "\n".join(value)
+        return "\n".join(textwrap.dedent(item).strip() for item in value)
 
     if "test_list" in content:
         tests = texts("test_list")
