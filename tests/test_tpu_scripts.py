@@ -327,12 +327,14 @@ def test_setup_waits_and_readies_every_worker(cloud, tmp_path):
     for worker in range(2):
         assert (stub.home(worker) / "exprl_jax/exprl_jax/main.py").exists()
         options = "vers=3,hard,nolock,actimeo=0,lookupcache=none"
-        apt = ["apt-get", "-o", "DPkg::Lock::Timeout=600", "install", "-y", "-q", "nfs-common"]
+        apt = ["apt-get", "-o", "DPkg::Lock::Timeout=600"]
         assert [call[1:] for call in stub.calls(f"{worker}:sudo")] == [
             ["mkdir", "-p", "/mnt/exprl"],
-            apt,
+            [*apt, "install", "-y", "-q", "nfs-common"],
             ["mount", "-t", "nfs", "-o", options, "10.0.0.2:/share", "/mnt/exprl"],
             ["chmod", "a+rwx", "/mnt/exprl"],
+            [*apt, "update", "-q"],
+            [*apt, "install", "-y", "-q", "bubblewrap", "libseccomp2"],
         ]
         python = "--python=exprl_jax_env/bin/python"
         assert [call[1:] for call in stub.calls(f"{worker}:python3")] == [

@@ -1,5 +1,6 @@
 #!/bin/sh
-# Waits for a slice, and readies all its workers: the shared file system, this commit of the repository, Python 3.11.
+# Waits for a slice, and readies all its workers: the shared file system, this commit of the repository, Python 3.11,
+# bubblewrap for the programs of code problems.
 #
 #     tpu_scripts/setup.sh --project=P --zone=Z --name=N [--nfs=ADDRESS:/SHARE | --bucket=B]
 #
@@ -30,7 +31,8 @@ option() {
 parse "$@"
 
 # An apt that waits for the updates of a machine's first minutes.
-install='sudo apt-get -o DPkg::Lock::Timeout=600 install -y -q'
+apt='sudo apt-get -o DPkg::Lock::Timeout=600'
+install="$apt install -y -q"
 mount=''
 if [ -n "$NFS" ]; then
     # No locks on the server: a preempted worker would hold its workdir's for ever.  No cached names or sizes: a worker
@@ -88,6 +90,8 @@ run gcloud compute tpus tpu-vm scp "$SCRATCH/exprl_jax.tar.gz" "$NAME:" --projec
 versions=/mnt/exprl/exprl_jax_requirements.txt
 # The image's own Python is older than the package's, so uv brings one: the version that compile_check was run with.
 on_workers all "set -e
+$apt update -q
+$install bubblewrap libseccomp2
 rm -rf exprl_jax
 mkdir exprl_jax
 tar -xzf exprl_jax.tar.gz -C exprl_jax
