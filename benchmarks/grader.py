@@ -2,7 +2,7 @@
 
     python -m benchmarks.grader
 
-Grades tests/data/grader_pairs*.jsonl with the math and the choice verifier, writes the figures
+Grades `grader_pairs*.jsonl` in tests/data/ with the math and the choice verifier, writes the figures
 of docs/grader.md and prints the rate.
 """
 
