@@ -314,3 +314,12 @@ def test_a_worker_that_never_gets_ready_is_an_error(tmp_path, monkeypatch):
 def test_a_grader_of_nothing_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         MathGrader(**arguments)
+
+
+def test_a_worker_that_hangs_is_not_waited_for_by_whoever_writes_to_it():
+    """A pipe holds 64 KiB; a longer reference would be written to a stopped worker for ever."""
+    with MathGrader(1, 0.5) as grader:
+        assert grader.grade([(r"\boxed{7}", "7")]) == [Verdict.correct]
+        os.kill(grader.pids[0], signal.SIGSTOP)
+        assert grader.grade([(r"\boxed{7}", "7" * 1_000_000)]) == [Verdict.timed_out]
+        assert grader.grade([(r"\boxed{7}", "7")]) == [Verdict.correct]

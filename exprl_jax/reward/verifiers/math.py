@@ -189,8 +189,8 @@ class _Worker:
         if not self._is_loaded:
             self._await_start()
         try:
-            self._process.stdin.write(json.dumps([boxed, answer]).encode() + b"\n")
-            reply = self._read(self._limit_s)
+            written = self._write(json.dumps([boxed, answer]).encode() + b"\n", self._limit_s)
+            reply = self._read(self._limit_s) if written else None
         except BrokenPipeError:
             raise _Died from None
         if reply is None:
@@ -204,7 +204,11 @@ class _Worker:
         try:
             reply = self._read(_START_LIMIT_S)
         except _Died:
-            if self._process.wait() < 0:
+            try:
+                status = self._process.wait(self._limit_s)
+            except subprocess.TimeoutExpired:
+                raise _Died from None  # it has closed its output and lives on
+            if status < 0:
                 raise  # killed by somebody; a fresh one may do better
             self._complaints.seek(0)
             lines = self._complaints.read().decode("utf-8", "replace").strip().splitlines()
@@ -215,6 +219,18 @@ class _Worker:
         if reply is None:
             raise ValueError(f"an answer-grading process could not be started: not ready after {_START_LIMIT_S:.0f} s")
         self._is_loaded = True
+
+    def _write(self, line: bytes, limit_s: float) -> bool:
+        """Whether all of a line was taken within the limit: a pipe holds little, and a worker that hangs reads none."""
+        deadline, pipe = time.monotonic() + limit_s, self._process.stdin.fileno()
+        poll = select.poll()
+        poll.register(pipe, select.POLLOUT)
+        os.set_blocking(pipe, False)
+        while line:
+            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
+                return False
+            line = line[os.write(pipe, line) :]
+        return True
 
     def _read(self, limit_s: float) -> dict[str, Any] | None:
         """The next reply, or None at the time limit; raises _Died at the end of the stream."""
