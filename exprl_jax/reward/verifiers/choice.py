@@ -255,20 +255,20 @@ def _stated(text: str, choices: Choices) -> _Stated:
     return _Stated(named, marked, denied, taken_back)
 
 
-def _lines(text: str, choices: Choices) -> Iterator[tuple[str, Statement]]:
+def _lines(response: str, choices: Choices) -> Iterator[tuple[str, Statement]]:
     """What lines say, the last first, and as what: `answer`, `denied` (`I doubt that the answer is`), `judged` (`B is
     correct`), `taken back` (`Wait, it is`), or `other`."""
     below, read = "", 0
-    for line in reversed(text.splitlines()):
+    for line in reversed(response.splitlines()):
         plain = _plain(line)
         if not plain:
             continue
         if _HEADING.fullmatch(plain):
             yield "answer", _read(below, choices)
         elif marks := [*_MARK.finditer(plain)]:
-            said, clause = plain[marks[-1].end() :].strip(), _CLAUSE_END.sub("", plain[: marks[-1].start()])
-            statement = _read(said, choices)
-            is_prose = not marks[-1]["colon"] and not marks[-1]["short"] and bool(_PROSE.match(said))
+            text, clause = plain[marks[-1].end() :].strip(), _CLAUSE_END.sub("", plain[: marks[-1].start()])
+            statement = _read(text, choices)
+            is_prose = not marks[-1]["colon"] and not marks[-1]["short"] and bool(_PROSE.match(text))
             if _OPPOSED.search(clause):
                 yield "denied", statement
             elif _SUPPOSED.search(clause) or (
@@ -315,7 +315,7 @@ def _last_line(response: str, choices: Choices) -> frozenset[str] | None:
     statement = read_statement(plain, choices)
     if statement.unclear or statement.denied:
         return None
-    bold = [one_label(found[1] or found[2], choices) for found in _BOLD.finditer(last)]
+    bold = [one_label(match[1] or match[2], choices) for match in _BOLD.finditer(last)]
     return frozenset().union(*bold) if any(bold) else None
 
 

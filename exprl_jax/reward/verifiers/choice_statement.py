@@ -290,10 +290,10 @@ def _marked(plain: str, choices: Choices) -> str:
             is_number = label.isdigit() and (name.start() or not re.match(r"[).:]? ?(?:\(|[A-Za-z]|$)", behind))
             if is_word or is_number or (label.islower() and name.start()):
                 return name[0]
-        found = _labels_of(label, choices, fold=bool(parts["named"]))
+        matching = _labels_of(label, choices, fold=bool(parts["named"]))
         # `(B) the powerhouse` is a label and what it stands for.
         is_head = parts["bracketed"] and not name.start() and re.match(rf" (?!{_AFTER_LABEL})", plain[name.end() :])
-        return f"⟦{labels.index(next(iter(found)))}⟧{';' * bool(is_head)}" if len(found) == 1 else name[0]
+        return f"⟦{labels.index(next(iter(matching)))}⟧{';' * bool(is_head)}" if len(matching) == 1 else name[0]
 
     return pattern.sub(mark, plain)
 

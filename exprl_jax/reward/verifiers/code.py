@@ -379,7 +379,7 @@ class CodeGrader:
             raise ValueError(f"the code grader got workers={workers}; expected at least 1")
         working = [isolation for isolation in Isolation if not complaint(isolation)]
         if not working or not (working[0].real or allow_unsandboxed):
-            reasons = "; ".join(f"{each.value}: {complaint(each)}" for each in Isolation if complaint(each))
+            reasons = "; ".join(f"{way.value}: {complaint(way)}" for way in Isolation if complaint(way))
             raise ValueError(
                 f"programs cannot be isolated on this machine ({reasons}); `apt-get install bubblewrap libseccomp2`,"
                 " let the kernel give namespaces, or, where all that it can reach may be lost, set"
