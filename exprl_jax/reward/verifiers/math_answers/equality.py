@@ -236,11 +236,15 @@ def _same_items(expected: Items, got: Body) -> bool:
 
 
 def _by_name(items: Items) -> dict[str, Body]:
-    """The values of several unknowns in alphabetical order; empty where not each is named, by a name of its own."""
+    """The values of several unknowns; empty where not each is named, by a name of its own.
+
+    They come in alphabetical order, Greek names, `(r, \\theta)`, as they stand.
+    """
     named = [item for item in items.items if isinstance(item, Named)]
     if len({item.name for item in named}) < len(items.items) or len(named) < 2:
         return {}
-    return {item.name: item.value for item in sorted(named, key=lambda item: item.name)}
+    is_latin = not any(item.name.startswith("\\") for item in named)
+    return {item.name: item.value for item in (sorted(named, key=lambda item: item.name) if is_latin else named)}
 
 
 def _may_be_interval(items: Items) -> bool:

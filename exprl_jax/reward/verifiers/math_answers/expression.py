@@ -123,8 +123,13 @@ def parse(tokens: Sequence[Token], bare_units: bool = False) -> sympy.Expr:
       Incomplete: there are too few tokens.
     """
     parser = _Parser(tokens, bare_units)
-    value = parser.whole()
-    parser.expect_end()
+    try:
+        value = parser.whole()
+        parser.expect_end()
+    except NotUnderstood:
+        raise
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:  # SymPy: (1/2)!!, a matrix and a number
+        raise NotUnderstood(f"no value: {error}") from error
     if isinstance(value, sympy.Expr) and value.has(sympy.zoo, sympy.nan):
         raise NotUnderstood("a division by zero")
     return value
@@ -290,7 +295,7 @@ class _Parser:
     def _starts_factor(self) -> bool:
         token = self._peek()
         if token.kind == "number":
-            return self._is("!", ahead=-1)  # `3!7!`
+            return self._is("!", ")", ahead=-1)  # `3!7!`, `(n-1)2^n`
         if token.kind == "word":
             return self._word() not in _CONNECTIVES
         if token.text == "|":
@@ -497,8 +502,8 @@ class _Parser:
         if token.text in _DOLLARS and self._is("$", ahead=1):
             self._at += 2
             return self._money(_unit(_DOLLARS[token.text]))
-        is_minute = word == "min" and not self._is("(", r"\{", ahead=1)
-        if token.text in _FUNCTIONS and not is_minute:
+        is_time = word in ("min", "sec") and not self._is("(", r"\{", ahead=1)
+        if token.text in _FUNCTIONS and not is_time:
             self._at += 1
             return self._function(token.text)
         if word and (unit := self._take_unit()) is not None:
@@ -724,6 +729,8 @@ class _Parser:
         rows = [row for row in rows if row]
         if len({len(row) for row in rows}) != 1:
             raise NotUnderstood("rows of different lengths")
+        if kind == "array" and len(rows) == len(rows[0]) == 1:
+            return rows[0][0]
         matrix = sympy.ImmutableMatrix(rows)
         return matrix.det() if kind == "vmatrix" else matrix
 

@@ -69,7 +69,7 @@ def read(text: str, commas: bool = True, bare_units: bool = True) -> Answer:
     tokens, domains, condition = conditions.without(tokens)
     try:
         return Answer(_Reader(bare_units).body(tokens), words, domains, condition)
-    except Incomplete as error:
+    except NotUnderstood as error:  # incomplete, or nothing but separators
         raise Unreadable(str(error)) from error
 
 
@@ -105,10 +105,9 @@ class _Reader:
         ):
             try:
                 body = kind(tokens)
-            except Incomplete as error:
-                incomplete = incomplete or error
-            except NotUnderstood:
-                continue
+            except NotUnderstood as error:
+                if isinstance(error, Incomplete) and kind == self._quantity:
+                    incomplete = error
             else:
                 if body is not None:
                     return body
@@ -297,6 +296,8 @@ class _Reader:
             sides, signs = split(tokens, lambda token: token.text == ":")
             if len(signs) != 1 or not all(token.roman and len(token.text) > 1 for token in sides[0]):
                 return None  # no `Total: 7`
+        if not all(sides[1:]) or not sides[0] and signs[0].text != _ABOUT:
+            raise NotUnderstood("nothing beside a relation")
         kinds = {"=" if token.text in _EQUALS | {":"} or token.kind == "word" else token.text for token in signs}
         if kinds <= {"=", _ABOUT}:
             return self._equation(sides, signs)
@@ -339,6 +340,8 @@ class _Reader:
     def _is_name(self, tokens: list[Token], first: bool) -> bool:
         """Whether a side of an equation only names what another side says."""
         names = texts(tokens)
+        if not names:
+            return False
         if len(tokens) == 1 and tokens[0].kind == "word" and not tokens[0].roman:
             return True  # x, AB
         if first and any(token.roman and len(token.text) > 1 for token in tokens):  # The area of ABC
@@ -350,7 +353,7 @@ class _Reader:
             return True  # P(X = 3)
         if first and names[0] == "(" and closing(tokens, 0) == len(tokens) - 1:  # (x, y)
             parts, _ = split(tokens[1:-1], lambda token: token.text == ",")
-            return all(len(part) == 1 and part[0].kind == "word" for part in parts)
+            return all(len(part) == 1 and _is_letter(part[0]) for part in parts)
         joined = "".join(names)
         if first and (
             names[0] in _TRIGONOMETRIC or re.fullmatch(r"[A-Za-z]+(:[A-Za-z]+)+|\\frac\{d.*\}\{d.+\}", joined)
@@ -365,7 +368,7 @@ class _Reader:
         words = next((at for at, token in enumerate(side) if not token.roman or len(token.text) == 1), 0)
         side = side if side[words].text == "(" else side[words:]  # `The function f(x)`
         if side[0].text == "(":
-            letters = [token.text for token in side[1:-1] if token.kind == "word"]
+            letters = [token.text for token in side[1:-1] if _is_letter(token)]
             if not isinstance(body, Items) or len(body.items) != len(letters):
                 raise NotUnderstood("as many values as names")
             return Items("()", tuple(map(Named, letters, body.items)))
@@ -410,6 +413,10 @@ def _is_number(token: Token) -> bool:
 def _is_asked(value: sympy.Expr) -> bool:
     """Whether a problem may ask for an expression's value: for m + n, for the sine of an angle; not for 2x, nor -x."""
     return len(value.free_symbols) > 1 and value.as_coeff_Mul()[0] == 1
+
+
+def _is_letter(token: Token) -> bool:
+    return token.kind == "word" or token.text in LETTERS
 
 
 def _with_sign(token: Token, signs: dict[str, str]) -> Token:
@@ -462,7 +469,7 @@ def _agree(first: Body, other: Body) -> bool:
 
 def _shortens(short: Number, value: sympy.Expr) -> bool:
     """Whether a decimal is what a value rounds to, or is cut to."""
-    if value.is_real is not True or not value.is_number:
+    if not all(side.is_number and side.is_real for side in (value, short.value)):
         return False
     if short.decimal is None and not short.value.is_Integer:
         return same_value(short.value, value)
@@ -488,6 +495,8 @@ def _joined(regions: list[Region], words: set[str]) -> Region:
 
 def _solutions(left: sympy.Expr, sign: str, right: sympy.Expr, symbol: sympy.Symbol) -> sympy.Set:
     """The real numbers for which `left sign right`."""
+    if not all(side.is_real is not False for side in (left, right)):
+        raise NotUnderstood("an order of complex numbers")
     if not left.free_symbols:
         left, right = right, left
         sign = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}.get(sign, sign)
@@ -504,5 +513,5 @@ def _solutions(left: sympy.Expr, sign: str, right: sympy.Expr, symbol: sympy.Sym
     real = sympy.Symbol(symbol.name, real=True)
     try:
         return sympy.solveset(relation(left.subs(symbol, real), right.subs(symbol, real)), real, sympy.S.Reals)
-    except (NotImplementedError, TypeError) as error:
+    except (NotImplementedError, TypeError, ValueError) as error:
         raise NotUnderstood("an inequality that SymPy cannot solve") from error

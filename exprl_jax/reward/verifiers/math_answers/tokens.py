@@ -134,7 +134,8 @@ def _tokens(text: str, commas: bool) -> list[Token]:
         at, space = end, spaced
     if groups:
         raise Unreadable("a brace is open at the end")
-    return tokens
+    is_table = any(token.kind == "begin" for token in tokens)
+    return [token for token in tokens if is_table or token.text != "&"]
 
 
 def _brackets(starts: list[int], token: Token, at: int) -> list[int]:
