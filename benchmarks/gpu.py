@@ -80,7 +80,7 @@ def main() -> None:
 
 def random_model(arch: Architecture) -> LanguageModel:
     """The shape with random bfloat16 weights; no token ends a row."""
-    how = Model("random:qwen3", Execution(True, "bfloat16", "full", "compute"), "bfloat16")
+    how = Model("random:qwen3", Execution(True, "bfloat16", "full", "compute"), "bfloat16", "2026-01-01")
     return LanguageModel(how, arch, dataclasses.replace(load_tokenizer("byte"), eos_ids=(-1,)), None)
 
 

@@ -18,7 +18,7 @@ def model(
 ) -> ConfigDict:
     """A model section."""
     execution = dict(scan_layers=scan_layers, compute_dtype=compute_dtype, remat=remat, kv_dtype=kv_dtype)
-    return ConfigDict(dict(weights=weights, execution=execution, param_dtype=param_dtype))
+    return ConfigDict(dict(weights=weights, execution=execution, param_dtype=param_dtype, date="2026-01-01"))
 
 
 def base() -> ConfigDict:

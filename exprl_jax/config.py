@@ -143,11 +143,14 @@ class Model:
         its checkpoints, or `random:<family>` (a tiny architecture with a byte tokenizer).
       execution: how it runs.
       param_dtype: dtype the parameters are held in.
+      date: the day, YYYY-MM-DD, that a chat template is told when it asks for today's; a fixed one, so that prompts are
+        the same tomorrow, on every host and in every stage.
     """
 
     weights: str
     execution: Execution
     param_dtype: Literal["float32", "bfloat16"]
+    date: str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,21 @@ def sync_folder(folder: pathlib.Path) -> None:
         os.close(descriptor)
 
 
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      ValueError: the file cannot be read, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); mend it or fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object; mend it or fetch it again")
+    return content
+
+
 # Half of a surrogate pair, as JSON can spell it: text that no UTF-8 file holds.
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _CHUNK = 1 << 16

@@ -27,7 +27,8 @@ from exprl_jax.reward.verifiers.grading import Graders, check_answers, open_grad
 from exprl_jax.rollout.call import Prompts, Sampler, make_prompts
 from exprl_jax.run.loop import Task
 from exprl_jax.weights.adapters import export_policy
-from exprl_jax.weights.language_model import LanguageModel, load_params, open_model, save_description
+from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
+from exprl_jax.weights.run_models import record_models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +39,7 @@ class RLRun:
       problems: those whose prompts are within budget.
       kinds: of the problems, in a fixed order.
       frozen: parameters that never change, by the model they are of; equal models share one entry.
+      models: all that the run has opened.
     """
 
     config: Config
@@ -52,6 +54,7 @@ class RLRun:
     prompts: Prompts
     splitter: Splitter
     frozen: Mapping[Model, decoder.Params]
+    models: Sequence[LanguageModel]
 
     @property
     def base(self) -> Any:
@@ -98,7 +101,8 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
     problems = within_budget("judge.max_context_tokens", config.judge.max_context_tokens, problems, lengths)
     check_enough(problems, config.rollout.prompts)
     # In one order on every process: loading may run programs over the whole mesh.
-    frozen = _load_frozen(config, mesh, policy)
+    reference = _open_reference(config, policy)
+    frozen = _load_frozen(config, mesh, policy, reference)
 
     def load_judge(model: LanguageModel) -> decoder.Params:
         say(f"judge {model.config.weights}")
@@ -124,6 +128,7 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
         prompts=make_prompts({p.id: ids[p.id] for p in problems}),
         splitter=Splitter(policy.tokenizer.token_bytes, rule),
         frozen=frozen,
+        models=[policy, *([] if reference is None else [reference]), *builder.models],
     )
 
 
@@ -151,16 +156,23 @@ def _judge_builder(config: Config, problems: Sequence[Problem], policy: Language
     )
 
 
-def _load_frozen(config: Config, mesh: Mesh, policy: LanguageModel) -> dict[Model, decoder.Params]:
+def _open_reference(config: Config, policy: LanguageModel) -> LanguageModel | None:
+    """The KL's reference or the teacher, where the run has one."""
+    if not config.has_reference_model:
+        return None
+    reference = open_model(config.reference, policy)
+    if reference.arch != policy.arch or reference.execution != policy.execution:
+        raise ValueError("config.reference: expected the policy's architecture and execution; one program serves both")
+    return reference
+
+
+def _load_frozen(
+    config: Config, mesh: Mesh, policy: LanguageModel, reference: LanguageModel | None
+) -> dict[Model, decoder.Params]:
     """The reference model and the base of adapters, where the run has them."""
     frozen = {}
     say(f"policy {config.policy.weights}")
-    if config.has_reference_model:
-        reference = open_model(config.reference, policy)
-        if reference.arch != policy.arch or reference.execution != policy.execution:
-            raise ValueError(
-                "config.reference: expected the policy's architecture and execution; one program serves both"
-            )
+    if reference is not None:
         frozen[config.reference] = load_params(reference, mesh, config.seed)
         say(f"reference {config.reference.weights}")
     if config.lora.rank and config.policy not in frozen:
@@ -184,7 +196,7 @@ def task_of(run: RLRun, *, collect: Callable, learn: Callable) -> Task:
         learn=learn,
         updates=config.updates.per_batch,
         all_finite=run.programs.all_finite,
-        describe=functools.partial(save_description, policy),
+        record_models=functools.partial(record_models, policy=policy, models=run.models),
         export=functools.partial(export_policy, config.lora, policy, run.base),
         headline="reward" if config.task == "rl" else "accuracy",
         watch=config.watch,

@@ -32,7 +32,8 @@ from exprl_jax.run.clock import Clock
 from exprl_jax.run.loop import StepResult, Task, run_task
 from exprl_jax.run.workdir import check_workdir
 from exprl_jax.weights.adapters import export_policy
-from exprl_jax.weights.language_model import LanguageModel, load_params, open_model, save_description
+from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
+from exprl_jax.weights.run_models import record_models
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +171,7 @@ def task_of(run: SftRun) -> Task:
         learn=functools.partial(learn, run),
         updates=1,
         all_finite=run.programs.all_finite,
-        describe=functools.partial(save_description, run.policy),
+        record_models=functools.partial(record_models, policy=run.policy, models=[run.policy]),
         export=functools.partial(export_policy, run.config.lora, run.policy, run.base),
         headline="loss",
         watch=None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from exprl_jax.data.plain_text import byte_characters
+from exprl_jax.files import read_json
 from exprl_jax.gguf_reader import read_gguf
 
 FALLBACK_TEMPLATE = (
@@ -116,30 +116,17 @@ def _folder_source(name: str, folder: Path) -> Source:
         if not isinstance(template.get("default") if isinstance(template, dict) else template, str | None):
             raise ValueError("its chat template is not a text")
     path = folder / "generation_config.json"
-    generation = {key: value for key, value in _read_json(path).items() if key not in _NOT_OURS}
+    generation = {key: value for key, value in _json_if_there(path).items() if key not in _NOT_OURS}
     if generation.get("eos_token_id") is None:  # only then has config.json a say, as in transformers
         path = folder / "config.json"
-    listed = _read_json(path).get("eos_token_id")
+    listed = _json_if_there(path).get("eos_token_id")
     eos_ids = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     eos_ids += [] if listed is None else _checked_ids(listed, tokenizer, path)
     return Source(name, tokenizer, tuple(eos_ids), generation)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is no file.
-
-    Raises:
-      ValueError: the file holds something else.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); mend it or fetch it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a {type(content).__name__}, expected a JSON object; mend it or fetch it again")
-    return content
+def _json_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _checked_ids(listed: Any, tokenizer: Any, path: Path) -> list[int]:

@@ -34,6 +34,7 @@ from exprl_jax.reward.judges import check_judge_lengths
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.workdir import check_workdir, open_workdir
 from exprl_jax.weights.language_model import load_params, open_model
+from exprl_jax.weights.run_models import check_models
 
 ANNOTATIONS = "annotations.jsonl"
 BASE_ANNOTATIONS = f"base_{ANNOTATIONS}"
@@ -75,6 +76,8 @@ def annotate(config: Annotate, workdir_path: str) -> None:
             check_unchanged(ledger, rollouts[name])
             waiting[name] = [rollout for rollout in rollouts[name] if rollout.key not in ledger]
         if unanswered := [rollout for of_file in waiting.values() for rollout in of_file]:
+            if config.annotator.backend == "local":
+                check_models(workdir, [open_model(config.annotator.model)])
             annotator = open_annotator(config, mesh, stack, unanswered)
             if not all(_annotate_file(config, annotator, waiting[name], ledgers[name], stop) for name in ledgers):
                 say("stopped; start again with the same command to go on")

@@ -31,6 +31,8 @@ from exprl_jax.mesh import make_mesh
 from exprl_jax.resolve import to_dict
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.workdir import check_workdir, open_workdir
+from exprl_jax.weights.language_model import open_model
+from exprl_jax.weights.run_models import check_models
 
 
 def calibrate(config: Calibrate, workdir_path: str) -> None:
@@ -55,6 +57,8 @@ def calibrate(config: Calibrate, workdir_path: str) -> None:
     models = {name: open_judge_model(judge) for name, judge in config.judges.items()}
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(open_workdir(workdir_path, to_dict(config), folders=()))
+        writers = [open_model(config.policy)] if prefixes else []
+        check_models(workdir, [*writers, *(model for model in models.values() if model is not None)])
         scores = Ledger(workdir.path / "scores.jsonl", "score", SCORE_KEY, SCORE_FIELDS)
         check_unchanged(scores, judged)
         continuations = Ledger(

@@ -45,6 +45,7 @@ from exprl_jax.rollout.call import Prompts, Sampler, describe_problem, make_prom
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.workdir import check_workdir, open_workdir
 from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
+from exprl_jax.weights.run_models import check_models
 
 _PROGRESS_S = 10.0
 _SAMPLE_KEY = ("id", "sample")
@@ -171,6 +172,7 @@ def open_evaluation(
     workdir = stack.enter_context(
         open_workdir(workdir_path, to_dict(config), folders=("samples",), process=jax.process_index(), barrier=barrier)
     )
+    check_models(workdir, [policy, *builder.models])
     say(
         f"policy {config.policy.weights}; {len(problems)} problems in {len(sets)} sets, {sampling.samples} samples each"
     )

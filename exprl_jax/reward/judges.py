@@ -28,7 +28,7 @@ class JudgeBuilder:
     """A judge whose prompts are made and whose parameters are not loaded.
 
     Attributes:
-      local: a model on the mesh will be asked.
+      models: the model on the mesh that will be asked, if there is one.
     """
 
     def __init__(
@@ -53,10 +53,11 @@ class JudgeBuilder:
         """
         self._config, self._scored, self._verified, self._unit = judge_config, scored, verified, unit
         self._asked = {p.id for p in (*scored, *verified)}
-        self.local = bool(self._asked) and judge_config.backend == "local"
+        self.models: list[LanguageModel] = []
         self._prompts = JudgePrompts({}, {})
-        if self.local:
+        if self._asked and judge_config.backend == "local":
             self._model = open_model(judge_config.model, opened)
+            self.models.append(self._model)
             check_judge_lengths(judge_config, self._model.arch)
             tokenizer = self._model.tokenizer
             if verified and judge_config.readout == "logits":
@@ -96,7 +97,7 @@ class JudgeBuilder:
         judge_config, kept = self._config, {p.id for p in problems}
         if not kept & self._asked:
             return NoJudge(group)
-        if not self.local:
+        if not self.models:
             return EndpointJudge(
                 config=judge_config,
                 client=stack.enter_context(ChatClient(judge_config.endpoint)),

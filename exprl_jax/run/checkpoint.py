@@ -41,7 +41,7 @@ from orbax.checkpoint import checkpoint_managers
 from exprl_jax.files import sync_folder, write_atomically
 from exprl_jax.run.distributed import meet
 
-_MANIFEST = "manifest.json"
+MANIFEST = "manifest.json"
 _BLOCK = 1 << 22
 _SAVE_LIMIT_S = 3600.0
 
@@ -232,9 +232,9 @@ class Checkpoints:
             for step in sorted(_steps(self._folder), reverse=True):
                 reason = _damage(self._folder / str(step))
                 if reason is None:
-                    recorded = (self._folder / str(step) / _MANIFEST).exists()
+                    recorded = (self._folder / str(step) / MANIFEST).exists()
                     if not recorded:
-                        logging.warning("checkpoint of step %d has no %s: its bytes are not checked", step, _MANIFEST)
+                        logging.warning("checkpoint of step %d has no %s: its bytes are not checked", step, MANIFEST)
                     choice = (step, int(recorded))
                     break
                 self._set_aside(step, reason)
@@ -253,7 +253,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if self._first_process:
                 files = _fingerprints(self._folder / str(step))
-                write_atomically(self._folder / str(step) / _MANIFEST, json.dumps(files, indent=0, sort_keys=True))
+                write_atomically(self._folder / str(step) / MANIFEST, json.dumps(files, indent=0, sort_keys=True))
         except Exception as error:
             self._failure = error  # raised by the next `wait`
 
@@ -321,7 +321,7 @@ def _fingerprints(folder: pathlib.Path) -> dict[str, list[int]]:
     """[bytes, CRC-32] of every file; zlib's CRC runs outside the interpreter lock."""
     files = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path != folder / _MANIFEST and not path.name.endswith(".tmp"):
+        if path.is_file() and path != folder / MANIFEST and not path.name.endswith(".tmp"):
             crc = 0
             with open(path, "rb") as file:
                 while block := file.read(_BLOCK):
@@ -347,14 +347,14 @@ def _misplaced(folder: pathlib.Path) -> str | None:
 
 def _difference(folder: pathlib.Path) -> str | None:
     """What is not as recorded, in words; None if all is or nothing was recorded."""
-    path = folder / _MANIFEST
+    path = folder / MANIFEST
     if not path.exists():
         return None
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         expected = {name: [int(size), int(crc)] for name, (size, crc) in recorded.items()}
     except (ValueError, TypeError, AttributeError) as error:
-        return f"{_MANIFEST} is not what was written: {_one_line(error)}"
+        return f"{MANIFEST} is not what was written: {_one_line(error)}"
     files = _fingerprints(folder)
     for name in sorted({*expected, *files}):
         if name not in files:

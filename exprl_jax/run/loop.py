@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -65,7 +64,8 @@ class Task:
       learn: (state, batch, clock) → StepResult; donates the state.
       updates: optimizer updates of a step, at most.
       all_finite: parameters → whether every one is a finite number; of the whole mesh, so every process calls it.
-      describe: writes what the policy is, its parameters left out, to a folder.
+      record_models: writes down what the models are, or checks that they are what is written down; every process calls
+        it.
       export: writes a model from parameters to a workdir; every process calls it.
       headline: what the number that progress shows is called.
       watch: how the run is watched for a collapse; None where there is nothing to watch.
@@ -83,7 +83,7 @@ class Task:
     learn: Callable[[TrainState, Any, Clock], StepResult]
     updates: int
     all_finite: Callable[[Any], Any]
-    describe: Callable[[pathlib.Path], None]
+    record_models: Callable[[Workdir], None]
     export: Callable[[Any, Workdir], None]
     headline: str
     watch: Watch | None
@@ -122,8 +122,7 @@ def run_task(task: Task, workdir_path: str, accept_lost_records: bool = False) -
         StopRequest() as stop,
     ):
         check_same_problems(task.problems)
-        if jax.process_index() == 0:
-            task.describe(workdir.model)
+        task.record_models(workdir)
         state, done, best = _restore_or_start(task, checkpoints, abstract)
         _refuse_dead(task, state, done)
         barrier()  # every process sees the records as they are before they are cut to the checkpoint

@@ -5,6 +5,7 @@
     *.jsonl           scores and continuations of a calibration, annotations of an annotation; see `evaluation`
     checkpoints/      see `checkpoint`
     model/            the policy's architecture and tokenizer, without which its checkpoints say nothing
+    models.json       fingerprints of the models' files; see `weights.run_models`
     metrics.jsonl     one JSON object a step; see `metrics`
     rollouts/         step_N.jsonl, a sample of the rows of step N
     tensorboard/      event files
@@ -253,11 +254,16 @@ def _refuse_other_config(folder: pathlib.Path, theirs: dict[str, Any], ours: dic
             f"{ours['steps']}"
         )
     different = [line for line in differences(ours, theirs) if not _may_change(line.partition(":")[0], ours, theirs)]
-    if different and (steps or any(file.stat().st_size for name in RECORDS for file in folder.glob(name))):
+    if different and has_begun(folder):
         raise ValueError(
             f"--workdir {folder} holds a run of another config (this start's value != the value there): "
             f"{_listed(different)}; choose another --workdir"
         )
+
+
+def has_begun(folder: pathlib.Path) -> bool:
+    """Whether the run of a folder has taken a step, or written a record of one."""
+    return _steps_taken(folder) > 0 or any(file.stat().st_size for name in RECORDS for file in folder.glob(name))
 
 
 def _listed(lines: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from jax.experimental import multihost_utils
 
 from exprl_jax.architecture import Architecture
 from exprl_jax.config import Execution
+from exprl_jax.files import read_json
 from exprl_jax.gguf_reader import read_gguf
 from exprl_jax.weights import gguf_file, hf_layout
 from exprl_jax.weights.sources import ModelSource
@@ -60,7 +61,7 @@ def read_architecture(source: ModelSource) -> Architecture:
     """
     if source.is_gguf:
         return gguf_file.parse_metadata(read_gguf(source.path), source.name)
-    return hf_layout.parse_config(_read_json(source.path / "config.json", source), source.name)
+    return hf_layout.parse_config(read_json(source.path / "config.json"), source.name)
 
 
 def check_vocabulary(arch: Architecture, tokenizer: SavesTokenizer) -> None:
@@ -292,7 +293,7 @@ def _open_folder(source: ModelSource) -> dict[str, StoredTensor]:
     """All tensors of a folder's safetensors files, mapped from disk."""
     folder = source.path
     if (folder / _INDEX).is_file():
-        index = _read_json(folder / _INDEX, source)
+        index = read_json(folder / _INDEX)
         if not isinstance(index.get("weight_map"), dict):
             raise ValueError(f"model {source.name}: {_INDEX} has no weight_map")
         names = sorted(set(index["weight_map"].values()))
@@ -375,16 +376,6 @@ def _replace_folder(folder: pathlib.Path, complete: pathlib.Path) -> None:
         folder.rename(old)
     complete.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _read_json(path: pathlib.Path, source: ModelSource) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"model {source.name}: {path} cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"model {source.name}: {path} holds a {type(content).__name__}, expected a JSON object")
-    return content
 
 
 def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -17,9 +15,10 @@ from jax.sharding import Mesh
 from exprl_jax.architecture import Architecture
 from exprl_jax.config import Execution, Model
 from exprl_jax.data.tokenizer import Tokenizer, load_tokenizer
+from exprl_jax.files import read_json
 from exprl_jax.mesh import Placement
 from exprl_jax.model.decoder import Params, Transformer
-from exprl_jax.run.checkpoint import newest_step, restore_params
+from exprl_jax.run.checkpoint import MANIFEST, newest_step, restore_params
 from exprl_jax.weights import folder as weights
 from exprl_jax.weights.families import FAMILIES
 from exprl_jax.weights.sources import ModelSource, resolve_model
@@ -80,6 +79,13 @@ class Checkpoint:
         """Where the run wrote down the model's architecture and tokenizer."""
         return ModelSource(str(self.path), self.path.parent.parent / "model")
 
+    @property
+    def files(self) -> list[pathlib.Path]:
+        """The files that decide what the model is; the manifest has a sum of every other file of a checkpoint."""
+        manifest = self.path / MANIFEST
+        stored = [manifest] if manifest.is_file() else sorted(x for x in self.path.rglob("*") if x.is_file())
+        return [*stored, *self.description.files]
+
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
@@ -118,10 +124,10 @@ def open_model(config: Model, opened: LanguageModel | None = None) -> LanguageMo
     Raises:
       ValueError: nothing there, an unsupported architecture, or a tokenizer that does not fit.
     """
-    if opened is not None and opened.config.weights == config.weights:
+    if opened is not None and (opened.config.weights, opened.config.date) == (config.weights, config.date):
         return dataclasses.replace(opened, config=config)
     if config.weights.startswith(RANDOM):
-        family, tokenizer = config.weights.removeprefix(RANDOM), load_tokenizer("byte")
+        family, tokenizer = config.weights.removeprefix(RANDOM), load_tokenizer("byte", config.date)
         if family not in FAMILIES:
             raise ValueError(
                 f"model {config.weights!r}: expected one of {', '.join(RANDOM + name for name in FAMILIES)}"
@@ -129,71 +135,96 @@ def open_model(config: Model, opened: LanguageModel | None = None) -> LanguageMo
         arch = FAMILIES[family].architecture(family, vocab_size=tokenizer.vocab_size, **_TINY)
         return LanguageModel(config, arch, tokenizer, None)
     if (checkpoint := find_checkpoint(config.weights)) is not None:
-        return LanguageModel(config, *_read_description(checkpoint.description), checkpoint)
+        return LanguageModel(config, *_read_description(checkpoint.description, config.date), checkpoint)
     source = resolve_model(config.weights)
-    arch, tokenizer = _read_description(source)
+    arch, tokenizer = _read_description(source, config.date)
     weights.check_tensors(source, arch)
     return LanguageModel(config, arch, tokenizer, source)
 
 
-def _read_description(source: ModelSource) -> tuple[Architecture, Tokenizer]:
-    arch, tokenizer = weights.read_architecture(source), load_tokenizer(source.path)
+def _read_description(source: ModelSource, date: str) -> tuple[Architecture, Tokenizer]:
+    arch, tokenizer = weights.read_architecture(source), load_tokenizer(source.path, date)
     weights.check_vocabulary(arch, tokenizer)
     # An embedding may have more rows than the tokenizer has ids; one of those sampled stands for no text.
     padding = (b"",) * (arch.vocab_size - tokenizer.vocab_size)
     return arch, dataclasses.replace(tokenizer, token_bytes=tokenizer.token_bytes + padding)
 
 
-def save_description(model: LanguageModel, folder: pathlib.Path) -> None:
-    """Writes down architecture and tokenizer, as a Hugging Face folder without weights, unless that is done already."""
-    if folder.exists():
-        return
-    scratch = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
-    scratch.mkdir()
-    weights.write_description(scratch, model.arch, model.tokenizer, model.config.param_dtype)
-    os.replace(scratch, folder)
-
-
 def pin_checkpoints(section: Any, recorded: Mapping[str, Any]) -> Any:
     """The config with every workdir that it names as a model replaced by one of its checkpoints: the one that
     `recorded` has there, for a run that goes on, else the newest.  A run must not change models midway.
+
+    What cannot be opened is left as it is: only `open_model` knows whether the run has any use for it.
 
     Args:
       section: a config, or a part of one.
       recorded: the same part of the config of the run that is in the folder already; empty for a new run.
     """
     if isinstance(section, Model):
-        checkpoint = find_checkpoint(section.weights)
-        if checkpoint is None:
-            return section
-        before = str(recorded["weights"]) if recorded else ""
-        kept = pathlib.Path(before).parent == checkpoint.path.parent and str(checkpoint.path) != section.weights
-        return dataclasses.replace(section, weights=before if kept else str(checkpoint.path))
+        return dataclasses.replace(section, weights=_pinned(section.weights, str(recorded.get("weights", ""))))
     changed = {}
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
-        below = recorded.get(field.name, {})
+        below = _part(recorded, field.name)
         if dataclasses.is_dataclass(value):
             changed[field.name] = pin_checkpoints(value, below)
         elif isinstance(value, dict):
-            changed[field.name] = {name: pin_checkpoints(each, below.get(name, {})) for name, each in value.items()}
+            changed[field.name] = {name: pin_checkpoints(part, _part(below, name)) for name, part in value.items()}
     return dataclasses.replace(section, **changed)
+
+
+def _part(recorded: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = recorded.get(name)
+    return part if isinstance(part, Mapping) else {}
+
+
+def _pinned(weights: str, before: str) -> str:
+    """A model's name, or the checkpoint that it stands for; `before` is what stands there in the run's record."""
+    path, workdir = _workdir_of(weights)
+    if before == weights or (path == workdir and pathlib.Path(before).parent == workdir / "checkpoints"):
+        return before
+    try:
+        recorded = _recorded_run(workdir)
+    except ValueError:  # a damaged config: `open_model` says so if the run has any use for the model
+        return weights
+    if recorded is None:
+        return weights
+    step = newest_step(workdir / "checkpoints") if path == workdir else None
+    if path == workdir and step is None:
+        return weights
+    return str(path if step is None else workdir / "checkpoints" / str(step))
+
+
+def _workdir_of(weights: str) -> tuple[pathlib.Path, pathlib.Path]:
+    """What a model's name means as a path, and the folder that is a workdir if the name is of a run."""
+    path = pathlib.Path(weights).expanduser().absolute()
+    return path, path.parent.parent if path.parent.name == "checkpoints" else path
+
+
+def _recorded_run(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """The config of the training run that a folder holds, if it holds one.
+
+    Raises:
+      ValueError: its config cannot be read.
+    """
+    if not (workdir / "checkpoints").is_dir() or not (workdir / "config.json").is_file():
+        return None
+    recorded = read_json(workdir / "config.json")
+    return recorded if "task" in recorded and "policy" in recorded else None
 
 
 def find_checkpoint(weights: str) -> Checkpoint | None:
     """The checkpoint that a workdir (its newest), or `<workdir>/checkpoints/<step>`, stands for; None for other models.
 
     Raises:
-      ValueError: a workdir without a checkpoint, or a step that it does not have.
+      ValueError: a workdir without a checkpoint, a step that it does not have, or the run of another version of this
+        program.
     """
-    path = pathlib.Path(weights).expanduser().absolute()
-    workdir = path.parent.parent if path.parent.name == "checkpoints" else path
-    if not (workdir / "checkpoints").is_dir() or not (workdir / "config.json").is_file():
+    path, workdir = _workdir_of(weights)
+    recorded = _recorded_run(workdir)
+    if recorded is None:
         return None
-    recorded = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
-    if "task" not in recorded or "policy" not in recorded:
-        return None
-    if recorded.get("lora", {}).get("rank"):
+    if _part(recorded, "lora").get("rank"):
         raise ValueError(
             f"model {weights}: its run trained adapters, which stand on another model; name {workdir}/export"
         )
@@ -208,9 +239,15 @@ def find_checkpoint(weights: str) -> Checkpoint | None:
         raise ValueError(
             f"model {weights}: its workdir has no such checkpoint; its newest is {newest_step(path.parent)}"
         )
-    policy = recorded["policy"]
-    execution = Execution(**policy["execution"])
-    return Checkpoint(path, Model(policy["weights"], execution, policy["param_dtype"]))
+    try:
+        policy = recorded["policy"]
+        saved = Model(**policy | {"execution": Execution(**policy["execution"])} | {"date": policy.get("date", "")})
+    except (TypeError, KeyError) as error:
+        raise ValueError(
+            f"model {weights}: {workdir}/config.json is of another version of this program ({error}); name "
+            f"{workdir}/export, or restore the file"
+        ) from error
+    return Checkpoint(path, saved)
 
 
 def load_params(model: LanguageModel, mesh: Mesh, seed: int) -> Params:

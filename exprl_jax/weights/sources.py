@@ -41,6 +41,20 @@ PACKAGES = {
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 HUB_SKIPPED = ("*/*", "consolidated*")
 
+# What of a folder we, or the libraries on our behalf, read.
+_DECIDING = (
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
@@ -57,6 +71,13 @@ class ModelSource:
     @property
     def is_gguf(self) -> bool:
         return self.path.suffix == ".gguf"
+
+    @property
+    def files(self) -> list[pathlib.Path]:
+        """The files that decide what the model is, in a fixed order."""
+        if self.is_gguf:
+            return [self.path]
+        return sorted({file for pattern in _DECIDING for file in self.path.glob(pattern) if file.is_file()})
 
 
 def default_cache_dir() -> pathlib.Path:

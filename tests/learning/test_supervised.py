@@ -128,7 +128,7 @@ def test_loss_and_gradient_are_those_of_cross_entropy_on_responses(name, tmp_pat
 @functools.cache
 def model_logp(arch, how, data=1, model=1):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))
-    policy = LanguageModel(config.Model("unread", how, "float32"), arch, tokenizer=None, source=None)
+    policy = LanguageModel(config.Model("unread", how, "float32", ""), arch, tokenizer=None, source=None)
     return functools.partial(programs.packed_logp_and_entropy, policy.on(mesh), temperature=1.0, chunk=24)
 
 

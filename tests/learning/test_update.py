@@ -189,7 +189,7 @@ def test_how_rollouts_are_packed_changes_nothing(aggregate):
 
 def test_the_decoders_gradient_does_not_depend_on_the_packing():
     """The real model: a shared prompt gets the gradients of all of its rollouts."""
-    policy = LanguageModel(config.Model("unread", execution(), "float32"), QWEN3, tokenizer=None, source=None)
+    policy = LanguageModel(config.Model("unread", execution(), "float32", ""), QWEN3, tokenizer=None, source=None)
     logp_fn = functools.partial(programs.packed_logp_and_entropy, policy.on(None), temperature=0.8, chunk=64)
     params, batch, sgd = (
         random_params(QWEN3, execution()),
