@@ -6,8 +6,9 @@
     python -m exprl_jax.main --config=configs/evaluate.py:tiny --workdir=runs/tiny-eval      random weights, seconds
     python -m exprl_jax.evaluation.tables runs/base-eval runs/outcome-eval --output=runs/compared
 
-Kill it and start it again: it goes on where its samples end.  `--config.data.source` names the sets, each a benchmark
-(`data/benchmarks.py`), a file or a hub id.
+Kill it and start it again: it goes on where its samples end.  Start it with a larger `--config.sampling.samples`, and
+it draws those that are missing.  `--config.data.source` names the sets, each a benchmark (`data/benchmarks.py`), a file
+or a hub id.
 """
 
 from configs import smoke, tiny

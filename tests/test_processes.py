@@ -342,7 +342,12 @@ def test_processes_that_share_rows_distil_each_response_once(tmp_path):
     line = [part.replace("tiny.py", "tiny.py:distill") for part in command(tmp_path / "two", changes)]
     said = finish(start_line([line[0], "-c", COUNTED, *line[3:]], 2))
     assert sorted(counts(said)) == [0, 2 * 8 * 4]  # steps, prompts, rollouts
-    assert_same_rows(rows(tmp_path / "two"), rows(one))
+    # What verdicts and rollouts say is the same; the other metrics are compared where each process has its own rows.
+    graded = [
+        [{k: v for k, v in row.items() if k.startswith(("solve/", "response/"))} for row in rows(folder)]
+        for folder in (one, tmp_path / "two")
+    ]
+    assert graded[0] == graded[1] and "solve/accuracy" in graded[0][0]
 
 
 # ---------------------------------------------------------------------------------------------- one of several
