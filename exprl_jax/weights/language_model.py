@@ -119,7 +119,8 @@ def open_model(config: Model, opened: LanguageModel | None = None) -> LanguageMo
     """Finds the model's files (fetching them if need be) and reads architecture and tokenizer.
 
     Args:
-      opened: a model that may have the same weights; its files are then not read again.  A tokenizer takes seconds.
+      opened: a model that may have the same weights and date; its files are then not read again.  A tokenizer takes
+        seconds.
 
     Raises:
       ValueError: nothing there, an unsupported architecture, or a tokenizer that does not fit.
