@@ -116,9 +116,9 @@ def keep_saved(patch):
     """A list that gets the parameters of every checkpoint, as they are handed over."""
     saved, save = [], loop.Checkpoints.save
 
-    def keep(self, step, state, position):
+    def keep(self, step, state, position, best):
         saved.append(jax.device_get(state.params))
-        save(self, step, state, position)
+        save(self, step, state, position, best)
 
     patch.setattr(loop.Checkpoints, "save", keep)
     return saved
