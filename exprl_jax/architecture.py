@@ -1,4 +1,4 @@
-"""What a decoder is (`Architecture`, read from a model's own config) and how we run it (`Execution`, ours)."""
+"""What a decoder is, as a model's own config says; how we run it is `config.Execution`."""
 
 from __future__ import annotations
 

@@ -20,18 +20,18 @@ from exprl_jax.weights.language_model import LanguageModel
 
 def export_policy(lora: Lora, policy: LanguageModel, base: Any, params: Any, workdir: Workdir) -> None:
     """Writes the trained policy as a Hugging Face folder; adapters merged into their base, and beside it for PEFT."""
-    how, dtype = policy.execution, policy.config.param_dtype
+    execution = policy.execution
     if lora.rank:
         adapters = jax.tree.map(whole_array, params)
         if jax.process_index() == 0:
-            save_adapters(workdir.adapter, adapters, policy.arch, how, lora, policy.config.weights)
+            save_adapters(workdir.adapter, adapters, policy.arch, execution, lora, policy.config.weights)
     export_folder(
         adapt(lora, base, params),
         policy.arch,
-        how,
+        execution,
         workdir.export,
         policy.tokenizer,
-        dtype,
+        policy.config.param_dtype,
         fetch=fetch_merged if lora.rank else fetch_tensor,
     )
 
@@ -48,25 +48,25 @@ _MODULES = {
 }
 
 
-def fetch_merged(adapted: Adapted, how: Execution, entry: Entry) -> np.ndarray:
+def fetch_merged(adapted: Adapted, execution: Execution, entry: Entry) -> np.ndarray:
     """One tensor, on this host, of the ordinary model that computes the same: W + scale · A·B in float32.
 
     No second model ever exists.  See `folder.fetch_tensor`.
     """
     leaf, name, layer = entry
-    weight = fetch_tensor(adapted.base, how, entry)
-    own = {} if layer is None else adapted.adapters["layers" if how.scan_layers else f"layer_{layer}"]
-    if name + LORA_A not in own:
+    weight = fetch_tensor(adapted.base, execution, entry)
+    pair = {} if layer is None else adapted.adapters["layers" if execution.scan_layers else f"layer_{layer}"]
+    if name + LORA_A not in pair:
         return weight
-    a, b = (fetch_tensor(adapted.adapters, how, (leaf, name + part, layer)) for part in (LORA_A, LORA_B))
+    a, b = (fetch_tensor(adapted.adapters, execution, (leaf, name + part, layer)) for part in (LORA_A, LORA_B))
     product = np.tensordot(a.astype(np.float32), b.astype(np.float32), 1)
     return weight.astype(np.float32) + np.float32(adapted.scale) * product
 
 
 def save_adapters(
-    folder: pathlib.Path, adapters: Any, arch: Architecture, how: Execution, lora: Lora, base: str
+    folder: pathlib.Path, adapters: Any, arch: Architecture, execution: Execution, lora: Lora, base: str
 ) -> None:
-    """Writes a folder that PEFT's `PeftModel.from_pretrained` loads; call on one process, with arrays of its own.
+    """Writes a folder that PEFT's `PeftModel.from_pretrained` loads; call on one process, with whole arrays.
 
     Args:
       adapters: as in `Adapted`, as numpy arrays.
@@ -75,9 +75,13 @@ def save_adapters(
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {}
     for layer in range(arch.layers):
-        own = {k: x[layer] for k, x in adapters["layers"].items()} if how.scan_layers else adapters[f"layer_{layer}"]
+        layer_adapters = (
+            {k: x[layer] for k, x in adapters["layers"].items()}
+            if execution.scan_layers
+            else adapters[f"layer_{layer}"]
+        )
         for name in lora.names:
-            a, b = (np.asarray(own[name + part], np.float32) for part in (LORA_A, LORA_B))
+            a, b = (np.asarray(layer_adapters[name + part], np.float32) for part in (LORA_A, LORA_B))
             module = f"base_model.model.model.layers.{layer}.{_MODULES[name]}"
             # torch holds [out, in].
             tensors[f"{module}.lora_A.weight"] = a.reshape(-1, lora.rank).T

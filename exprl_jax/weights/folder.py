@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import math
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 import jax
 import ml_dtypes
 import numpy as np
+import safetensors
 from jax.experimental import multihost_utils
 
 from exprl_jax.architecture import Architecture
@@ -29,12 +31,11 @@ Entry = tuple[hf_layout.Leaf, str, int | None]  # as `hf_layout.stored_leaves` g
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_CODES = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16", np.dtype(ml_dtypes.bfloat16): "BF16"}
 
 
 class StoredTensor(Protocol):
-    """A tensor in a file; a tuple of slices reads a part of it as a NumPy array."""
+    """A tensor in a file; a tuple of slices, one an axis, reads that part of it as a NumPy array."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -119,7 +120,7 @@ def check_tensors(source: ModelSource, arch: Architecture) -> Mapping[str, Store
 
 
 def load_params(
-    source: ModelSource, arch: Architecture, how: Execution, dtype: str, shardings: Mapping[str, Any]
+    source: ModelSource, arch: Architecture, execution: Execution, dtype: str, shardings: Mapping[str, Any]
 ) -> Params:
     """Loads a model's parameters, each device's part straight from the file.
 
@@ -147,15 +148,15 @@ def load_params(
             layers = range(arch.layers)[index[0]]
             sizes = [len(range(size)[cut]) for size, cut in zip(leaf.shape, index[1:])]
             stack = np.empty((len(layers), *sizes), dtype)
-            for place, layer in enumerate(layers):
-                stack[place] = leaf.read(tensors[leaf.name.format(layer)], index[1:])
+            for row, layer in enumerate(layers):
+                stack[row] = leaf.read(tensors[leaf.name.format(layer)], index[1:])
             return stack
 
         return jax.make_array_from_callback((arch.layers, *leaf.shape), sharding, part, dtype=dtype)
 
     params = {key: load(leaf, shardings[key]) for key, leaf in hf_layout.outer_leaves(arch).items()}
     layer_leaves = hf_layout.layer_leaves(arch)
-    if how.scan_layers:
+    if execution.scan_layers:
         params["layers"] = {key: load_stacked(leaf, shardings["layers"][key]) for key, leaf in layer_leaves.items()}
         return params
     for layer in range(arch.layers):
@@ -165,12 +166,12 @@ def load_params(
     return params
 
 
-def fetch_tensor(params: Params, how: Execution, entry: Entry) -> np.ndarray:
+def fetch_tensor(params: Params, execution: Execution, entry: Entry) -> np.ndarray:
     """One tensor of the checkpoint, in our axes, on this host; every process takes part."""
     _, key, layer = entry
     if layer is None:
         array = params[key]
-    elif how.scan_layers:
+    elif execution.scan_layers:
         array = jax.lax.dynamic_index_in_dim(params["layers"][key], layer, keepdims=False)
     else:
         array = params[f"layer_{layer}"][key]
@@ -185,7 +186,7 @@ def whole_array(array: jax.Array) -> np.ndarray:
 def export_folder(
     params: Params,
     arch: Architecture,
-    how: Execution,
+    execution: Execution,
     folder: str | os.PathLike[str],
     tokenizer: SavesTokenizer,
     dtype: str,
@@ -203,7 +204,7 @@ def export_folder(
       fetch: makes one tensor of the parameters, on this host; for parameters that are not stored as such.
 
     Raises:
-      ValueError: the place is taken by something that is not a model folder, or has no room.
+      ValueError: something stands there that is not a model folder, or the disk has no room.
     """
     folder = pathlib.Path(folder)
     dtype = jax.dtypes.canonicalize_dtype(dtype)
@@ -211,19 +212,19 @@ def export_folder(
     if jax.process_index() != 0:
         for stored in files.values():
             for entry in stored:
-                fetch(params, how, entry)
+                fetch(params, execution, entry)
         return
-    _check_place(folder, arch.parameters * dtype.itemsize)
+    _check_target(folder, arch.parameters * dtype.itemsize)
     scratch = folder.with_name(f".{folder.name}.writing-{os.getpid()}")
     try:
         scratch.mkdir(parents=True)
         for name, stored in files.items():
-            arrays = (entry[0].store(fetch(params, how, entry)) for entry in stored)
-            _write_safetensors(scratch / name, dtype, [leaf for leaf, _, _ in stored], arrays)
+            arrays = (entry[0].store(fetch(params, execution, entry)) for entry in stored)
+            _write_stream(scratch / name, dtype, {leaf.name: leaf.stored_shape for leaf, _, _ in stored}, arrays)
         if len(files) > 1:
-            places = {leaf.name: name for name, stored in files.items() for leaf, _, _ in stored}
+            file_of = {leaf.name: name for name, stored in files.items() for leaf, _, _ in stored}
             sizes = {"total_size": arch.parameters * dtype.itemsize}
-            _write_json(scratch / _INDEX, {"metadata": sizes, "weight_map": places})
+            _write_json(scratch / _INDEX, {"metadata": sizes, "weight_map": file_of})
         write_description(scratch, arch, tokenizer, dtype.name)
         _replace_folder(folder, scratch)
     except OSError as error:
@@ -259,13 +260,6 @@ def _plan_files(arch: Architecture, dtype: np.dtype, shard_bytes: int) -> dict[s
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def _write_safetensors(
-    path: pathlib.Path, dtype: np.dtype, leaves: Sequence[hf_layout.Leaf], arrays: Iterable[np.ndarray]
-) -> None:
-    """Writes the leaves' arrays as they come."""
-    _write_stream(path, dtype, {leaf.name: leaf.stored_shape for leaf in leaves}, arrays)
-
-
 def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes float32 arrays by name."""
     _write_stream(path, np.dtype(np.float32), {name: x.shape for name, x in tensors.items()}, tensors.values())
@@ -274,15 +268,22 @@ def write_tensors(path: pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None
 def _write_stream(
     path: pathlib.Path, dtype: np.dtype, shapes: Mapping[str, Sequence[int]], arrays: Iterable[np.ndarray]
 ) -> None:
-    """Writes the header, then the arrays as they come.  Format: https://github.com/huggingface/safetensors."""
+    """Writes a safetensors file, each array as it comes: the library would want all of them in memory at once.
+
+        8 bytes    length of the header, little-endian
+        header     JSON: {name: {dtype, shape, data_offsets}}, filled up with blanks to a multiple of 8
+        arrays     one after another, offsets counted from here
+
+    Format: https://github.com/huggingface/safetensors.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
+    start = 0
     for name, shape in shapes.items():
-        end = at + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [at, end]}
-        at = end
+        end = start + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data start aligned
+    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for array in arrays:
@@ -313,33 +314,34 @@ def _open_folder(source: ModelSource) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _open_safetensors(path: pathlib.Path, source: ModelSource) -> dict[str, np.ndarray]:
-    if path.stat().st_size < 8:
-        raise ValueError(f"model {source.name}: {path.name} is truncated; fetch it again")
-    data = np.memmap(path, np.uint8, "r")
-    (length,) = struct.unpack_from("<Q", data)
+@dataclasses.dataclass(frozen=True)
+class SafeTensor:
+    """A tensor of a safetensors file, of which only the parts that are asked for are read."""
+
+    stored: Any
+    shape: tuple[int, ...]
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        # The library refuses what NumPy clips: a slice that goes beyond the end.
+        return self.stored[tuple(slice(*part.indices(size)) for part, size in zip(index, self.shape))]
+
+
+def _open_safetensors(path: pathlib.Path, source: ModelSource) -> dict[str, StoredTensor]:
     try:
-        header = json.loads(bytes(data[8 : 8 + length]))
-    except ValueError as error:
+        file = safetensors.safe_open(path, "numpy")
+        stored = {name: file.get_slice(name) for name in file.keys()}
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
         raise ValueError(
-            f"model {source.name}: {path.name} has no readable safetensors header; fetch it again"
+            f"model {source.name}: {path.name} is not a readable safetensors file ({reason}); fetch it again"
         ) from error
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _DTYPES:
+    for name, tensor in stored.items():
+        if tensor.get_dtype() not in _CODES.values():
             raise ValueError(
-                f"model {source.name}: tensor {name} in {path.name} has dtype {entry['dtype']}; "
-                f"expected {', '.join(_DTYPES)}: name the unquantised model"
+                f"model {source.name}: tensor {name} in {path.name} has dtype {tensor.get_dtype()}; "
+                f"expected {', '.join(_CODES.values())}: name the unquantised model"
             )
-        start, end = (8 + length + offset for offset in entry["data_offsets"])
-        if end > data.size:
-            raise ValueError(
-                f"model {source.name}: {path.name} is truncated: tensor {name} ends at byte {end}, "
-                f"the file has {data.size}; fetch it again"
-            )
-        tensors[name] = np.asarray(data[start:end]).view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return tensors
+    return {name: SafeTensor(tensor, tuple(tensor.get_shape())) for name, tensor in stored.items()}
 
 
 def _check_tied(tensors: Mapping[str, StoredTensor], source: ModelSource) -> None:
@@ -358,9 +360,9 @@ def _check_tied(tensors: Mapping[str, StoredTensor], source: ModelSource) -> Non
         )
 
 
-def _check_place(folder: pathlib.Path, nbytes: int) -> None:
+def _check_target(folder: pathlib.Path, nbytes: int) -> None:
     if folder.exists() and not (folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))):
-        raise ValueError(f"export {folder} would replace something that is not a model folder; name another place")
+        raise ValueError(f"export {folder} would replace something that is not a model folder; name another folder")
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if free < nbytes:

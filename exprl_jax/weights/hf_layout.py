@@ -22,8 +22,15 @@ _UNSUPPORTED = ("attention_bias", "mlp_bias", "use_sliding_window", "quantizatio
 class Leaf:
     """How one parameter of ours lies in a checkpoint tensor.
 
-    A stored axis may be several of ours (`[H·E, D]` holds H, E and D): `split` lists, for each stored axis, the
-    axes it falls into; `order` lists for each of *our* axes which of those it is.
+    A stored axis may be several of ours: `split` lists, for each stored axis, the axes it falls into; `order` lists
+    which of those each of *our* axes is.  The query kernel:
+
+        stored              [H·E, D]
+        split               ((H, E), (D,))      axes 0, 1, 2
+        order               (2, 0, 1)           ours are D, H, E
+
+    A part of ours is rows or columns of the stored tensor, cut at whole blocks of inner axes: heads 1 and 2 of E = 8
+    are rows 8 to 24.  A slice along E itself asks for all rows of a head, and takes its part from them.
 
     Attributes:
       name: the tensor's name; a layer's leaves have `{}` for the layer.

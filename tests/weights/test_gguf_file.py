@@ -18,7 +18,7 @@ from exprl_jax.weights import gguf_file
 from exprl_jax.weights.sources import PACKAGES, default_cache_dir, resolve_model
 from tests.oracles.tiny_decoder import forward_logits
 
-HOW = Execution(scan_layers=True, compute_dtype="float32", remat="none", kv_dtype="compute")
+EXECUTION = Execution(scan_layers=True, compute_dtype="float32", remat="none", kv_dtype="compute")
 TOKENS = np.random.default_rng(3).integers(0, 97, (2, 40), dtype=np.int32)
 NAMES = {theirs: ours for ours, theirs in (gguf_file._LAYER_NAMES | gguf_file._OUTER_NAMES).items()}
 
@@ -80,12 +80,12 @@ def write(path, model, tied=None, quantise=None, metadata=(), drop=(), extra=())
     return path
 
 
-def load(path, how=HOW, shardings=None):
+def load(path, execution=EXECUTION, shardings=None):
     source = resolve_model(str(path))
     arch = weights.read_architecture(source)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = shardings or jax.tree.map(lambda _: one, Transformer(arch, how).abstract_params("float32"))
-    return arch, weights.load_params(source, arch, how, "float32", shardings)
+    shardings = shardings or jax.tree.map(lambda _: one, Transformer(arch, execution).abstract_params("float32"))
+    return arch, weights.load_params(source, arch, execution, "float32", shardings)
 
 
 def test_a_mistral_file_is_a_llama_file(tmp_path):
@@ -96,7 +96,7 @@ def test_a_mistral_file_is_a_llama_file(tmp_path):
     arch, params = load(write(tmp_path / "m.gguf", model))
     expected = weights.read_architecture(resolve_model(str(folder)))
     assert dataclasses.replace(arch, family="mistral") == expected
-    ours = jax.jit(lambda p: forward_logits(p, arch, HOW, jax.numpy.asarray(TOKENS)))(params)
+    ours = jax.jit(lambda p: forward_logits(p, arch, EXECUTION, jax.numpy.asarray(TOKENS)))(params)
     np.testing.assert_allclose(np.asarray(ours), torch_models.logits(model, TOKENS), atol=1e-4, rtol=0)
 
 
@@ -106,7 +106,7 @@ def test_logits_are_those_of_transformers(family, tmp_path):
     arch, params = load(write(tmp_path / "m.gguf", model))
     folder = torch_models.save(model, tmp_path / "folder")
     assert arch == weights.read_architecture(resolve_model(str(folder)))
-    ours = jax.jit(lambda p: forward_logits(p, arch, HOW, jax.numpy.asarray(TOKENS)))(params)
+    ours = jax.jit(lambda p: forward_logits(p, arch, EXECUTION, jax.numpy.asarray(TOKENS)))(params)
     np.testing.assert_allclose(np.asarray(ours), torch_models.logits(model, TOKENS), atol=1e-4, rtol=0)
 
 
@@ -126,7 +126,7 @@ def test_a_quantised_file_loads_as_the_gguf_package_reads_it(kind, tmp_path, mon
     # 96 / 4 and 64 / 4 columns end inside a block of 32.
     spec = jax.sharding.PartitionSpec
     shardings = jax.tree.map(
-        lambda _: jax.sharding.NamedSharding(mesh, spec()), Transformer(arch, HOW).abstract_params("float32")
+        lambda _: jax.sharding.NamedSharding(mesh, spec()), Transformer(arch, EXECUTION).abstract_params("float32")
     )
     shardings["embed"] = jax.sharding.NamedSharding(mesh, spec(None, "model"))
     shardings["layers"]["down"] = jax.sharding.NamedSharding(mesh, spec(None, "model", "data"))
@@ -287,7 +287,7 @@ def test_real_smollm2_continues_a_sentence_sensibly():
     vocabulary = read_gguf(path).metadata["tokenizer.ggml.tokens"]
     assert len(vocabulary) == arch.vocab_size
     ids = [vocabulary.index(token) for token in ("The", "Ġcapital", "Ġof", "ĠFrance", "Ġis")]
-    logits = jax.jit(lambda p, tokens: forward_logits(p, arch, HOW, tokens))(params, np.array([ids], np.int32))[0]
+    logits = jax.jit(lambda p, tokens: forward_logits(p, arch, EXECUTION, tokens))(params, np.array([ids], np.int32))[0]
     logp = np.asarray(jax.nn.log_softmax(logits))
     assert vocabulary[logp[-1].argmax()] == "ĠParis"
     # " of France" after "The capital": a uniform guess would cost 10.8 nats a token.

@@ -42,7 +42,7 @@ class Spy:
 asked = []
 opened = weights._open_folder
 weights._open_folder = lambda source: {name: Spy(array) for name, array in opened(source).items()}
-how = Execution(scan_layers=scan == "scanned", compute_dtype="float32", remat="none", kv_dtype="compute")
+execution = Execution(scan_layers=scan == "scanned", compute_dtype="float32", remat="none", kv_dtype="compute")
 source = resolve_model(folder)
 arch = weights.read_architecture(source)
 mesh = jax.make_mesh((8,), ("data",))
@@ -51,9 +51,9 @@ def spec(leaf):
     fits = [axis for axis, size in enumerate(leaf.shape) if size % 8 == 0]
     return NamedSharding(mesh, PartitionSpec(*[None] * fits[0], "data") if fits else PartitionSpec())
 
-shardings = jax.tree.map(spec, Transformer(arch, how).abstract_params("float32"))
-params = weights.load_params(source, arch, how, "float32", shardings)
-weights.export_folder(params, arch, how, out, Tokenizer(), "float32", shard_bytes=20_000)
+shardings = jax.tree.map(spec, Transformer(arch, execution).abstract_params("float32"))
+params = weights.load_params(source, arch, execution, "float32", shardings)
+weights.export_folder(params, arch, execution, out, Tokenizer(), "float32", shard_bytes=20_000)
 print(json.dumps({"asked": sum(asked), "parameters": arch.parameters}))
 """
 
@@ -77,12 +77,12 @@ def test_two_processes_read_their_halves_and_export_the_whole(layout, tmp_path):
         for process in (0, 1)
     ]
     try:
-        said = [worker.communicate(timeout=120) for worker in workers]
+        outputs = [worker.communicate(timeout=120) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], said[0][1][-2000:] + said[1][1][-2000:]
-    for out, _ in said:
+    assert [worker.returncode for worker in workers] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
+    for out, _ in outputs:
         report = json.loads(out.splitlines()[-1])
         # Half of everything, and the few leaves that no device count divides.
         assert 0.5 <= report["asked"] / report["parameters"] < 0.52

