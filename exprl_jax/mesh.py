@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from exprl_jax import config
 from exprl_jax.architecture import Architecture
@@ -156,7 +156,8 @@ class Placement:
     @property
     def platform(self) -> str | None:
         """Of the mesh's devices, as JAX calls it; None where there are no devices, as on a plan's abstract mesh."""
-        return self.mesh.devices.flat[0].platform if isinstance(self.mesh, Mesh) else None
+        abstract = self.mesh is None or isinstance(self.mesh, AbstractMesh)
+        return None if abstract else self.mesh.devices.flat[0].platform
 
     @property
     def on_tpu(self) -> bool:

@@ -12,6 +12,7 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.get
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 
@@ -29,3 +30,19 @@ ANNOTATED = (
     "rollout.sampling",
 )
 jaxtyping.install_import_hook([f"exprl_jax.{name}" for name in ANNOTATED], "beartype.beartype")
+
+# They compile models or start programs; what the other files test is the quick tier.
+LONG = """
+    attention calibration calls checkpoint code_verifier compile_check costs decoder diagnostics distill dry_run
+    evaluate
+    extending families folder gguf_file gpu_benchmark grader_agreement hlo judge leaks logprobs lora lora_run losses
+    main mesh notebook package packed paged probe processes resume rl_run run_models sampler sandbox scoring sft supervised
+    tpu_scripts train update wave
+""".split()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.stem.removeprefix("test_") not in LONG and item.get_closest_marker("slow") is None:
+            item.add_marker("quick")

@@ -186,7 +186,7 @@ def apply_gradient(
     unmoved, size = equal_entries(params, state.params), float(sum(x.size for x in jax.tree.leaves(params)))
     skipped = 1 - finite.astype(jnp.int32)
     state = state.replace(params=params, opt_state=opt_state, skipped=state.skipped + skipped)
-    metrics = {"loss/total": total, "grad/norm": norm, "update/moved": 1 - unmoved / size}
+    metrics = {"loss/total": total, "grad/norm": norm, "update/moved": (size - unmoved) / size}
     return state, metrics | {"update/skipped": skipped.astype(jnp.float32)}
 
 
