@@ -36,8 +36,8 @@ LONG = """
     attention calibration calls checkpoint code_verifier compile_check costs decoder diagnostics distill dry_run
     evaluate
     extending families folder gguf_file gpu_benchmark grader_agreement hlo judge leaks logprobs lora lora_run losses
-    main mesh notebook package packed paged probe processes resume rl_run run_models sampler sandbox scoring sft supervised
-    tpu_scripts train update wave
+    main mesh notebook package packed paged probe processes resume rl_run run_models sampler sandbox scoring sft
+    supervised tpu_scripts train update wave
 """.split()
 
 

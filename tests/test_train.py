@@ -165,6 +165,7 @@ def test_a_run_leaves_every_promised_file(arm):
         "config.json",
         "checkpoints",
         "metrics.jsonl",
+        "models.json",
         "rollouts",
         "tensorboard",
         "model",
@@ -183,7 +184,8 @@ def test_a_run_leaves_every_promised_file(arm):
 
 
 def test_a_row_holds_every_documented_metric_and_no_other(arm):
-    documented = {"step", "data/epoch", "update/skipped_total", "update/padding", *statistics.METRICS, *update.METRICS}
+    documented = {"step", "data/epoch", "update/skipped_total", "update/without_advantage", "update/padding"}
+    documented |= {*statistics.METRICS, *update.METRICS}
     if {sample["kind"] for sample in read_jsonl(arm.folder / "rollouts" / "step_000001.jsonl")} > {"math"}:
         kinds = ("choice", "code", "math", "science")
         documented |= {f"{name}/{kind}" for name in statistics.BY_KIND for kind in kinds}
@@ -348,7 +350,7 @@ def test_a_constant_judge_changes_nothing(tmp_path, monkeypatch):
     trained = keep_saved(monkeypatch)
     folder = run(config, tmp_path / "run")
     for row in rows(folder):
-        assert row["update/tokens"] > 0 and row["judge/asked"] > 0
+        assert row["update/without_advantage"] > 0 and row["judge/asked"] > 0
         assert row["reward/mean"] == 0.5 and row["reward/std"] == row["grad/norm"] == 0
     start = jax.device_get(first_state(opened(config)).params)
     assert len(trained) == 2
@@ -528,7 +530,8 @@ def test_sparse_rewards_of_a_random_policy_are_sampled_again_to_the_limit(tmp_pa
     folder = run(sparse(changes), tmp_path / "run")
     row = rows(folder, clock=True)[0]
     assert row["rollout/resampled"] == 2 * 8
-    assert row["advantage/live_groups"] == row["reward/mean"] == row["solve/accuracy"] == row["grad/norm"] == 0
+    assert row["advantage/live_groups"] == row["reward/mean"] == row["solve/accuracy"] == 0
+    assert row["update/without_advantage"] > 0 and row["grad/norm"] is None  # there is nothing to learn from
     assert row["judge/asked"] == 0 and row["judge/parsed"] is None
     sampled = row["time/sample_tokens_per_second"] * row["time/sample_seconds"]
     assert sampled > 2 * row["response/length_mean"] * 32
