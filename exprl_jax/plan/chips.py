@@ -4,10 +4,9 @@ Sources, all Google Cloud's pages of a generation: docs.cloud.google.com/tpu/doc
 this compiler gives a program, as its own message says when one asks for more; the pages' 16, 32, 95 and 32 GB are
 before what the system reserves.
 
-Interconnect: the pages give the sum over a chip's links and over both directions (v5e 400 GB/s on 4 ports, v6e 800 on
-  4,
-v5p 1,200 on 6); a link carries an equal part of half of that each way.  The older figures for v5e (1,600 Gbit/s) and
-v5p (4,800 Gbit/s) are sums over links of one direction and come to the same; so do the pod's bisection bandwidths,
+Interconnect: the pages give the sum over a chip's links and over both directions (v5e 400 GB/s on 4 ports, v6e 800
+on 4, v5p 1,200 on 6); a link carries an equal part of half of that each way.  The older figures for v5e (1,600 Gbit/s)
+and v5p (4,800 Gbit/s) are sums over links of one direction and come to the same; so do the pod's bisection bandwidths,
 which count a cut's links in one direction (v5e 1.6 TB/s over 32 links, v6e 3.2 over 32, v4 24 over 512).
 """
 

@@ -110,6 +110,18 @@ def test_the_papers_update_can_be_traced_at_its_size():
     assert sum(x.size for x in jax.tree.leaves(state.params)) == 4_022_468_096 and metrics["update/moved"].shape == ()
 
 
+def test_keys_and_values_are_divided_over_problems_and_heads():
+    """By hand, of the paper's 4B: 36 layers, 8 heads of 128, keys and values in bfloat16; 4 problems with 10 rows each.
+    A context is kept once; the rows' cache is input and output of the scan over layers."""
+    token = 36 * 8 * 128 * 2 * 2
+    contexts, rows = 4 * 4096 * token, 2 * 40 * 16_384 * token
+    config = resolve(config_dict("stage1", "outcome"))
+    for data, model, shards in ((2, 8, 16), (4, 4, 16), (1, 16, 1)):  # 8 heads do not divide over 16
+        sample = calls_on(config, data, model)["sample"]
+        prefix = next(tree for owner, tree in sample.arguments if owner == "KV")
+        assert (prefix.bytes, sample.inside["KV"]) == (contexts // shards, rows // shards)
+
+
 def test_updates_that_wait_lie_beside_the_one_at_work():
     one, two = (calls_on(config_of("tiny", "text", {"updates.per_batch": n})) for n in (1, 2))
     assert one["train_step"].beside["batch"] == 0 < two["train_step"].beside["batch"]

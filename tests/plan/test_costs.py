@@ -93,6 +93,16 @@ def test_a_decode_step_reads_the_weights_and_the_keys_and_values_that_it_attends
     assert calls_on(int8, 2, 8)["sample"].cost.bytes == pytest.approx(answer * weights + keys / 2, rel=1e-3)
 
 
+def test_a_judge_reads_the_weights_once_for_each_chunk_of_a_trace_and_once_for_each_token_it_writes():
+    """By hand, as above: 16,639 tokens of a trace in 17 chunks of 1,024, then 2,048 tokens of judgement."""
+    rows, context, read, chunks, answer, token = 4 * 10 / 2, 20_480, 16_639, 17, 2048, 36 * 2 * 128 * 2
+    weights = (4_022_468_096 * 2 + (36 * (2 * 2560 + 2 * 128) + 2560) * (2 * 7 + 4 * 1)) / 8
+    mean = context + (read + 1) / 2  # keys that a token of a trace sees
+    keys = chunks * mean + sum(context + read + step for step in range(1, answer + 1))
+    judge = calls_on(resolve(config_dict("stage1", "outcome")), 2, 8)["judge"]
+    assert judge.cost.bytes == pytest.approx((chunks + answer) * weights + keys * rows * token, rel=1e-3)
+
+
 def test_an_update_reads_weights_for_each_pass_and_moves_gradient_and_state():
     """Of four microbatches, float32: two passes and a third that makes the layers again; sums read and written; a state
     of parameters and two moments read and written."""
