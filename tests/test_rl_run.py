@@ -109,7 +109,9 @@ def test_worked_examples_stand_in_every_prompt(monkeypatch):
 def test_equal_weights_are_read_once(monkeypatch):
     """A tokenizer takes seconds, before a run's first sign of life."""
     read = []
-    monkeypatch.setattr(language_model, "load_tokenizer", lambda spec: read.append(spec) or load_tokenizer(spec))
+    monkeypatch.setattr(
+        language_model, "load_tokenizer", lambda spec, date: read.append(spec) or load_tokenizer(spec, date)
+    )
     made = opened(tiny())
     assert len(read) == 1 and made.judge.tokenizer is made.policy.tokenizer
     opened(tiny(changes={"judge.model.weights": "random:llama", "reference.param_dtype": "bfloat16"}))
