@@ -27,7 +27,7 @@ from tiny_runs import (
     write_problems,
 )
 
-from exprl_jax import programs, rl_run
+from exprl_jax import programs, rl_run, train
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.learning import update
 from exprl_jax.learning.advantages import grpo
@@ -336,22 +336,32 @@ def test_a_second_step_compiles_nothing(arm):
 # ------------------------------------------------------------------------------------------------ what does not drift
 
 
-def test_a_constant_judge_changes_nothing(tmp_path, monkeypatch):
-    """All scores equal, no KL, no weight decay: no gradient, so not one bit moves."""
+@pytest.mark.parametrize("left_out", [True, False])
+def test_a_constant_judge_changes_nothing(left_out, tmp_path, monkeypatch):
+    """All scores equal, no KL, no weight decay: the update is left out.  Made all the same, it has no gradient, so not
+    one bit moves."""
     config = tiny("outcome", {"advantage.overlong": "mask", "loss.kl_coef": 0.0, "optimizer.weight_decay": 0.0})
-    build = programs.build_judge
+    build, pack_updates = programs.build_judge, train.pack_updates
 
     def with_constant_judge(*arguments):
         made = build(*arguments)
         constant = lambda *arguments: jnp.full_like(made.judge(*arguments), 0.2)  # noqa: E731
         return dataclasses.replace(made, judge=constant)
 
+    def to_be_made(*arguments):
+        return [packed._replace(has_advantage=True) for packed in pack_updates(*arguments)]
+
     monkeypatch.setattr(programs, "build_judge", with_constant_judge)
+    if not left_out:
+        monkeypatch.setattr(train, "pack_updates", to_be_made)
     trained = keep_saved(monkeypatch)
     folder = run(config, tmp_path / "run")
     for row in rows(folder):
-        assert row["update/without_advantage"] > 0 and row["judge/asked"] > 0
-        assert row["reward/mean"] == 0.5 and row["reward/std"] == 0 and row["grad/norm"] is None
+        assert row["judge/asked"] > 0 and row["reward/mean"] == 0.5 and row["reward/std"] == 0
+        if left_out:
+            assert row["update/without_advantage"] == 1 and row["grad/norm"] is None
+        else:
+            assert row["update/without_advantage"] == 0 and row["update/tokens"] > 0 and row["grad/norm"] == 0
     start = jax.device_get(first_state(opened(config)).params)
     assert len(trained) == 2
     jax.tree.map(np.testing.assert_array_equal, trained[-1], start)
@@ -531,7 +541,7 @@ def test_sparse_rewards_of_a_random_policy_are_sampled_again_to_the_limit(tmp_pa
     row = rows(folder, clock=True)[0]
     assert row["rollout/resampled"] == 2 * 8
     assert row["advantage/live_groups"] == row["reward/mean"] == row["solve/accuracy"] == 0
-    assert row["update/without_advantage"] > 0 and row["grad/norm"] is None  # there is nothing to learn from
+    assert row["update/without_advantage"] == 1 and row["grad/norm"] is None  # there is nothing to learn from
     assert row["judge/asked"] == 0 and row["judge/parsed"] is None
     sampled = row["time/sample_tokens_per_second"] * row["time/sample_seconds"]
     assert sampled > 2 * row["response/length_mean"] * 32
