@@ -10,7 +10,7 @@ A wave is as many problems as are sampled and judged at a time; a step has `roll
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from exprl_jax.model import decoder
 from exprl_jax.records import Rollouts
 from exprl_jax.reward.judgements import Judgements, Pending, Query
 from exprl_jax.reward.statistics import VERDICTS
-from exprl_jax.reward.verifiers.grading import Verdicts
+from exprl_jax.reward.verifiers.grading import submit_owned
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import RLRun
 from exprl_jax.rollout.call import texts_of
@@ -71,18 +71,16 @@ class PendingWave(NamedTuple):
     """A wave that is sampled, while its verifiers, and a judge behind an endpoint, are still at work.
 
     Attributes:
-      owned_P: problems whose verifiers are at work in this process.
       judgements: a judge's scores.
       judge_verdicts: a judge's, on open-ended answers; none for other problems.
-      grading: what the verifiers are working out.
+      grading: waits for the verifiers' verdicts, by problem; `missing` where another process has them graded.
     """
 
     request: WaveRequest
     wave: Wave
-    owned_P: np.ndarray
     judgements: Pending[Judgements]
     judge_verdicts: Pending[list[list[Verdict]]]
-    grading: Verdicts
+    grading: Callable[[], list[list[Verdict]]]
 
 
 class ScoredWave(NamedTuple):
@@ -120,14 +118,13 @@ def start_wave(run: RLRun, policy: decoder.Params, request: WaveRequest, clock: 
     with clock.phase("sample"):
         wave = sample_wave(run, policy, request)
     owned_P = owned_problems(run.mesh, run.config.rollout.wave)
-    owned = [(p, group) for p, group, mine in zip(wave.problems, wave.responses, owned_P) if mine]
-    grading = run.graders.submit([(p, text) for p, group in owned for text in group])
+    grading = submit_owned(run.graders, wave.problems, wave.responses, owned_P)
     with clock.phase("judge"):
         # A judge on the mesh is asked by all processes, for a program is the whole mesh's.
         asks_P = owned_P | run.judge.on_mesh
         judgements = judge_wave(run, wave, asks_P)
         verdicts = verify_wave(run, wave, asks_P)
-    return PendingWave(request, wave, owned_P, judgements, verdicts, grading)
+    return PendingWave(request, wave, judgements, verdicts, grading)
 
 
 def finish_wave(run: RLRun, policy: decoder.Params, pending: PendingWave, clock: Clock) -> ScoredWave:
@@ -197,12 +194,11 @@ def verify_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Pending[list[list
 
 def score_wave(run: RLRun, pending: PendingWave, clock: Clock) -> ScoredWave:
     """Waits for the verifiers, agrees with the other processes, and turns scores into advantages."""
-    wave, G = pending.wave, run.config.rollout.group
+    wave = pending.wave
     with clock.phase("judge"):
         judgements, judge_verdicts = pending.judgements.result(), pending.judge_verdicts.result()
     with clock.phase("grade"):
-        graded = iter(pending.grading.result())
-    of_verifiers = [[next(graded) for _ in range(G)] if mine else [Verdict.missing] * G for mine in pending.owned_P]
+        of_verifiers = pending.grading()
     verdicts = [judged or graded for judged, graded in zip(judge_verdicts, of_verifiers)]
     judgements, verdicts = _agree(pending.request.index_P, judgements, verdicts)
     judgements = add_verdict_rewards(run, wave, judgements, verdicts)
