@@ -48,12 +48,7 @@ def get_config(arm: str = "step"):
         raise ValueError(f"configs/ablations.py:{arm}: expected {', '.join(ARMS)}")
     start, changes = ARMS[arm]
     config = start()
-    for path, value in changes.items():
-        *sections, leaf = path.split(".")
-        section = config
-        for name in sections:
-            section = section[name]
-        section[leaf] = value
+    config.update_from_flattened_dict(changes)
     if config.policy.execution.kv_dtype == "int8":
         config.reference.execution.kv_dtype = "int8"  # one program serves policy and reference
     return config.lock()

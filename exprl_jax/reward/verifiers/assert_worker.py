@@ -378,7 +378,7 @@ def _check(channel, setup, tests, entry_point, usual, solved, offer_prelude):
     exec(compile(setup, "setup.py", "exec", dont_inherit=True), namespace)
     if not solved:
         # The setup may have the head of a function; the program has it whole.
-        namespace.update((name, theirs[name]) for name in theirs if name in _entry_names(entry_point))
+        namespace.update((name, theirs[name]) for name in theirs.keys() & _entry_names(entry_point))
     if entry_point:
         namespace["candidate"] = eval(entry_point, theirs)
     exec(compile(tests, "tests.py", "exec", dont_inherit=True), namespace)

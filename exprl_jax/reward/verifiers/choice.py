@@ -24,7 +24,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from exprl_jax.data.problems import Problem
-from exprl_jax.reward.verifiers.choice_statement import Choices, Statement, bare, one_label, read_statement
+from exprl_jax.reward.verifiers.choice_statement import HTML_TAG, Choices, Statement, bare, one_label, read_statement
 from exprl_jax.reward.verifiers.math import MAX_ANSWER, last_boxed
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.reward.verifiers.verifier import Verifier
@@ -81,7 +81,7 @@ _CHOOSES = re.compile(
 # Between two digits a comma or a slash belongs to a number.
 _JOIN = re.compile(r" ?((?<!\d)[,/]|[,/](?!\d)|[;&]|\bor\b|\band\b) ?")
 _LOGICAL_NOT = re.compile(r"(?<![\w}~])~(?=\w)")
-_HTML = re.compile(r"</?(?:b|i|u|em|strong|code|span|p|br|mark)(?: [^<>]{0,99})?/?>", re.IGNORECASE)
+_HTML = re.compile(HTML_TAG, re.IGNORECASE)
 _BULLET = re.compile(r"\A[ \t]*(?:[-*+•>#]+[ \t]+)+")
 
 

@@ -41,8 +41,9 @@ _DRESS = re.compile(
     r"\\(?:text(?:bf|it|rm|sf|tt|sc|up|normal)?|math(?:rm|bf|sf|it|tt|cal|bb|frak)|boldsymbol|bm|pmb|mbox|hbox|emph"
     r"|underline|uline|fbox|framebox|ensuremath|operatorname|(?:textcolor|colorbox|color)\s*\{[^{}]*\})\s*\{([^{}]*)\}"
 )
+HTML_TAG = r"</?(?:b|i|u|em|strong|code|span|p|br|mark)(?: [^<>]{0,99})?/?>"
 _SILENT = re.compile(
-    r"\\[()\[\]]|\*\*|[$`]|</?(?:b|i|u|em|strong|code|span|p|br|mark)(?: [^<>]{0,99})?/?>"
+    rf"\\[()\[\]]|\*\*|[$`]|{HTML_TAG}"
     r"|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|bf|rm|it|sf|tt|bfseries|itshape|tiny|small|normalsize|large"
     r"|Large|LARGE|huge|Huge)(?![A-Za-z])|\\color\{[^{}]*\}"
 )

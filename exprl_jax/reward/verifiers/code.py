@@ -90,6 +90,16 @@ class CallTest:
     arguments: tuple[Any, ...]
     result: Any
 
+    @functools.cached_property
+    def given(self) -> str:
+        """The arguments as JSON text, made once for all rollouts of a problem."""
+        return _dumps(self.arguments)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Characters that a right output may have."""
+        return MAX_OUTPUT + _LONGER * len(_dumps(self.result))
+
 
 @dataclasses.dataclass(frozen=True)
 class AssertTest:
@@ -364,7 +374,7 @@ class CodeGrader:
     """Threads that each run one program at a time in a sandbox; use as a context manager."""
 
     def __init__(self, workers: int, limit_s: float, memory_bytes: int, allow_unsandboxed: bool):
-        """Finds the strongest isolation by running a trial program in each; starts nothing else.
+        """Finds the strongest isolation by running a trial program in one after another; starts nothing else.
 
         Args:
           workers: programs that run at once; more than the processor's cores makes them miss their limits.
@@ -377,8 +387,8 @@ class CodeGrader:
         """
         if workers < 1:
             raise ValueError(f"the code grader got workers={workers}; expected at least 1")
-        working = [isolation for isolation in Isolation if not complaint(isolation)]
-        if not working or not (working[0].real or allow_unsandboxed):
+        strongest = next((isolation for isolation in Isolation if not complaint(isolation)), None)
+        if strongest is None or not (strongest.real or allow_unsandboxed):
             reasons = "; ".join(f"{way.value}: {complaint(way)}" for way in Isolation if complaint(way))
             raise ValueError(
                 f"programs cannot be isolated on this machine ({reasons}); `apt-get install bubblewrap libseccomp2`,"
@@ -386,7 +396,7 @@ class CodeGrader:
                 " code.allow_unsandboxed"
             )
         self._closed = threading.Event()
-        self._sandbox = Sandbox(working[0], limit_s, memory_bytes, self._closed)
+        self._sandbox = Sandbox(strongest, limit_s, memory_bytes, self._closed)
         self._row_limit_s = ROW_LIMITS * limit_s
         self._threads = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="code")
 
@@ -453,8 +463,7 @@ class CodeGrader:
             return self._sandbox.check(case.beginning, program, *asserts)
         if isinstance(case, StdoutTest):
             return self._sandbox.run(program, case.stdin, MAX_OUTPUT + _LONGER * len(case.stdout.encode()))
-        longest = MAX_OUTPUT + _LONGER * len(_dumps(case.result))
-        return self._sandbox.call(program, case.function, _dumps(case.arguments), longest)
+        return self._sandbox.call(program, case.function, case.given, case.longest)
 
 
 VERIFIER = Verifier(

@@ -16,7 +16,7 @@ from typing import Any
 from exprl_jax import config
 from exprl_jax.data.problems import Problem
 from exprl_jax.hosts import processes_here, say
-from exprl_jax.reward.verifiers.math import Grading, is_readable
+from exprl_jax.reward.verifiers.math import Grading
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.reward.verifiers.verifier import verifier_of
 
@@ -143,7 +143,7 @@ def check_answers(problems: Sequence[Problem]) -> None:
     Raises:
       ValueError: names the problem.
     """
-    unreadable = [problem.id for problem in problems if problem.kind == "math" and not is_readable(problem.answer)]
+    unreadable = [problem.id for problem in problems if not verifier_of(problem.kind).readable(problem)]
     if unreadable:
         say(
             f"warning: {len(unreadable)} of {len(problems)} problems have an answer that the grader cannot read, and no"

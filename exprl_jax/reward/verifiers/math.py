@@ -259,4 +259,5 @@ VERIFIER = Verifier(
     row=lambda problem, response: (response, problem.answer),
     check=lambda problem: None,
     vote=vote,
+    readable=lambda problem: is_readable(problem.answer),
 )

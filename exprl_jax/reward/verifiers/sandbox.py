@@ -272,11 +272,10 @@ class Sandbox:
                 reading = bool(received)
                 if len(output) > max_output:
                     return Outcome("failed", bytes(output)), None
-            # It may have written and ended after the poll gave up, while this thread waited for its turn.
+            # It may have written and ended after the poll gave up, while this thread waited for its turn; where it
+            # wrote nothing more, another process holds its stdout.
             elif (status := _exit_status(process.pid)) is not None and not poll.poll(0):
-                return Outcome(
-                    "failed" if status else "finished", bytes(output)
-                ), status  # and another process holds its stdout
+                return Outcome("failed" if status else "finished", bytes(output)), status
         return Outcome("timed_out", bytes(output)), None
 
     def _end(self, process: subprocess.Popen[bytes]) -> None:

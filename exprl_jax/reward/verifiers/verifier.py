@@ -23,12 +23,14 @@ class Verifier:
       row: (problem, response) → what the pool's `submit` takes of it.
       check: raises ValueError for a problem whose answer it could not use; called before a run starts.
       vote: (problem, response) → the answer as majority votes count it, None for none; None for kinds without a vote.
+      readable: whether any answer can equal the problem's; a run warns of those that none can.
     """
 
     open: Callable[[config.Grader, config.Code], Any] | None
     row: Callable[[Problem, str], Any]
     check: Callable[[Problem], None]
     vote: Callable[[Problem, str], Hashable | None] | None
+    readable: Callable[[Problem], bool] = lambda problem: True
 
 
 def verifier_of(kind: str) -> Verifier:

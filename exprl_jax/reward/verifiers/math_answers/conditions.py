@@ -8,10 +8,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from exprl_jax.reward.verifiers.math_answers.tokens import Token, closing, stripped, texts
+from exprl_jax.reward.verifiers.math_answers.tokens import ORDERS, Token, closing, stripped, texts
 
 _STARTS = "for where with if when whenever provided unless given such except otherwise but".split()
-_ORDERS = {"<", ">", r"\le", r"\ge", r"\ne"}
 _ADJECTIVE = r"(?:positive|nonnegative|natural|whole|real|rational|complex|arbitrary)"
 _NOUN = r"(?:integer|number|real|rational|natural|constant)s?"
 _DOMAIN = re.compile(
@@ -62,7 +61,7 @@ def without(tokens: list[Token]) -> tuple[list[Token], Domains, tuple[str, ...]]
     if tokens[0].is_word("all", "any", "every"):  # `all integers n >= 3`
         letter = next((at for at, token in enumerate(tokens) if not token.roman), len(tokens))
         kind = _set(" ".join(texts(tokens[1:letter])))
-        if kind is not None and letter + 1 < len(tokens) and tokens[letter + 1].text in _ORDERS:
+        if kind is not None and letter + 1 < len(tokens) and tokens[letter + 1].text in ORDERS:
             return tokens[letter:], ((tokens[letter].text, kind),), ()
     at = _start(tokens)
     if at is None:

@@ -34,10 +34,18 @@ from exprl_jax.reward.verifiers.math_answers.kinds import (
     region,
 )
 from exprl_jax.reward.verifiers.math_answers.markup import LETTERS
-from exprl_jax.reward.verifiers.math_answers.tokens import Token, Unreadable, closing, split, stripped, texts, tokenize
+from exprl_jax.reward.verifiers.math_answers.tokens import (
+    ORDERS,
+    Token,
+    Unreadable,
+    closing,
+    split,
+    stripped,
+    texts,
+    tokenize,
+)
 
 _EQUALS, _ABOUT, _IN = {"=", r"\equiv"}, r"\approx", r"\in"
-_ORDERS = {"<", ">", r"\le", r"\ge", r"\ne"}
 _SETS = {
     "R": sympy.S.Reals,
     "Z": sympy.S.Integers,
@@ -122,13 +130,13 @@ class _Reader:
 
     def _special(self, tokens: list[Token]) -> Body | None:
         """Constants, numerals, ordinals and times of day."""
-        words = [text.casefold() for text in texts(tokens)]
-        joined = "".join(texts(tokens))
+        said = texts(tokens)
+        words, joined = [text.casefold() for text in said], "".join(said)
         if joined == r"\{\}":
             return NOTHING
         if words == ["none"]:
             return Number(sympy.Integer(0))
-        means = " ".join(phrases.statement(texts(tokens)))
+        means = " ".join(phrases.statement(said))
         if means in (r"\infty", r"\emptyset"):
             return NOTHING if means == r"\emptyset" else Number(sympy.oo)
         if match := re.fullmatch(r"\\mathbb \{? ?([A-Z])(?: \})?|\\mathbb ([A-Z])|\\([A-Z])", means):
@@ -290,7 +298,7 @@ class _Reader:
 
     def _related(self, tokens: list[Token]) -> Body | None:
         """Equations, inequalities and what lies in a set."""
-        relations = _EQUALS | _ORDERS | {_ABOUT, _IN}
+        relations = _EQUALS | ORDERS | {_ABOUT, _IN}
         sides, signs = split(tokens, lambda token: token.text in relations or token.is_word("is", "equals"))
         if not signs:
             sides, signs = split(tokens, lambda token: token.text == ":")
@@ -301,7 +309,7 @@ class _Reader:
         kinds = {"=" if token.text in _EQUALS | {":"} or token.kind == "word" else token.text for token in signs}
         if kinds <= {"=", _ABOUT}:
             return self._equation(sides, signs)
-        if kinds <= _ORDERS:
+        if kinds <= ORDERS:
             return self._inequality(sides, signs)
         if kinds == {_IN} and len(sides) == 2:
             return self._member(*sides)

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 from exprl_jax.reward.verifiers.math_answers import markup, numerals, phrases
 
+# Signs of an inequality.
+ORDERS = {"<", ">", r"\le", r"\ge", r"\ne"}
 _OPENERS = {"(", "[", "{", r"\{", r"\lfloor", r"\lceil"}
 _CLOSERS = {")", "]", "}", r"\}", r"\rfloor", r"\rceil"}
 
@@ -105,7 +107,9 @@ def _tokens(text: str, commas: bool) -> list[Token]:
         elif match := _ENVIRONMENT.match(text, at):
             end = match.end()
             token = None if match[2] in markup.LAYOUTS else Token(match[1], match[2], space)
-        elif match := numerals.pattern(commas and _groups_digits(text, brackets)).match(text, at):
+        elif text[at] in "0123456789." and (
+            match := numerals.pattern(commas and _groups_digits(text, brackets)).match(text, at)
+        ):
             end, token = match.end(), Token("number", numerals.plain(match), space, upright)
         elif match := _COMMAND.match(text, at):
             end, name = match.end(), match[0].rstrip("*")
