@@ -32,7 +32,7 @@ from exprl_jax.learning.update import over_updates
 from exprl_jax.mesh import Placement
 from exprl_jax.records import Teaching, TrainState
 from exprl_jax.resolve import to_dict
-from exprl_jax.reward.statistics import VERDICTS, rollout_statistics
+from exprl_jax.reward.statistics import rollout_statistics, verdict_indices
 from exprl_jax.reward.verifiers.grading import submit_owned
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import RLRun, check_enough, open_run, task_of
@@ -167,7 +167,7 @@ def _gather_table(collected: Collected, verdicts: Sequence[Sequence[Verdict]]) -
     """What `reward.statistics.rollout_statistics` reads, of all processes' problems; verdicts are of those that own
     them."""
     rollouts = jax.tree.map(lambda *x: np.concatenate(x), *(wave.rollouts for wave in collected.waves))
-    verdict_PG = np.array([[VERDICTS.index(verdict) for verdict in group] for group in verdicts])
+    verdict_PG = verdict_indices(verdicts)
     table = {"length_PG": rollouts.mask_PGR.sum(-1), "ended_PG": rollouts.ended_PG, "verdict_PG": verdict_PG}
     return gather_rows(table, np.concatenate([request.index_P for request in collected.requests]))
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from exprl_jax.hosts import gather_rows
-from exprl_jax.reward.statistics import VERDICTS
+from exprl_jax.reward.statistics import verdict_indices
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import RLRun
 from exprl_jax.rollout.call import describe_problem
@@ -30,7 +30,7 @@ def _wave_table(run: RLRun, scored: ScoredWave) -> dict[str, np.ndarray]:
         "kind_P": np.array([run.kinds.index(problem.kind) for problem in wave.problems]),
         "length_PG": wave.rollouts.mask_PGR.sum(-1),
         "ended_PG": wave.rollouts.ended_PG,
-        "verdict_PG": np.array([[VERDICTS.index(v) for v in group] for group in scored.verdicts]),
+        "verdict_PG": verdict_indices(scored.verdicts),
         "count_PG": wave.count_PG,
         "score_PGN": judgements.score_PGN.astype(np.float32),
         "valid_PGN": judgements.valid_PGN,

@@ -22,7 +22,7 @@ from exprl_jax.learning.advantages import SegmentAdvantages, assign_advantages
 from exprl_jax.model import decoder
 from exprl_jax.records import Rollouts
 from exprl_jax.reward.judgements import Judgements, Pending, Query
-from exprl_jax.reward.statistics import VERDICTS
+from exprl_jax.reward.statistics import VERDICTS, verdict_indices
 from exprl_jax.reward.verifiers.grading import submit_owned
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import RLRun
@@ -269,7 +269,7 @@ def _agree(
     index_P: np.ndarray, judgements: Judgements, verdicts: Sequence[Sequence[Verdict]]
 ) -> tuple[Judgements, Sequence[Sequence[Verdict]]]:
     """The same scores and verdicts of a problem on every process that holds it: rewards must not differ by a clock."""
-    verdict_PG = np.array([[VERDICTS.index(v) for v in group] for group in verdicts])
+    verdict_PG = verdict_indices(verdicts)
     arrays = agree_rows(judgements.arrays | {"verdict_PG": verdict_PG}, index_P)
     verdicts = [[VERDICTS[v] for v in group] for group in arrays.pop("verdict_PG")]
     return judgements._replace(**arrays), verdicts

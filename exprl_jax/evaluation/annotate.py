@@ -32,8 +32,8 @@ from exprl_jax.reward.endpoint import ChatClient
 from exprl_jax.reward.judgements import MARKER, fill
 from exprl_jax.reward.judges import check_judge_lengths
 from exprl_jax.run.stopping import StopRequest
-from exprl_jax.run.workdir import check_workdir, open_workdir
-from exprl_jax.weights.language_model import load_params, open_model
+from exprl_jax.run.workdir import Workdir, check_workdir, open_workdir
+from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
 from exprl_jax.weights.run_models import check_models
 
 ANNOTATIONS = "annotations.jsonl"
@@ -76,9 +76,7 @@ def annotate(config: Annotate, workdir_path: str) -> None:
             check_unchanged(ledger, rollouts[name])
             waiting[name] = [rollout for rollout in rollouts[name] if rollout.key not in ledger]
         if unanswered := [rollout for of_file in waiting.values() for rollout in of_file]:
-            if config.annotator.backend == "local":
-                check_models(workdir, [open_model(config.annotator.model)])
-            annotator = open_annotator(config, mesh, stack, unanswered)
+            annotator = open_annotator(config, workdir, mesh, stack, unanswered)
             if not all(_annotate_file(config, annotator, waiting[name], ledgers[name], stop) for name in ledgers):
                 say("stopped; start again with the same command to go on")
                 return
@@ -123,16 +121,19 @@ def annotation_chat(problem: Problem) -> list[Message]:
 
 
 def open_annotator(
-    config: Annotate, mesh: Mesh, stack: contextlib.ExitStack, rollouts: Sequence[FixedRollout]
+    config: Annotate, workdir: Workdir, mesh: Mesh, stack: contextlib.ExitStack, rollouts: Sequence[FixedRollout]
 ) -> Annotator:
     """The annotator, for up to a wave of these rollouts at a time.
 
     Raises:
-      ValueError: the model cannot be opened or has too short a context, or the endpoint's key is not there.
+      ValueError: the model cannot be opened, is not what the folder began with or has too short a context, or the
+        endpoint's key is not there.
     """
     if config.annotator.backend == "openai":
         return endpoint_annotator(config, stack.enter_context(ChatClient(config.annotator.endpoint)))
-    return local_annotator(config, mesh, rollouts)
+    model = open_model(config.annotator.model)
+    check_models(workdir, [model])
+    return local_annotator(config, model, mesh, rollouts)
 
 
 def endpoint_annotator(config: Annotate, client: ChatClient) -> Annotator:
@@ -149,10 +150,9 @@ def endpoint_annotator(config: Annotate, client: ChatClient) -> Annotator:
     return ask
 
 
-def local_annotator(config: Annotate, mesh: Mesh, rollouts: Sequence[FixedRollout]) -> Annotator:
+def local_annotator(config: Annotate, model: LanguageModel, mesh: Mesh, rollouts: Sequence[FixedRollout]) -> Annotator:
     """Asks a model on the mesh, greedily, the whole prompt being the context; rollouts over budget get no answer."""
     budget = config.annotator
-    model = open_model(budget.model)
     check_judge_lengths(budget, model.arch)
     prompts, opened = {}, {}
     for rollout in rollouts:

@@ -52,13 +52,13 @@ def calibrate(config: Calibrate, workdir_path: str) -> None:
     if not judged:
         raise ValueError(f"config.rollouts: none of {len(rollouts)} rollouts has a verdict that says anything")
     say(f"{len(judged)} rollouts; left out {counts['left_out']} without a verdict (missing or timed out)")
-    prefixes = cut_prefixes(config, judged)
+    policy = open_model(config.policy) if config.prefixes.rollouts else None
+    prefixes = [] if policy is None else cut_prefixes(config, policy.tokenizer, judged)
     passes = scoring_passes(judged, prefixes, config.seed)
     models = {name: open_judge_model(judge) for name, judge in config.judges.items()}
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(open_workdir(workdir_path, to_dict(config), folders=()))
-        writers = [open_model(config.policy)] if prefixes else []
-        check_models(workdir, [*writers, *(model for model in models.values() if model is not None)])
+        check_models(workdir, [model for model in (policy, *models.values()) if model is not None])
         scores = Ledger(workdir.path / "scores.jsonl", "score", SCORE_KEY, SCORE_FIELDS)
         check_unchanged(scores, judged)
         continuations = Ledger(
@@ -67,8 +67,8 @@ def calibrate(config: Calibrate, workdir_path: str) -> None:
         stop = stack.enter_context(StopRequest())
         tasks = [JudgeTask(name, judge, models[name], config, scores, stop) for name, judge in config.judges.items()]
         finished = all(ask_judge(task, mesh, passes) for task in tasks)
-        if prefixes:
-            finished = finished and continue_prefixes(config, mesh, prefixes, continuations, stop)
+        if policy is not None:
+            finished = finished and continue_prefixes(config, policy, mesh, prefixes, continuations, stop)
         if not finished:
             say("stopped; start again with the same command to go on")
             return

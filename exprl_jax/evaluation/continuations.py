@@ -17,14 +17,14 @@ from exprl_jax.hosts import local_problems, say
 from exprl_jax.reward.verifiers.grading import Graders, check_answers, open_graders
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.run.stopping import StopRequest
-from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
+from exprl_jax.weights.language_model import LanguageModel, load_params
 
 CONTINUATION_KEY = ("id", "rollout", "segment", "part")
 CONTINUATION_FIELDS = {"id": str, "rollout": int, "segment": int, "part": int, "correct": int, "graded": int}
 
 
 def continue_prefixes(
-    config: Calibrate, mesh: Mesh, prefixes: Sequence[Trace], ledger: Ledger, stop: StopRequest
+    config: Calibrate, policy: LanguageModel, mesh: Mesh, prefixes: Sequence[Trace], ledger: Ledger, stop: StopRequest
 ) -> bool:
     """Lets the policy go on after each prefix and grades what it arrives at; False where it was stopped.
 
@@ -33,7 +33,7 @@ def continue_prefixes(
     Raises:
       ValueError: no prefix fits the policy's context.
     """
-    sampling, policy = config.prefixes.sampling, open_model(config.policy)
+    sampling = config.prefixes.sampling
     local_problems(mesh, sampling.wave)  # whether waves can be divided over the mesh
     prompts = _prompts(config, policy, prefixes)
     by_name = {_name(trace): trace for trace in prefixes if _name(trace) in prompts}

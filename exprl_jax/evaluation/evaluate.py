@@ -38,7 +38,7 @@ from exprl_jax.model.decoder import Params
 from exprl_jax.records import Rollouts
 from exprl_jax.resolve import to_dict
 from exprl_jax.reward.judges import AnyJudge, JudgeBuilder
-from exprl_jax.reward.statistics import VERDICTS
+from exprl_jax.reward.statistics import VERDICTS, verdict_indices
 from exprl_jax.reward.verifiers.grading import Graders, check_answers, open_graders, submit_owned
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rollout.call import Prompts, Sampler, describe_problem, make_prompts, texts_of
@@ -167,7 +167,7 @@ def open_evaluation(
     check_same_problems(problems)
     policy, mesh, sampling = open_model(config.policy), make_mesh(config.mesh), config.sampling
     prompts = checked_prompts(config, policy, problems)
-    builder = checked_judge(config, problems)
+    builder = checked_judge(config, problems, policy)
     check_layout(config, mesh.shape[DATA])
     workdir = stack.enter_context(
         open_workdir(workdir_path, to_dict(config), folders=("samples",), process=jax.process_index(), barrier=barrier)
@@ -210,14 +210,14 @@ def checked_prompts(config: Evaluate, policy: LanguageModel, problems: Sequence[
     return make_prompts(ids)
 
 
-def checked_judge(config: Evaluate, problems: Sequence[Problem]) -> JudgeBuilder:
+def checked_judge(config: Evaluate, problems: Sequence[Problem], opened: LanguageModel | None = None) -> JudgeBuilder:
     """The judge that says yes or no to open-ended answers; nothing is loaded.
 
     Raises:
       ValueError: a prompt is over the judge's budget, or its budgets are over its context.
     """
     open_ended = [problem for problem in problems if problem.traits.by_judge]
-    builder = JudgeBuilder(config.judge, scored=[], verified=open_ended, unit=lambda _: "outcome")
+    builder = JudgeBuilder(config.judge, scored=[], verified=open_ended, unit=lambda _: "outcome", opened=opened)
     _check_budget("judge.max_context_tokens", config.judge.max_context_tokens, builder.lengths(open_ended))
     return builder
 
@@ -358,7 +358,7 @@ def finish_wave(pending: PendingWave) -> dict[str, np.ndarray]:
         "tokens_PGR": pending.rollouts.tokens_PGR,
         "length_PG": pending.rollouts.mask_PGR.sum(-1),
         "ended_PG": pending.rollouts.ended_PG,
-        "verdict_PG": np.array([[VERDICTS.index(verdict) for verdict in group] for group in verdicts]),
+        "verdict_PG": verdict_indices(verdicts),
     }
     return gather_rows(table, pending.index_P)
 

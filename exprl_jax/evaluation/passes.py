@@ -9,14 +9,13 @@ import numpy as np
 
 from exprl_jax.config import Calibrate
 from exprl_jax.data.problems import Problem
-from exprl_jax.data.tokenizer import Message
+from exprl_jax.data.tokenizer import Message, Tokenizer
 from exprl_jax.evaluation.calibration import derangement
 from exprl_jax.evaluation.fixed_rollouts import FixedRollout
 from exprl_jax.reward.judge_prompts import Readout, Unit, blind_messages, judge_messages, reference_last_messages
 from exprl_jax.reward.judgements import MARKER, needed_reference
 from exprl_jax.reward.segments import Splitter, parse_rule
 from exprl_jax.reward.verifiers.verdict import Verdict
-from exprl_jax.weights.language_model import open_model
 
 CONDITIONS = ("correct", "none", "wrong")
 
@@ -102,7 +101,7 @@ def wrong_references(problems: Sequence[Problem], seed: int) -> dict[str, str]:
     return wrong
 
 
-def cut_prefixes(config: Calibrate, rollouts: Sequence[FixedRollout]) -> list[Trace]:
+def cut_prefixes(config: Calibrate, tokenizer: Tokenizer, rollouts: Sequence[FixedRollout]) -> list[Trace]:
     """What precedes each cut of some rollouts; nothing precedes the first segment, and after the last nothing follows.
 
     Problems that only a judge can verify are left out: their answers are not graded here.
@@ -111,9 +110,6 @@ def cut_prefixes(config: Calibrate, rollouts: Sequence[FixedRollout]) -> list[Tr
       ValueError: the rule cuts none of them.
     """
     prefixes = config.prefixes
-    if not prefixes.rollouts:
-        return []
-    tokenizer = open_model(config.policy).tokenizer
     splitter = Splitter(tokenizer.token_bytes, parse_rule(prefixes.segments))
     gradable = [rollout for rollout in rollouts if not rollout.problem.traits.by_judge]
     traces = []

@@ -3,12 +3,10 @@ cure."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 
-import jax
-
 from exprl_jax.config import Config
+from exprl_jax.hosts import say
 from exprl_jax.reward.routes import ROUTES
 
 # A standard deviation of scores in [0, 1] below which they are taken for equal.
@@ -27,9 +25,8 @@ def probe_batch(row: Mapping[str, float | None], config: Config) -> None:
     problems = warnings(row, config)
     if problems and config.probe.strict:
         raise ValueError(f"probe: {'; '.join(problems)} (config.probe.strict is set)")
-    if jax.process_index() == 0:
-        for warning in problems:
-            print(f"warning: probe: {warning}", file=sys.stderr, flush=True)
+    for warning in problems:
+        say(f"warning: probe: {warning}")
 
 
 def warnings(row: Mapping[str, float | None], config: Config) -> list[str]:

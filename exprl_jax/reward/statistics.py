@@ -62,6 +62,11 @@ BY_KIND = (
 """Where the data holds problems of several kinds, these have a `/<kind>` (math, choice, science, code) each besides."""
 
 
+def verdict_indices(verdicts: Sequence[Sequence[Verdict]]) -> np.ndarray:
+    """Verdicts by problem and index in the group, [P, G], as their places in `VERDICTS`."""
+    return np.array([[VERDICTS.index(verdict) for verdict in group] for group in verdicts])
+
+
 def summarise(
     rows: Mapping[str, np.ndarray], advantage: config.Advantage, kinds: Sequence[str]
 ) -> dict[str, float | None]:
