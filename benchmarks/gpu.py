@@ -33,21 +33,10 @@ from exprl_jax.hosts import put_microbatches, put_rows
 from exprl_jax.mesh import make_mesh
 from exprl_jax.records import Context, Draw, Experience, Rows
 from exprl_jax.resolve import resolve
-from exprl_jax.weights.language_model import PUBLISHED, LanguageModel, load_params
+from exprl_jax.weights.families import FAMILIES
+from exprl_jax.weights.language_model import PUBLISHED, TINY, LanguageModel, load_params
 
 GROUP, PROMPT, RUNS = 16, 512, 3
-TINY = dataclasses.replace(
-    PUBLISHED["Qwen/Qwen3-0.6B"],
-    vocab_size=512,
-    width=64,
-    ffn=128,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_size=16,
-    rope_theta=1e4,
-    max_positions=4096,
-)
 
 
 def main() -> None:
@@ -57,7 +46,8 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a tiny model and short rows: does it run?")
     asked = parser.parse_args()
     if asked.tiny:
-        shapes, problems, new, widths = {"tiny": TINY}, (1,), 8, (1024,)
+        shapes = {"tiny": FAMILIES["qwen3"].architecture("qwen3", vocab_size=512, **TINY)}
+        problems, new, widths = (1,), 8, (1024,)
     else:
         shapes = {name: PUBLISHED[f"Qwen/{name}"] for name in ("Qwen3-0.6B", "Qwen3-4B-Instruct-2507")}
         problems, new, widths = (1, 4, 8), 512, (2048, 8192, 16_384)

@@ -261,3 +261,8 @@ def bytes_per_device(abstract: Any, shardings: Any) -> int:
     """Bytes that a tree of arrays takes on each device."""
     sizes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, abstract, shardings)
     return sum(jax.tree.leaves(sizes))
+
+
+def laid_out(abstract: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of a tree of arrays, each with its sharding."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)

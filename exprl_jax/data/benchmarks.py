@@ -100,9 +100,7 @@ def _gpqa(name: str, row: Row) -> dict[str, Any]:
 
 def _olympiadbench(name: str, row: Row) -> dict[str, Any]:
     """Answer: every part, with its unit and the absolute error that is allowed, for a judge to compare with."""
-    answers = _column(row, "final_answer")
-    if not isinstance(answers, list) or not all(isinstance(part, str) for part in answers):
-        raise ValueError(f"{row.where}: final_answer must be a list of strings, got {answers!r:.60}")
+    answers = _strings(row, "final_answer")
     if row.columns.get("image_1") is not None:
         raise ValueError(
             f"{row.where} has an image: expected rows of a text-only config, such as OE_TO_physics_en_COMP"
@@ -171,9 +169,7 @@ def _mbpp(name: str, row: Row) -> dict[str, Any]:
     `test_imports`).
     """
     text = _string(row, "text" if row.columns.get("text") is not None else "prompt")
-    tests = _column(row, "test_list")
-    if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
-        raise ValueError(f"{row.where}: test_list must be a list of strings, got {tests!r:.60}")
+    tests = _strings(row, "test_list", least=1)
     asserts = "\n".join(test.strip() for test in tests)
     keys = ("test_list", "test_setup_code", "test_imports")
     code = row.columns.get("code")
@@ -255,6 +251,13 @@ def _column(row: Row, key: str) -> Any:
     if row.columns.get(key) is None:
         raise ValueError(f"{row.where}: no {key}; the row has {', '.join(map(str, row.columns)) or 'nothing'}")
     return row.columns[key]
+
+
+def _strings(row: Row, key: str, least: int = 0) -> list[str]:
+    values = _column(row, key)
+    if not isinstance(values, list) or len(values) < least or not all(isinstance(value, str) for value in values):
+        raise ValueError(f"{row.where}: {key} must be a list of strings, got {values!r:.60}")
+    return values
 
 
 def _string(row: Row, key: str) -> str:

@@ -45,11 +45,12 @@ def fresh_name() -> str:
     return f"hole{secrets.token_hex(16)}"
 
 
-def plain_encoders(backend: Any, added: Sequence[str], name: str) -> PlainEncoders:
+def plain_encoders(backend: Any, described: Mapping[str, Any], added: Sequence[str], name: str) -> PlainEncoders:
     """Encoders that take the contents of added tokens for the ordinary characters that they are made of.
 
     Args:
       backend: a `tokenizers.Tokenizer`.
+      described: its own JSON, parsed.
       added: contents of its added tokens.
       name: of the tokenizer, for messages.
 
@@ -58,16 +59,16 @@ def plain_encoders(backend: Any, added: Sequence[str], name: str) -> PlainEncode
     """
     from tokenizers import Tokenizer
 
-    whole = json.loads(backend.to_str())
-    whole |= {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+    whole = {**described, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
     whole["model"] = _without_added(whole["model"], frozenset(added))
     inside = whole | {part: _without_space(whole[part]) for part in ("normalizer", "pre_tokenizer")}
-    # "first" is the one scheme that tells a piece behind a control token from the first one.
-    after = inside if '"prepend_scheme": "first"' in json.dumps(whole["pre_tokenizer"]) else whole
     # As plain text the name of a byte token would be taken for that byte, so it is never encoded in one piece.
     apart = re.compile("(?<=<)(?=0x[0-9A-F]{2}>)" if whole["model"].get("byte_fallback") else "(?!)")
-    built = [Tokenizer.from_str(json.dumps(description)) for description in (whole, after, inside)]
-    encoders = PlainEncoders(*(functools.partial(_encode, start, built[-1], apart) for start in built))
+    first = Tokenizer.from_str(json.dumps(whole))
+    within = first if inside == whole else Tokenizer.from_str(json.dumps(inside))
+    # "first" is the one scheme that tells a piece behind a control token from the first one.
+    after = within if '"prepend_scheme": "first"' in json.dumps(whole["pre_tokenizer"]) else first
+    encoders = PlainEncoders(*(functools.partial(_encode, start, within, apart) for start in (first, after, within)))
     ids = backend.get_vocab(with_added_tokens=True)
     for content in added:
         if any(ids[content] in encode(content) for encode in encoders):
@@ -78,19 +79,18 @@ def plain_encoders(backend: Any, added: Sequence[str], name: str) -> PlainEncode
     return encoders
 
 
-def token_bytes(backend: Any, name: str) -> tuple[bytes, ...]:
+def token_bytes(backend: Any, described: Mapping[str, Any], name: str) -> tuple[bytes, ...]:
     """The bytes of every id: byte-level BPE, or sentencepiece (`▁` is a space, `<0x41>` a byte).
 
     Raises:
       ValueError: another kind of tokenizer, or an id that the library decodes to other text.
     """
-    whole = json.loads(backend.to_str())
-    decoder = whole["decoder"] or {}
+    decoder = described["decoder"] or {}
     kinds = {part["type"] for part in decoder.get("decoders", [decoder]) if part}
     if "ByteLevel" in kinds:
         bytes_of = _byte_level_bytes
     elif kinds & {"Metaspace", "Replace"}:
-        bytes_of = functools.partial(_sentencepiece_bytes, bool(whole["model"].get("byte_fallback")))
+        bytes_of = functools.partial(_sentencepiece_bytes, bool(described["model"].get("byte_fallback")))
     else:
         raise ValueError(f"{name} decodes with {', '.join(sorted(kinds)) or 'nothing'}: {_CURE}")
     vocabulary = backend.get_vocab(with_added_tokens=True)

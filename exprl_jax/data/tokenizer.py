@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 import json
 import re
 import string
@@ -216,8 +217,9 @@ def load_tokenizer(spec: str | Path, date: str = "") -> Tokenizer:
         )
         or "(?!)"
     )
-    table = token_bytes(backend, source.name)
-    encoders = plain_encoders(backend, list(added), source.name)
+    described = json.loads(backend.to_str())
+    table = token_bytes(backend, described, source.name)
+    encoders = plain_encoders(backend, described, list(added), source.name)
     check_lossless(encoders, table, source.name)
     eos_ids = tuple(dict.fromkeys([*source.eos_ids, *_turn_end(library, pattern, added, date)]))
     if not eos_ids:
@@ -262,6 +264,7 @@ def _render(library: Any, messages: list[dict[str, str]], *, generate: bool, dat
         raise ValueError(f"the chat template refuses the roles [{roles}]: {error}") from error
 
 
+@functools.cache
 def _dated(template: str, date: str) -> str:
     """A chat template whose `strftime_now` tells the given day at midnight, where the library's reads the clock.
 

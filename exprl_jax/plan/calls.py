@@ -7,8 +7,10 @@ the config's budgets; a judge's rows are a little wider than that, by its closin
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +21,7 @@ from jax.sharding import AbstractMesh, Mesh
 from exprl_jax.config import Config, Evaluate, Model, Sft
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.layout import check_layout, check_lengths, packed_shape
-from exprl_jax.mesh import DATA, MODEL, bytes_per_device, microbatches_sharding, replicated, rows_sharding
+from exprl_jax.mesh import DATA, MODEL, bytes_per_device, laid_out, microbatches_sharding, replicated, rows_sharding
 from exprl_jax.model.lora import Adapted, adapt
 from exprl_jax.model.paged import PagedCache
 from exprl_jax.plan.costs import Cost, forward, seen_pairs, update
@@ -108,7 +110,7 @@ def calls_of(config: Planned, mesh: Mesh | AbstractMesh) -> list[Call]:
     calls, resident = tasks[config.task](config, mesh), residents(config, mesh)
 
     def with_residents(call: Call) -> Call:
-        own = {owner for argument in call.arguments for owner in owned_bytes(*argument)} | set(call.inside)
+        own = owners_of(call)
         others = {owner: size for owner, size in resident.items() if owner not in own}
         return dataclasses.replace(call, beside=others | call.beside)
 
@@ -155,6 +157,18 @@ def owned_bytes(owner: str, tree: Any) -> dict[str, int]:
     if isinstance(tree, Adapted):
         return {POLICY: tree_bytes(tree.adapters), owner: tree_bytes(tree.base)}
     return {owner: tree_bytes(tree)}
+
+
+def owners_of(call: Call, results: Mapping[str, Any] = types.MappingProxyType({})) -> collections.Counter[str]:
+    """Bytes a device of what a call is given and allocates, by owner.
+
+    Args:
+      results: of other programs, by name, as far as the compiler has laid them out.
+    """
+    owners = collections.Counter(call.inside)
+    for owner, tree in call.arguments:
+        owners.update(owned_bytes(owner, results.get(tree.name, tree) if isinstance(tree, Result) else tree))
+    return owners
 
 
 def tree_bytes(tree: Any) -> int:
@@ -422,7 +436,7 @@ def _parameters(model: LanguageModel, mesh: Mesh, cast: bool = False) -> Any:
     abstract = transformer.abstract_params(model.config.param_dtype)
     if cast:
         abstract = jax.eval_shape(transformer.cast_kernels, abstract)
-    return _laid_out(abstract, transformer.shard(abstract))
+    return laid_out(abstract, transformer.shard(abstract))
 
 
 def _frozen(config: Config, mesh: Mesh, model: Model) -> tuple[str, Any]:
@@ -433,12 +447,8 @@ def _state(config: Config | Sft, mesh: Mesh) -> TrainState:
     policy = known_model(config.policy)
     if config.task == "sft":
         programs = build_sft(config, mesh, policy, _SFT_UPDATES)
-        return _laid_out(programs.abstract, programs.shardings)
-    return _laid_out(abstract_state(config, policy.arch), shard_state(config, mesh, policy))
-
-
-def _laid_out(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree, shardings)
+        return laid_out(programs.abstract, programs.shardings)
+    return laid_out(abstract_state(config, policy.arch), shard_state(config, mesh, policy))
 
 
 def _array(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:

@@ -18,8 +18,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from exprl_jax.mesh import bytes_per_device, fit_mesh, mesh_over
-from exprl_jax.plan.calls import Call, Planned, Result, calls_of, owned_bytes
+from exprl_jax.mesh import bytes_per_device, fit_mesh, laid_out, mesh_over
+from exprl_jax.plan.calls import Call, Planned, Result, calls_of, owners_of
 from exprl_jax.plan.chips import Topology, axis_bandwidth
 from exprl_jax.plan.hlo import collectives, copies_in_loops, read_module
 
@@ -149,9 +149,7 @@ def needed_bytes(message: str) -> float | None:
 def _compile(call: Call, topology: Topology, mesh: Mesh, results: dict[str, Any]) -> Usage:
     """Compiles one program, and adds its results to `results`: shapes, where the compiler lays them."""
     started, limit = time.perf_counter(), topology.chip.hbm
-    owners = collections.Counter(call.inside)
-    for owner, tree in call.arguments:
-        owners.update(owned_bytes(owner, results.get(tree.name, tree) if isinstance(tree, Result) else tree))
+    owners = owners_of(call, results)
     known = Usage(
         call.name, call.phase, call.times, call.settings, owners | collections.Counter(call.beside), 0.0, limit
     )
@@ -167,11 +165,7 @@ def _compile(call: Call, topology: Topology, mesh: Mesh, results: dict[str, Any]
         if needed is not None:
             return dataclasses.replace(known, needed=needed)
         return dataclasses.replace(known, failure=" ".join(str(error).split())[:500])
-    results[call.name] = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        traced.out_info,
-        compiled.output_shardings,
-    )
+    results[call.name] = laid_out(traced.out_info, compiled.output_shardings)
     seconds, memory = time.perf_counter() - started, compiled.memory_analysis()
     peak = int(memory.peak_memory_in_bytes)
     own = {**owners, TEMPORARIES: max(peak - owners.total(), 0), CODE: int(memory.generated_code_size_in_bytes)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import json
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax.sharding import AbstractMesh
 from exprl_jax.config import Config, Evaluate, Sft
 from exprl_jax.layout import packed_shape
 from exprl_jax.mesh import DATA, MODEL, fit_mesh
-from exprl_jax.plan.calls import Call, Planned, calls_of, frozen_models, known_model, owned_bytes
+from exprl_jax.plan.calls import Call, Planned, calls_of, frozen_models, known_model, owners_of
 from exprl_jax.plan.tables import memory_rows
 from exprl_jax.records import TrainState
 from exprl_jax.resolve import to_dict
@@ -101,13 +102,9 @@ def _memory(calls: list[Call]) -> list[list[str]]:
     """A row a program: calls in a step, counted operations, and bytes by owner with their sum."""
     owners = []
     for call in calls:
-        sizes = dict(call.beside)
-        for owner, size in [
-            *call.inside.items(),
-            *(x for given in call.arguments for x in owned_bytes(*given).items()),
-        ]:
-            sizes[owner] = sizes.get(owner, 0) + size
-        owners.append(sizes | {"total": sum(sizes.values())})
+        sizes = collections.Counter(call.beside)
+        sizes.update(owners_of(call))
+        owners.append({**sizes, "total": sizes.total()})
     header, *rows = memory_rows(owners)
     first = [["program", "calls a step", "TFLOP"]]
     first += [[call.name, str(call.times), f"{call.cost.flops / 1e12:.3g}"] for call in calls]

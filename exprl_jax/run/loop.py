@@ -13,6 +13,7 @@ from exprl_jax.config import Checkpoint, Watch
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.training import check_position, check_same_problems, fingerprint
 from exprl_jax.hosts import barrier, say
+from exprl_jax.mesh import laid_out
 from exprl_jax.records import TrainState
 from exprl_jax.resolve import to_dict
 from exprl_jax.run.checkpoint import Checkpoints
@@ -106,9 +107,7 @@ def run_task(task: Task, workdir_path: str, accept_lost_records: bool = False) -
       ValueError: the folder is another run's, records are gone, the data have changed, the disk is too small.
       FloatingPointError: a metric is not finite (names step and metric).
     """
-    abstract = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), task.abstract, task.shardings
-    )
+    abstract = laid_out(task.abstract, task.shardings)
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
     kept = task.checkpoint.keep + 1 + bool(task.checkpoint.best)  # one more while a save is under way
     needed = kept * state_bytes + task.parameter_bytes
@@ -134,19 +133,20 @@ def run_task(task: Task, workdir_path: str, accept_lost_records: bool = False) -
         watch = RunWatch(task.watch, read_metrics(workdir.metrics)) if task.watch else None
         with Metrics(workdir) as metrics, Progress(task.steps, done, task.headline) as progress:
             clock, skipped, idle, unsaved = Clock(), int(state.skipped), 0, []
+            problems = fingerprint(task.problems)
             for step in range(done, task.steps):
                 batch = task.collect(state, step, clock)
                 # A save that still holds the state would keep it from being donated: there would be two of it.
                 checkpoints.wait()
                 result = task.learn(state, batch, clock)
                 state = result.state.replace(step=result.state.step + 1)
-                row = {**result.row, "update/skipped_total": int(state.skipped)}
+                before, skipped = skipped, int(state.skipped)
+                row = {**result.row, "update/skipped_total": skipped}
                 row |= clock.report(result.tokens) | ledger.report()
                 if result.samples:
                     write_rollouts(workdir, step + 1, result.samples)
                 metrics.write(step + 1, row)
-                idle = idle + 1 if int(state.skipped) - skipped == task.updates else 0
-                skipped = int(state.skipped)
+                idle = idle + 1 if skipped - before == task.updates else 0
                 if idle == min(_MOST_SKIPPED, task.steps):
                     raise FloatingPointError(_ALL_SKIPPED.format(step=step + 1, count=idle))
                 if step == done:
@@ -158,7 +158,7 @@ def run_task(task: Task, workdir_path: str, accept_lost_records: bool = False) -
                 stopping = stop.agreed()
                 if stopping or (step + 1) % task.checkpoint.every == 0 or step + 1 == task.steps:
                     best, unsaved = better_of(best, task.checkpoint, step + 1, unsaved), []
-                    position = {"next_batch": step + 1, "problems": fingerprint(task.problems)}
+                    position = {"next_batch": step + 1, "problems": problems}
                     position["best"] = None if best is None else best._asdict()
                     checkpoints.save(step + 1, state, position, None if best is None else best.step)
                 if stopping:

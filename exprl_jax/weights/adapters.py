@@ -15,6 +15,7 @@ from exprl_jax.model.decoder import LORA_A, LORA_B
 from exprl_jax.model.lora import Adapted, adapt
 from exprl_jax.run.workdir import Workdir
 from exprl_jax.weights.folder import Entry, export_folder, fetch_tensor, whole_array, write_tensors
+from exprl_jax.weights.hf_layout import layer_leaves
 from exprl_jax.weights.language_model import LanguageModel
 
 
@@ -34,18 +35,6 @@ def export_policy(lora: Lora, policy: LanguageModel, base: Any, params: Any, wor
         policy.config.param_dtype,
         fetch=fetch_merged if lora.rank else fetch_tensor,
     )
-
-
-# PEFT's names of the modules.
-_MODULES = {
-    "q": "self_attn.q_proj",
-    "k": "self_attn.k_proj",
-    "v": "self_attn.v_proj",
-    "o": "self_attn.o_proj",
-    "gate": "mlp.gate_proj",
-    "up": "mlp.up_proj",
-    "down": "mlp.down_proj",
-}
 
 
 def fetch_merged(adapted: Adapted, execution: Execution, entry: Entry) -> np.ndarray:
@@ -73,6 +62,8 @@ def save_adapters(
       base: the model's name, for PEFT to find it by.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    leaves = layer_leaves(arch)
+    modules = {name: leaves[name].name.removesuffix(".weight") for name in lora.names}
     tensors = {}
     for layer in range(arch.layers):
         layer_adapters = (
@@ -82,7 +73,7 @@ def save_adapters(
         )
         for name in lora.names:
             a, b = (np.asarray(layer_adapters[name + part], np.float32) for part in (LORA_A, LORA_B))
-            module = f"base_model.model.model.layers.{layer}.{_MODULES[name]}"
+            module = "base_model.model." + modules[name].format(layer)  # PEFT's name of it
             # torch holds [out, in].
             tensors[f"{module}.lora_A.weight"] = a.reshape(-1, lora.rank).T
             tensors[f"{module}.lora_B.weight"] = b.reshape(lora.rank, -1).T
@@ -97,6 +88,6 @@ def save_adapters(
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": [_MODULES[name].partition(".")[2] for name in lora.names],
+        "target_modules": [module.rpartition(".")[2] for module in modules.values()],
     }
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -101,12 +101,13 @@ def _stored_rows(name: str, shape: tuple[int, ...], metadata: Mapping[str, Any])
         row of the file        0     1     2     3   ...   E−2    E−1
         row of Hugging Face    0    E/2    1   E/2+1 ...  E/2−1   E−1
     """
-    family, role = FAMILIES.get(metadata.get("general.architecture")), name.rsplit(".", 2)[-2:-1]
+    model_type = metadata.get("general.architecture")
+    family, role = FAMILIES.get(model_type), name.rsplit(".", 2)[-2:-1]
     if family is None or not family.gguf_rotates_neighbours or role not in (["attn_q"], ["attn_k"]) or len(shape) != 2:
         return np.zeros(0, np.int64)
-    heads = metadata.get("llama.attention.head_count", 1)
+    heads = metadata.get(f"{model_type}.attention.head_count", 1)
     if role == ["attn_k"]:
-        heads = metadata.get("llama.attention.head_count_kv", heads)
+        heads = metadata.get(f"{model_type}.attention.head_count_kv", heads)
     if not isinstance(heads, int) or shape[0] % (2 * heads):
         return np.zeros(0, np.int64)  # the shapes' check that follows names it
     return np.arange(shape[0]).reshape(heads, shape[0] // heads // 2, 2).swapaxes(1, 2).reshape(shape[0])

@@ -16,7 +16,7 @@ from exprl_jax.architecture import Architecture
 from exprl_jax.config import Execution, Model
 from exprl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from exprl_jax.files import read_json
-from exprl_jax.mesh import Placement
+from exprl_jax.mesh import Placement, laid_out
 from exprl_jax.model.decoder import Params, Transformer
 from exprl_jax.run.checkpoint import MANIFEST, newest_step, restore_params
 from exprl_jax.weights import folder as weights
@@ -25,7 +25,7 @@ from exprl_jax.weights.sources import ModelSource, resolve_model
 
 # Architectures of `random:<family>`; the vocabulary is the byte tokenizer's.
 RANDOM = "random:"
-_TINY = dict(
+TINY = dict(
     width=64,
     ffn=128,
     layers=2,
@@ -133,7 +133,7 @@ def open_model(config: Model, opened: LanguageModel | None = None) -> LanguageMo
             raise ValueError(
                 f"model {config.weights!r}: expected one of {', '.join(RANDOM + name for name in FAMILIES)}"
             )
-        arch = FAMILIES[family].architecture(family, vocab_size=tokenizer.vocab_size, **_TINY)
+        arch = FAMILIES[family].architecture(family, vocab_size=tokenizer.vocab_size, **TINY)
         return LanguageModel(config, arch, tokenizer, None)
     if (checkpoint := find_checkpoint(config.weights)) is not None:
         return LanguageModel(config, *_read_description(checkpoint.description, config.date), checkpoint)
@@ -190,10 +190,10 @@ def _pinned(weights: str, before: str) -> str:
         return weights
     if recorded is None:
         return weights
-    step = newest_step(workdir / "checkpoints") if path == workdir else None
-    if path == workdir and step is None:
-        return weights
-    return str(path if step is None else workdir / "checkpoints" / str(step))
+    if path != workdir:
+        return str(path)
+    step = newest_step(workdir / "checkpoints")
+    return weights if step is None else str(workdir / "checkpoints" / str(step))
 
 
 def _workdir_of(weights: str) -> tuple[pathlib.Path, pathlib.Path]:
@@ -268,9 +268,7 @@ def _load_checkpoint(model: LanguageModel, checkpoint: Checkpoint, shardings: An
     start, execution, layers = checkpoint.saved, model.execution, model.arch.layers
     as_saved = Transformer(model.arch, start.execution, Placement(mesh))
     saved = as_saved.abstract_params(start.param_dtype)
-    shardings_saved = as_saved.shard(saved)
-    saved = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), saved, shardings_saved)
-    params = restore_params(checkpoint.path, saved)
+    params = restore_params(checkpoint.path, laid_out(saved, as_saved.shard(saved)))
     if start.execution.scan_layers == execution.scan_layers and start.param_dtype == model.config.param_dtype:
         return params
 
