@@ -8,6 +8,9 @@ import pathlib
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Most of the suite's time is compiling, and most of that is LLVM optimising programs that run once, on a few numbers.
+# `XLA_FLAGS= python -m pytest` tests them as users run them.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(tempfile.gettempdir()) / "exprl_jax_test_cache"))
 
 import jax  # noqa: E402

@@ -19,7 +19,10 @@ from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import first_state
 from exprl_jax.wave import WaveRequest, sample_wave
 
+# A group and its prompt fill a row.
 FAST = {
+    "data.max_prompt_tokens": 256,
+    "updates.row_tokens": 320,
     "rollout.max_tokens": 8,
     "rollout.group": 16,
     "optimizer.learning_rate": 3e-3,
@@ -115,7 +118,7 @@ def test_a_teacher_draws_the_policy_to_itself(kl, steps):
     """The teacher is surer than the policy.  The KL to it falls; with a negative learning rate it does not."""
     growth = {}
     for sign in (1, -1):
-        config = tiny("distill", FAST | {"distillation.kl": kl})
+        config = tiny("distill", FAST | {"distillation.kl": kl, "updates.row_tokens": 512})
         optimizer = dataclasses.replace(config.optimizer, learning_rate=sign * 1e-3)
         with contextlib.ExitStack() as stack:
             distilled = distill.open_distill_run(dataclasses.replace(config, optimizer=optimizer), stack)

@@ -34,7 +34,7 @@ from tests.oracles.tiny_decoder import forward_logits
 STEPS = 3
 KL = ("sampled", "full")
 # At a rate at which each update shows.
-LIVE = {"steps": STEPS, "optimizer.learning_rate": 1e-3, "log.rollouts": 32}
+LIVE = {"steps": STEPS, "updates.row_tokens": 512, "optimizer.learning_rate": 1e-3, "log.rollouts": 32}
 
 
 def config(kl, changes=None):

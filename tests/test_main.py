@@ -302,7 +302,7 @@ DAMAGES = {
     ),
     "truncated": (
         lambda f: os.truncate(f / "model.safetensors", (f / "model.safetensors").stat().st_size - 100),
-        "model.safetensors is truncated",
+        "file not fully covered); fetch it again",
     ),
     "unsupported": (lambda f: with_config(f, model_type="mamba", architectures=["MambaForCausalLM"]), "mamba"),
     "vocabulary": (

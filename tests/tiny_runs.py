@@ -34,6 +34,9 @@ LIVELY = {
     "optimizer.eps": 1e-4,  # Adam turns rounding noise of a gradient near zero into whole steps
     "data.source": str(ROOT / "configs/data/arithmetic.jsonl"),
     "grader.seconds": 20.0,
+    # A group of short rollouts and its prompt fill a row.
+    "data.max_prompt_tokens": 216,
+    "updates.row_tokens": 320,
     "steps": 2,
 }
 
@@ -168,7 +171,8 @@ def command(folder, changes: dict, *more: str) -> list[str]:
 
 def environment(devices: int) -> dict[str, str]:
     """For a process with so many CPU devices, which finds what others have compiled."""
-    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    count = f"--xla_force_host_platform_device_count={devices}"
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} {count}"}
 
 
 def assert_same_parameters(ours, theirs) -> None:

@@ -150,9 +150,9 @@ def _compile(call: Call, topology: Topology, mesh: Mesh, results: dict[str, Any]
     """Compiles one program, and adds its results to `results`: shapes, where the compiler lays them."""
     started, limit = time.perf_counter(), topology.chip.hbm
     owners = owners_of(call, results)
-    known = Usage(
-        call.name, call.phase, call.times, call.settings, owners | collections.Counter(call.beside), 0.0, limit
-    )
+    with_others = owners.copy()
+    with_others.update(call.beside)
+    known = Usage(call.name, call.phase, call.times, call.settings, with_others, 0.0, limit)
     missing = [tree.name for _, tree in call.arguments if isinstance(tree, Result) and tree.name not in results]
     if missing:
         return dataclasses.replace(known, failure=f"needs the result of {missing[0]}, which did not compile")
