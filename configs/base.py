@@ -1,6 +1,6 @@
 """ExpRL-Outcome at the paper's settings; every other config is a short difference from this one.
 
-Numbers: arXiv 2606.17024 and the released 4B scripts.  All keys and their meaning: `exprl_jax/config.py`.
+Numbers: arXiv 2606.17024 and the released 4B scripts.  All keys and their meaning: `exprl_jax/config/`.
 """
 
 from ml_collections import ConfigDict

@@ -484,7 +484,7 @@ LEAVES = sorted({leaf for record in RECORDS for leaf in leaves(record)})
 
 def trees(folder, skipped=()):
     for path in sorted(pathlib.Path(folder).rglob("*.py")):
-        if path.name not in skipped:
+        if path.parent.name not in skipped and path.name not in skipped:
             yield ast.parse(path.read_text())
 
 
@@ -498,7 +498,7 @@ def elements(node):
 
 READS = {  # but schema and checks, which use no leaf
     (last_name(node.value), node.attr)
-    for tree in trees(ROOT / "exprl_jax", skipped=("config.py", "resolve.py"))
+    for tree in trees(ROOT / "exprl_jax", skipped=("config", "resolve.py"))
     for node in ast.walk(tree)
     if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)
 }
@@ -516,7 +516,7 @@ for tree in trees(ROOT / "exprl_jax"):
                     HOLDERS[value.attr].add(last_name(target))
 # The properties and methods of a record that read each of its leaves; all of them where the name is computed.
 DERIVED = collections.defaultdict(set)
-for record in ast.parse((ROOT / "exprl_jax/config.py").read_text()).body:
+for record in (node for tree in trees(ROOT / "exprl_jax/config") for node in tree.body):
     for method in record.body if isinstance(record, ast.ClassDef) else ():
         for node in ast.walk(method) if isinstance(method, ast.FunctionDef) else ():
             if isinstance(node, ast.Attribute) and last_name(node.value) == "self":

@@ -1,0 +1,57 @@
+"""Problems, and how they are sampled for an evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from exprl_jax.config.values import Count, GroupSize, NotNegative
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where problems come from and how they are put to the policy.
+
+    Attributes:
+      source: JSONL or parquet paths and globs, `hf:<dataset id>[:<config>]`, `tfds:<name>` or a benchmark's name
+        (`data.benchmarks`); several with commas between.
+      split: the split that is read of `hf:` and `tfds:` sources.
+      worked_examples: JSONL of solved problems shown to the policy as earlier turns; empty for none.
+      max_prompt_tokens: longest prompt; training drops longer ones and counts them.
+    """
+
+    source: str
+    split: str
+    worked_examples: str
+    max_prompt_tokens: Count
+
+
+@dataclasses.dataclass(frozen=True)
+class Data(Source):
+    """Problems to train on.
+
+    Attributes:
+      held_out: sources, written as in `source`, whose problems must not be among these; empty for none.
+      allow_held_out: train on such problems all the same.
+    """
+
+    held_out: str
+    allow_held_out: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """Samples for an evaluation.
+
+    Attributes:
+      samples: samples a problem (n).
+      group: samples of a problem drawn at a time, a divisor of `samples`.
+      wave: problems sampled at a time.
+      max_tokens: longest response.
+      temperature: the policy's; 0 is greedy.
+    """
+
+    samples: GroupSize
+    group: GroupSize
+    wave: Count
+    max_tokens: Count
+    temperature: NotNegative

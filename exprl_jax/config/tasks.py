@@ -1,0 +1,252 @@
+"""What the program does: the record of each task, of which the others are sections."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from exprl_jax.config.data import Data, Sampling, Source
+from exprl_jax.config.models import Lora, Mesh, Model
+from exprl_jax.config.rewards import Advantage, Code, Grader, Judge, Routes, Segments
+from exprl_jax.config.training import Checkpoint, Distillation, Log, Loss, Optimizer, Probe, Rollout, Updates, Watch
+from exprl_jax.config.values import Count, CountOrNone, GroupSize, NotNegative, Seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Training on the policy's own rollouts: Stage I, sparse GRPO and Stage II (`rl`), self-distillation (`distill`).
+
+    Self-distillation has no rewards: routes, judge, segments, advantage, the loss's clips and the probe say nothing to
+    it, as `distillation` says nothing to `rl`.  They stand in one record so that arms differ from one base by a few
+    keys.
+
+    Attributes:
+      task: `rl`, with rewards, or `distill`, with a teacher.
+      seed: all randomness derives from it.
+      steps: RL steps (batches).
+      data: problems to train on.
+      mesh: how devices are divided.
+      policy: the model that is trained.
+      lora: whether adapters are trained instead of all its parameters.
+      reference: the KL reference's, or the teacher's, weights; usually the policy's own start.
+      routes: where the reward of each kind of problem comes from.
+      judge: what scores rollouts, and how its score is read.
+      rollout: sampling from the policy.
+      segments: where a rollout is cut for a process judge.
+      advantage: from scores to advantages.
+      loss: the policy's loss.
+      distillation: the loss of self-distillation.
+      updates: how a batch of rollouts becomes optimizer updates.
+      optimizer: AdamW, its schedule and its clip.
+      checkpoint: what is saved, and when.
+      log: what people read of a step.
+      grader: the grader of math answers.
+      code: running the programs of rollouts.
+      probe: the check of the first batch, before the first update.
+      watch: the comparison of later steps with the first ones.
+    """
+
+    task: Literal["rl", "distill"]
+    seed: Seed
+    steps: Count
+    data: Data
+    mesh: Mesh
+    policy: Model
+    lora: Lora
+    reference: Model
+    routes: Routes
+    judge: Judge
+    rollout: Rollout
+    segments: Segments
+    advantage: Advantage
+    loss: Loss
+    distillation: Distillation
+    updates: Updates
+    optimizer: Optimizer
+    checkpoint: Checkpoint
+    log: Log
+    grader: Grader
+    code: Code
+    probe: Probe
+    watch: Watch
+
+    @property
+    def reads_references(self) -> bool:
+        """Whether the run has any use for reference solutions; Stage II and sparse GRPO have none."""
+        return self.task == "distill" or self.routes.all != {"verifier"}
+
+    @property
+    def has_reference_model(self) -> bool:
+        """Whether the run has a frozen model beside the policy: for the loss's KL, or as the teacher."""
+        return self.task == "distill" or self.loss.kl_coef > 0
+
+    @property
+    def has_local_judge(self) -> bool:
+        """Whether any route is scored by a model on the mesh; open-ended science in the data has one verify it
+        besides."""
+        return self.task == "rl" and self.routes.all != {"verifier"} and self.judge.backend == "local"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sft:
+    """Supervised training on the reference solutions.
+
+    Attributes:
+      task: `sft`.
+      seed: all randomness derives from it.
+      epochs: passes over the data.
+      data: problems whose references are trained on.
+      mesh: how devices are divided.
+      policy: the model that is trained.
+      lora: whether adapters are trained instead of all its parameters.
+      batch: examples an update.
+      microbatch: packed rows a gradient-accumulation step, over all devices.
+      row_tokens: width of a packed row; longer examples are dropped and counted.
+      logp_chunk: rows × tokens whose [.., V] logits exist at once.
+      optimizer: AdamW, its schedule and its clip.
+      checkpoint: what is saved, and when.
+    """
+
+    task: Literal["sft"]
+    seed: Seed
+    epochs: Count
+    data: Data
+    mesh: Mesh
+    policy: Model
+    lora: Lora
+    batch: Count
+    microbatch: Count
+    row_tokens: Count
+    logp_chunk: Count
+    optimizer: Optimizer
+    checkpoint: Checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """pass@k of a model on problem sets.
+
+    Attributes:
+      task: `evaluate`.
+      seed: all randomness derives from it.
+      label: what plots and tables call the model.
+      data: each part of `source` is a set of its own.
+      mesh: how devices are divided.
+      policy: any model, a run's workdir among them.
+      sampling: how many samples a problem, and how they are drawn.
+      judge: says yes or no to open-ended answers.
+      grader: the grader of math answers.
+      code: running the programs of samples.
+    """
+
+    task: Literal["evaluate"]
+    seed: Seed
+    label: str
+    data: Source
+    mesh: Mesh
+    policy: Model
+    sampling: Sampling
+    judge: Judge
+    grader: Grader
+    code: Code
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeats:
+    """Asking a `text` judge about the same rollout several times.
+
+    Attributes:
+      rollouts: how many rollouts are asked about, drawn at random; 0 for none.
+      count: how often the judge is asked about each.
+      temperature: the judge's; more than 0.
+    """
+
+    rollouts: CountOrNone
+    count: GroupSize
+    temperature: NotNegative
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefixes:
+    """Prefix scores against the success of continuations (paper Fig. 11b).
+
+    Attributes:
+      rollouts: how many rollouts are cut into prefixes, drawn at random; 0 for none.
+      segments: where they are cut.
+      sampling: how continuations are sampled, `samples` a prefix.
+    """
+
+    rollouts: CountOrNone
+    segments: Segments
+    sampling: Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrate:
+    """Judges against verifiers on fixed rollouts.
+
+    Attributes:
+      task: `calibrate`.
+      seed: all randomness derives from it.
+      rollouts: JSONL files or globs with commas between, of a run (`rollouts/`) or an evaluation (`samples/`).
+      data: the problems of the rollouts; an empty `source` where the files hold references and no choices.
+      mesh: how devices are divided.
+      judges: the judges, by the names that tables and figures give them.
+      wave: problems of a call to a judge.
+      group: rollouts of a problem in that call.
+      repeats: asking a judge about the same rollout several times.
+      prefixes: prefix scores against the success of continuations.
+      policy: writes the continuations of prefixes.
+      grader: the grader of math answers.
+      code: running the programs of rollouts.
+    """
+
+    task: Literal["calibrate"]
+    seed: Seed
+    rollouts: str
+    data: Source
+    mesh: Mesh
+    judges: dict[str, Judge]
+    wave: Count
+    group: GroupSize
+    repeats: Repeats
+    prefixes: Prefixes
+    policy: Model
+    grader: Grader
+    code: Code
+
+
+@dataclasses.dataclass(frozen=True)
+class Annotate:
+    """Solution archetypes and reasoning behaviours in fixed rollouts.
+
+    Attributes:
+      task: `annotate`.
+      seed: all randomness derives from it.
+      rollouts: JSONL files or globs with commas between, of a run (`rollouts/`) or an evaluation (`samples/`).
+      base: workdir of another annotation, to which this one is compared; empty for none.
+      data: the problems of the rollouts; an empty `source` where the files hold all that is needed.
+      mesh: how devices are divided.
+      annotator: the model that annotates; its `text` is read as JSON.
+      wave: rollouts of a call to it.
+    """
+
+    task: Literal["annotate"]
+    seed: Seed
+    rollouts: str
+    base: str
+    data: Source
+    mesh: Mesh
+    annotator: Judge
+    wave: Count
+
+
+TASKS = {
+    "rl": Config,
+    "distill": Config,
+    "sft": Sft,
+    "evaluate": Evaluate,
+    "calibrate": Calibrate,
+    "annotate": Annotate,
+}
+AnyConfig = Config | Sft | Evaluate | Calibrate | Annotate

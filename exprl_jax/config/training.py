@@ -1,0 +1,157 @@
+"""From rollouts to updates, and what a run keeps and says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from exprl_jax.config.values import Count, CountOrNone, Fraction, GroupSize, NotNegative, Positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Sampling from the policy.
+
+    Attributes:
+      prompts: problems a step (P), over all hosts.
+      group: rollouts a problem (G).
+      max_tokens: longest response (R); a rollout that reaches it without EOS is overlong.
+      temperature: the policy's; every log-probability in training is of logits / temperature.
+      wave: problems sampled and judged at a time; bounds the KV cache.
+      max_resample: how often a group without any advantage is sampled again, on any route.
+    """
+
+    prompts: Count
+    group: GroupSize
+    max_tokens: Count
+    temperature: NotNegative
+    wave: Count
+    max_resample: CountOrNone
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """The clipped policy loss (method: PPO clip on token ratios, dual clip, k3 KL to the reference).
+
+    Attributes:
+      clip_low, clip_high: the ratio is clipped to [1 − clip_low, 1 + clip_high]; with clip_low 1 there is no lower
+        clip, only a cap on the ratio of tokens with A > 0.
+      dual_clip: bound c on the loss −c·A of tokens with A < 0, greater than 1; 0 for none.
+      kl_coef: weight of the k3 estimate of KL(policy ‖ reference); 0 computes no reference log-probs.
+      entropy_coef: weight of the entropy bonus.
+      aggregate: `token_mean` over the update's whole batch, `sequence_mean` (mean over rows of their token means),
+        `sequence_sum` (sum over tokens / rows) or `constant` (sum over tokens / (rows · max_tokens), Dr.GRPO).
+    """
+
+    clip_low: NotNegative
+    clip_high: NotNegative
+    dual_clip: NotNegative
+    kl_coef: NotNegative
+    entropy_coef: NotNegative
+    aggregate: Literal["token_mean", "sequence_mean", "sequence_sum", "constant"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """On-policy self-distillation from the reference model, which is shown the reference solution.
+
+    Attributes:
+      kl: reverse KL(policy ‖ teacher) from the `sampled` tokens alone (released), or over the `full` vocabulary.
+    """
+
+    kl: Literal["sampled", "full"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Updates:
+    """How a batch of rollouts becomes optimizer updates.
+
+    Attributes:
+      per_batch: optimizer updates a batch; the batch's problems are divided among them.
+      row_tokens: width of a packed row.
+      microbatch: packed rows a gradient-accumulation step, over all devices.
+      logp_chunk: rows × tokens whose [.., V] logits exist at once.
+    """
+
+    per_batch: Count
+    row_tokens: Count
+    microbatch: Count
+    logp_chunk: Count
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """AdamW after a global-norm clip.
+
+    Attributes:
+      learning_rate: the highest that the schedule reaches.
+      schedule: of the learning rate: `constant`, or `cosine` to 0 at the run's last update.
+      warmup: fraction of the updates over which the rate first rises from 0.
+      b1: decay of Adam's mean of gradients.
+      b2: decay of Adam's mean of squared gradients.
+      eps: added to the root of that mean.
+      weight_decay: AdamW's; it is multiplied by the learning rate.
+      clip_norm: a gradient with a larger global norm is scaled down to it.
+    """
+
+    learning_rate: NotNegative
+    schedule: Literal["constant", "cosine"]
+    warmup: Fraction
+    b1: Fraction
+    b2: Fraction
+    eps: Positive
+    weight_decay: NotNegative
+    clip_norm: Positive
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What is saved, and when.
+
+    Attributes:
+      every: RL steps between checkpoints; the last step is always saved.
+      keep: newest checkpoints kept.
+      best: a metric by which the best checkpoint is kept beside them, its mean over the steps since the checkpoint
+        before; empty for none.
+      best_is: the `highest` or the `lowest` value.
+    """
+
+    every: Count
+    keep: Count
+    best: str
+    best_is: Literal["highest", "lowest"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Log:
+    """What people read of a step.
+
+    Attributes:
+      rollouts: rollouts of a step that are written to `rollouts/step_N.jsonl`.
+    """
+
+    rollouts: CountOrNone
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """The look at one sampled and judged batch before the first update.
+
+    Attributes:
+      strict: end the run where the probe has a warning.
+    """
+
+    strict: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Watch:
+    """The comparison of a run's last steps with its first.
+
+    Attributes:
+      window: steps whose means are compared.
+      strict: a warning of the watch ends the run.
+    """
+
+    window: Count
+    strict: bool
