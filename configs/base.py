@@ -175,6 +175,28 @@ def supervised(config: ConfigDict) -> ConfigDict:
     )
 
 
+def lessons(config: ConfigDict) -> ConfigDict:
+    """Training a small judge for an RL config; its float32 parameters are trained."""
+    shared = {name: config[name].to_dict() for name in ("mesh", "lora", "checkpoint", "judge")}
+    shared["checkpoint"].update(best="loss/total", best_is="lowest")
+    shared["judge"]["model"].update(weights="Qwen/Qwen3-0.6B", param_dtype="float32")
+    optimizer = config.optimizer.to_dict() | dict(learning_rate=1e-5, b2=0.95, schedule="cosine", warmup=0.1)
+    return ConfigDict(
+        dict(
+            task="judge",
+            seed=config.seed,
+            epochs=1,
+            lessons="data/lessons.jsonl",
+            batch=64,
+            microbatch=4,
+            row_tokens=20_480,
+            logp_chunk=config.updates.logp_chunk,
+            optimizer=optimizer,
+            **shared,
+        )
+    )
+
+
 def evaluation(config: ConfigDict) -> ConfigDict:
     """128 samples a problem of the benchmarks, with what it shares with an RL config."""
     shared = {name: config[name].to_dict() for name in ("data", "mesh", "policy", "judge", "grader", "code")}

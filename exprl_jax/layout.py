@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from exprl_jax.architecture import Architecture
-from exprl_jax.config import Config, Evaluate, Sft
+from exprl_jax.config import Config, Evaluate, Supervised
 
 
-def check_layout(config: Config | Sft | Evaluate, shards: int) -> None:
+def check_layout(config: Config | Supervised | Evaluate, shards: int) -> None:
     """Checks that every device gets a whole part of every wave and of every microbatch.
 
     Args:
@@ -15,7 +15,7 @@ def check_layout(config: Config | Sft | Evaluate, shards: int) -> None:
     Raises:
       ValueError: names the key to change.
     """
-    if isinstance(config, Sft):
+    if isinstance(config, Supervised):
         sizes = {"microbatch": config.microbatch}
     elif isinstance(config, Evaluate):
         sizes = {"sampling.wave": config.sampling.wave}
@@ -33,9 +33,9 @@ def check_layout(config: Config | Sft | Evaluate, shards: int) -> None:
         _check_microbatch(config, shards)
 
 
-def _check_microbatch(config: Config | Sft, shards: int) -> None:
+def _check_microbatch(config: Config | Supervised, shards: int) -> None:
     """Rows beyond those that an update can fill, and that every device needs, would only take memory."""
-    if isinstance(config, Sft):
+    if isinstance(config, Supervised):
         key, rows, size = "microbatch", config.batch, config.microbatch
     else:
         rows = config.rollout.prompts // config.updates.per_batch * config.rollout.group
@@ -61,9 +61,9 @@ def check_lengths(config: Config, policy: Architecture) -> None:
         )
 
 
-def packed_shape(config: Config | Sft) -> tuple[int, int, int]:
+def packed_shape(config: Config | Supervised) -> tuple[int, int, int]:
     """[M, B, T] of an update's arrays: a row for every sequence would be enough."""
-    if isinstance(config, Sft):
+    if isinstance(config, Supervised):
         return -(-config.batch // config.microbatch), config.microbatch, config.row_tokens
     rows = config.rollout.prompts // config.updates.per_batch * config.rollout.group
     return -(-rows // config.updates.microbatch), config.updates.microbatch, config.updates.row_tokens

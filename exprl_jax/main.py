@@ -145,6 +145,10 @@ def _run(config: Any, workdir: str, accept_lost_records: bool) -> None:
         from exprl_jax.sft import sft
 
         sft(config, workdir, accept_lost_records)
+    elif config.task == "judge":
+        from exprl_jax.judge_training import train_judge
+
+        train_judge(config, workdir, accept_lost_records)
     elif config.task == "evaluate":
         from exprl_jax.evaluation.evaluate import evaluate
 

@@ -24,7 +24,12 @@ TABLES: Mapping[str, Mapping[str, str]] = {
     "supervised": supervised.METRICS,
 }
 # Of each task, the tables that its rows of metrics are made of; a later one has the last word.
-_OF_TASK = {"rl": ("rollouts", "updates"), "distill": ("rollouts", "updates", "distillation"), "sft": ("supervised",)}
+_OF_TASK = {
+    "rl": ("rollouts", "updates"),
+    "distill": ("rollouts", "updates", "distillation"),
+    "sft": ("supervised",),
+    "judge": ("supervised",),
+}
 _BLOCK = re.compile(r"(?<=<!-- metrics: )(\w+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 

@@ -13,15 +13,15 @@ import optax
 from jax.sharding import Mesh
 
 from exprl_jax.architecture import Architecture
-from exprl_jax.config import Config, Judge, Lora, Model, Sft
+from exprl_jax.config import Config, Judge, JudgeTraining, Lora, Model, Supervised
 from exprl_jax.learning.distillation import distill_step
 from exprl_jax.learning.logprobs import token_logprobs
-from exprl_jax.learning.supervised import sft_step
+from exprl_jax.learning.supervised import sft_step, towards_next_digit
 from exprl_jax.learning.update import all_finite, learning_rate, make_optimizer, train_step
 from exprl_jax.mesh import Placement, microbatches_sharding, replicated, rows_sharding
-from exprl_jax.model.decoder import Params, Transformer
+from exprl_jax.model.decoder import Params, Transformer, logits
 from exprl_jax.model.lora import adapt, attached, init_adapters
-from exprl_jax.records import Array, Packed, TrainState
+from exprl_jax.records import Array, Lesson, Packed, TrainState
 from exprl_jax.reward.judge import JudgePrograms
 from exprl_jax.reward.judge_prompts import digit_token_ids
 from exprl_jax.reward.scoring import score
@@ -65,7 +65,7 @@ class TeacherPrograms:
 
 @dataclasses.dataclass(frozen=True)
 class SftPrograms:
-    """What trains a policy on examples.
+    """What trains a model on examples.
 
     Attributes:
       abstract, shardings: shapes and dtypes of the state, and where each of its arrays lies.
@@ -153,16 +153,23 @@ def build_teacher(config: Config, mesh: Mesh, policy: LanguageModel) -> TeacherP
     )
 
 
-def build_sft(config: Sft, mesh: Mesh, policy: LanguageModel, updates: int) -> SftPrograms:
+def build_sft(config: Supervised, mesh: Mesh, policy: LanguageModel, updates: int) -> SftPrograms:
     """The programs of a supervised run of so many updates."""
     optimizer, rate = make_optimizer(config.optimizer, updates), learning_rate(config.optimizer, updates)
-    logp = functools.partial(packed_logp_and_entropy, policy.on(mesh), temperature=1.0, chunk=config.logp_chunk)
+    # A digit between two teaches both; other targets are one token.
+    taught_by_digits = isinstance(config, JudgeTraining) and config.judge.readout == "logits"
+    logp = functools.partial(
+        lesson_logp_and_entropy,
+        policy.on(mesh),
+        chunk=config.logp_chunk,
+        digit_ids=digit_token_ids(policy.tokenizer) if taught_by_digits else (),
+    )
 
     def updating(state, base, lesson):
         return sft_step(
             state,
             lesson,
-            logp_fn=lambda params, packed: logp(adapt(config.lora, base, params), packed),
+            logp_fn=lambda params, part: logp(adapt(config.lora, base, params), part),
             optimizer=optimizer,
             rate=rate if callable(rate) else optax.constant_schedule(rate),
             keep_sharded=policy.on(mesh).keep_sharded,
@@ -200,7 +207,9 @@ def _optimizer(config: Config) -> optax.GradientTransformation:
     return make_optimizer(config.optimizer, config.steps * config.updates.per_batch)
 
 
-def _init_state(config: Config | Sft, policy: LanguageModel, optimizer: optax.GradientTransformation) -> Callable:
+def _init_state(
+    config: Config | Supervised, policy: LanguageModel, optimizer: optax.GradientTransformation
+) -> Callable:
     return functools.partial(
         init_state, lora=config.lora, model=policy.config, arch=policy.arch, optimizer=optimizer, seed=config.seed
     )
@@ -250,6 +259,23 @@ def packed_logp_and_entropy(
     both [B, T]."""
     hidden, table = packed_states(transformer, params, packed)
     return token_logprobs(hidden, table, packed.target_BT, temperature, chunk, transformer.placement)
+
+
+def lesson_logp_and_entropy(
+    transformer: Transformer, params: Params, lesson: Lesson, *, chunk: int, digit_ids: tuple[int, ...]
+) -> tuple[Array, Array]:
+    """The same for a microbatch of a lesson, [B, T]; a target between two digits counts for both.
+
+    Args:
+      digit_ids: of the digits; empty where no target is one.
+    """
+    hidden, table = packed_states(transformer, params, lesson.packed)
+    target = lesson.packed.target_BT
+    logp, entropy = token_logprobs(hidden, table, target, 1.0, chunk, transformer.placement)
+    if digit_ids:
+        of_digits = logits(hidden, table[:, jnp.asarray(digit_ids)])
+        logp += towards_next_digit(of_digits, target, lesson.share_MBT, digit_ids)
+    return logp, entropy
 
 
 def every_logp(params: Params, packed: Packed, used: Array, *, logp_fn: Callable) -> Array:

@@ -142,11 +142,13 @@ class Lesson:
     Attributes:
       packed: [M, B, T].
       mask_MBT: bool, slots whose target carries a loss.
+      share_MBT: float32, where the target is a score's digit, how far the score lies towards the next digit; else 0.
       used: int32 scalar.
     """
 
     packed: Packed
     mask_MBT: Array
+    share_MBT: Array
     used: Array
 
 

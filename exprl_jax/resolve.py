@@ -12,7 +12,19 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from exprl_jax.config import TASKS, Annotate, AnyConfig, Calibrate, Config, Judge, Lora, Mesh, Model, Sampling
+from exprl_jax.config import (
+    TASKS,
+    Annotate,
+    AnyConfig,
+    Calibrate,
+    Config,
+    Judge,
+    JudgeTraining,
+    Lora,
+    Mesh,
+    Model,
+    Sampling,
+)
 
 
 def resolve(config: Mapping[str, Any]) -> AnyConfig:
@@ -32,6 +44,9 @@ def resolve(config: Mapping[str, Any]) -> AnyConfig:
         _check_rl(resolved)
     elif isinstance(resolved, Calibrate):
         _check_calibrate(resolved)
+    elif isinstance(resolved, JudgeTraining):
+        backend = resolved.judge.backend
+        _require(backend == "local", "config.judge.backend", backend, "'local': the judge's model is trained here")
     elif isinstance(resolved, Annotate):
         readout = resolved.annotator.readout
         _require(readout == "text", "config.annotator.readout", readout, "'text': an annotation is written")

@@ -38,7 +38,8 @@ jaxtyping.install_import_hook([f"exprl_jax.{name}" for name in ANNOTATED], "bear
 LONG = """
     attention calibration calls checkpoint code_verifier compile_check costs decoder diagnostics distill dry_run
     evaluate
-    extending families folder gguf_file gpu_benchmark grader_agreement hlo judge leaks logprobs lora lora_run losses
+    extending families folder gguf_file gpu_benchmark grader_agreement hlo judge judge_training leaks logprobs lora
+    lora_run losses
     main mesh notebook package packed paged probe processes resume rl_run run_models sampler sandbox scoring sft
     supervised tpu_scripts train update wave
 """.split()

@@ -37,12 +37,14 @@ ARMS = {
     "annotate": ("4b", "smoke", "tiny"),
     "calibrate": ("4b", "smoke", "tiny"),
     "evaluate": ("4b", "8b", "smoke", "tiny"),
+    "judge": ("600m", "text", "smoke", "tiny"),
     "one_chip": ("large", "small"),
     "smoke": ("outcome", "process", "stage2"),
     "stage1": ("outcome", "process"),
     "stage2": ("released", "text"),
     "tiny": ("outcome", "process", "mixed", "text", "sparse", "stage2", "distill", "sft", "lora"),
 }
+KNOWN = "'rl', 'distill', 'sft', 'judge', 'evaluate', 'calibrate', 'annotate'"
 COMMITTED = [(name, arm) for name, arms in ARMS.items() for arm in arms] + [(f"paper.{name}", None) for name in PAPER]
 
 
@@ -179,11 +181,7 @@ def test_a_section_must_be_one():
             "config.routes.choice: got 'grader', expected one of 'process', 'outcome', 'verifier'",
         ),
         ("distillation.kl", "forward", "config.distillation.kl: got 'forward', expected one of 'sampled', 'full'"),
-        (
-            "task",
-            "train",
-            "config.task: got 'train', expected one of 'rl', 'distill', 'sft', 'evaluate', 'calibrate', 'annotate'",
-        ),
+        ("task", "train", f"config.task: got 'train', expected one of {KNOWN}"),
         ("task", "sft", "unknown config key config."),
         ("rollout.max_resample", 1.0, "config.rollout.max_resample: got 1.0 of type float, expected int"),
         ("policy.execution.compute_dtype", "fp8", "config.policy.execution.compute_dtype: got 'fp8', expected one of"),
@@ -407,14 +405,8 @@ def test_the_task_names_the_record():
 @pytest.mark.parametrize(
     "values, said",
     [
-        (
-            lambda: {"task": "sftt"},
-            "config.task: got 'sftt', expected one of 'rl', 'distill', 'sft', 'evaluate', 'calibrate', 'annotate'",
-        ),
-        (
-            lambda: {"task": None},
-            "config.task: got None, expected one of 'rl', 'distill', 'sft', 'evaluate', 'calibrate', 'annotate'",
-        ),
+        (lambda: {"task": "sftt"}, f"config.task: got 'sftt', expected one of {KNOWN}"),
+        (lambda: {"task": None}, f"config.task: got None, expected one of {KNOWN}"),
         (lambda: {"seed": 1}, "config key config.task is missing; add it to the config file"),
         (lambda: sft(rollout={}), "unknown config key config.rollout; its keys are task, seed, epochs, data"),
         (lambda: evaluate(label=3), "config.label: got 3 of type int, expected str"),
@@ -434,6 +426,16 @@ def test_the_task_names_the_record():
 )
 def test_what_other_tasks_cannot_have_is_refused(values, said):
     assert refused(values()).startswith(said)
+
+
+def test_a_judge_that_is_trained_is_local():
+    values = to_dict(changed({}, "judge", "tiny"))
+    assert type(resolve(values)) is TASKS["judge"] and resolve(values).policy == resolve(values).judge.model
+    elsewhere = {"base_url": "http://localhost:1/v1", "model": "m"}
+    values["judge"] |= {"backend": "openai", "endpoint": values["judge"]["endpoint"] | elsewhere}
+    assert refused(values) == (
+        "config.judge.backend: got 'openai', expected 'local': the judge's model is trained here"
+    )
 
 
 def test_greedy_samples_are_an_evaluations_alone():

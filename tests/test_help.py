@@ -106,7 +106,7 @@ def test_a_narrow_terminal_is_filled_and_no_more(monkeypatch):
     "topic, told",
     [
         ("rollout", ["rollout (rl, distill):", "rollout.group rollouts a problem (G). (int)"]),
-        ("judge.endpoint", ["judge.endpoint (rl, distill, evaluate):", "judge.endpoint.retries how often"]),
+        ("judge.endpoint", ["judge.endpoint (rl, distill, judge, evaluate):", "judge.endpoint.retries how often"]),
         ("judge.model", ["judge.model.execution.remat what the backward pass"]),
         (
             "routes.math",

@@ -181,7 +181,7 @@ def test_what_is_compiled_is_kept_for_the_next_start(named, tmp_path):
     [
         ("judge.unit=suffix", "config.judge.unit: got 'suffix', expected one of 'prefix', 'step'"),
         ("routes.math=judge", "config.routes.math: got 'judge', expected one of 'process', 'outcome', 'verifier'"),
-        ("task=train", "config.task: got 'train', expected one of 'rl', 'distill', 'sft', 'evaluate'"),
+        ("task=train", "config.task: got 'train', expected one of 'rl', 'distill', 'sft', 'judge', 'evaluate'"),
         ("task=evaluate", "unknown config key config.advantage; did you mean config.data?"),
         ("rollout.wave=3", "config.rollout.wave: got 3, expected a divisor of rollout.prompts = 8"),
         ("updates.per_batch=3", "config.updates.per_batch: got 3, expected a divisor of rollout.prompts = 8"),
@@ -450,6 +450,7 @@ def test_a_diff_with_what_does_not_resolve_is_one_line(refuse):
         "paper/mixed_8b.py",
         "paper/distill_4b.py",
         "paper/sft_4b.py",
+        "judge.py:tiny",
         "evaluate.py:tiny",
     ],
 )
@@ -462,7 +463,7 @@ def test_a_dry_run_prints_and_writes_nothing(name, capfd):
 @pytest.mark.parametrize("name, task", [("calibrate.py:smoke", "calibrate"), ("annotate.py:smoke", "annotate")])
 def test_a_dry_run_of_other_tasks_is_refused(name, task, refuse):
     said = refuse("--dry_run", config=f"--config={config_file(name)}")
-    assert said == f"config.task: got {task!r}, which has no plan; those that have: rl, distill, sft, evaluate"
+    assert said == f"config.task: got {task!r}, which has no plan; those that have: rl, distill, sft, judge, evaluate"
 
 
 @pytest.mark.parametrize(
@@ -471,6 +472,7 @@ def test_a_dry_run_of_other_tasks_is_refused(name, task, refuse):
         ("tiny.py", "train.train"),
         ("tiny.py:distill", "distill.distill"),
         ("tiny.py:sft", "sft.sft"),
+        ("judge.py:tiny", "judge_training.train_judge"),
         ("evaluate.py:tiny", "evaluation.evaluate.evaluate"),
     ],
 )
@@ -480,7 +482,8 @@ def test_the_config_names_the_task(name, place, monkeypatch, tmp_path):
     assert enter(f"--config={config_file(name)}", f"--workdir={tmp_path / 'run'}") == 0
     ((config, workdir, *_),) = called
     assert workdir == str(tmp_path / "run")
-    assert config.task == {"train": "rl"}.get(place.split(".")[-1], place.split(".")[-1])
+    name = place.split(".")[-1]
+    assert config.task == {"train": "rl", "train_judge": "judge"}.get(name, name)
 
 
 def test_a_fault_of_the_program_itself_keeps_its_traceback(monkeypatch, tmp_path):

@@ -23,7 +23,7 @@ from tiny_runs import (
     take_step,
 )
 
-from exprl_jax import sft
+from exprl_jax import sft, supervised_run
 from exprl_jax.data.problems import Problem, batch_indices, read_problems
 from exprl_jax.data.prompts import PromptStyle, policy_prompt
 from exprl_jax.data.tokenizer import load_tokenizer
@@ -52,9 +52,9 @@ def opened():
 
 def steps_of(run, count, state=None):
     """Metrics of some updates, and the state after them."""
-    state, made = sft.first_state(run) if state is None else state, []
+    state, made = supervised_run.first_state(run) if state is None else state, []
     for step in range(count):
-        state, result = take_step(sft, run, state, step)
+        state, result = take_step(supervised_run, run, state, step)
         made.append({"step": step + 1, **result.row})
     return made, state
 
@@ -110,7 +110,7 @@ def packed(step, **changes):
     run = opened()
     indices, _ = batch_indices(len(run.examples), run.config.batch, run.config.seed, step)
     examples = [run.examples[i] for i in indices]
-    return examples, sft.pack(dataclasses.replace(run.config, **changes), examples)
+    return examples, supervised_run.pack(dataclasses.replace(run.config, **changes), examples)
 
 
 def test_one_program_serves_every_batch(monkeypatch):

@@ -8,7 +8,19 @@ declared type.  `resolve` turns the one into the other and checks it; nothing el
 from exprl_jax.config.data import Data, Sampling, Source
 from exprl_jax.config.models import Execution, Lora, Mesh, Model
 from exprl_jax.config.rewards import Advantage, Code, Endpoint, Grader, Judge, Route, Routes, Segments
-from exprl_jax.config.tasks import TASKS, Annotate, AnyConfig, Calibrate, Config, Evaluate, Prefixes, Repeats, Sft
+from exprl_jax.config.tasks import (
+    TASKS,
+    Annotate,
+    AnyConfig,
+    Calibrate,
+    Config,
+    Evaluate,
+    JudgeTraining,
+    Prefixes,
+    Repeats,
+    Sft,
+    Supervised,
+)
 from exprl_jax.config.training import Checkpoint, Distillation, Log, Loss, Optimizer, Probe, Rollout, Updates, Watch
 from exprl_jax.config.values import (
     Count,

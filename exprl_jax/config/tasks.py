@@ -123,6 +123,48 @@ class Sft:
 
 
 @dataclasses.dataclass(frozen=True)
+class JudgeTraining:
+    """Training a judge on lessons: texts, each with the score or the judgement that it should get.
+
+    Attributes:
+      task: `judge`.
+      seed: all randomness derives from it.
+      epochs: passes over the lessons.
+      lessons: JSONL or parquet paths and globs with commas between; a row has `problem`, `reference` (null for a judge
+        without), `trace`, `unit` (`outcome`, `prefix` or `step`), a `score` in [0, 1], a `judgement` or both.
+      judge: the judge as runs will ask it; its `model` is what is trained.  Lessons beyond its budgets are dropped and
+        counted.
+      mesh: how devices are divided.
+      lora: whether adapters are trained instead of all its parameters.
+      batch: lessons an update.
+      microbatch: packed rows a gradient-accumulation step, over all devices.
+      row_tokens: width of a packed row; longer lessons are dropped and counted.
+      logp_chunk: rows × tokens whose [.., V] logits exist at once.
+      optimizer: AdamW, its schedule and its clip.
+      checkpoint: what is saved, and when.
+    """
+
+    task: Literal["judge"]
+    seed: Seed
+    epochs: Count
+    lessons: str
+    judge: Judge
+    mesh: Mesh
+    lora: Lora
+    batch: Count
+    microbatch: Count
+    row_tokens: Count
+    logp_chunk: Count
+    optimizer: Optimizer
+    checkpoint: Checkpoint
+
+    @property
+    def policy(self) -> Model:
+        """The model that is trained, under the name that it has in every other training run."""
+        return self.judge.model
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluate:
     """pass@k of a model on problem sets.
 
@@ -245,8 +287,10 @@ TASKS = {
     "rl": Config,
     "distill": Config,
     "sft": Sft,
+    "judge": JudgeTraining,
     "evaluate": Evaluate,
     "calibrate": Calibrate,
     "annotate": Annotate,
 }
-AnyConfig = Config | Sft | Evaluate | Calibrate | Annotate
+Supervised = Sft | JudgeTraining
+AnyConfig = Config | Supervised | Evaluate | Calibrate | Annotate

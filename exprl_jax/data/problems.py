@@ -64,6 +64,11 @@ class Problem:
         """The problem without reference and answer: all that a policy prompt is made from."""
         return Question(self.problem, self.choices)
 
+    @property
+    def content(self) -> str:
+        """All that it says: what a position in the data refers to."""
+        return f"{self.id}\0{self.problem}\0{self.choices}\0{self.reference}\0{self.answer}"
+
     @functools.cached_property
     def uid(self) -> int:
         """A stable uint32 made from `id`, to fold into random keys."""
@@ -219,33 +224,33 @@ def _rows(source: str, split: str) -> Iterator[Row]:
 
 def _plain(row: Row, references: bool) -> Problem:
     columns = row.columns
-    text = _text(row, columns, "problem")
+    text = read_text(row, columns, "problem")
     has_id = columns.get("id") is not None
     return Problem(
-        id=_text(row, columns, "id") if has_id else _hash(text),
+        id=read_text(row, columns, "id") if has_id else _hash(text),
         problem=text,
-        reference=_text(row, columns, "reference") if references else None,
-        answer=_text(row, columns, "answer"),
-        domain=_domain(row, "domain", columns.get("domain") or "math"),
-        choices=_choices(row, columns.get("choices")),
+        reference=read_text(row, columns, "reference") if references else None,
+        answer=read_text(row, columns, "answer"),
+        domain=read_domain(row, "domain", columns.get("domain") or "math"),
+        choices=read_choices(row, columns.get("choices")),
     )
 
 
 def _released(row: Row, references: bool) -> Problem:
     columns = row.columns
     extra = _struct(row, columns, "extra_info")
-    text = _text(row, extra, "question", "extra_info.")
+    text = read_text(row, extra, "question", "extra_info.")
     index = extra.get("index")
     number = "" if index is None else f"{index}-"
     return Problem(
         # Several released files number their rows from 0 under one data_source, hence the text's hash.
-        id=f"{_text(row, columns, 'data_source')}/{number}{_hash(text)}",
+        id=f"{read_text(row, columns, 'data_source')}/{number}{_hash(text)}",
         problem=text,
-        reference=_text(row, extra, "solution", "extra_info.") if references else None,
-        answer=_text(row, _struct(row, columns, "reward_model"), "ground_truth", "reward_model."),
-        domain=_domain(row, "ability", _text(row, columns, "ability")),
+        reference=read_text(row, extra, "solution", "extra_info.") if references else None,
+        answer=read_text(row, _struct(row, columns, "reward_model"), "ground_truth", "reward_model."),
+        domain=read_domain(row, "ability", read_text(row, columns, "ability")),
         # Concatenated data sets share one struct type, so a key that is present may well be null.
-        choices=_choices(row, extra.get("choices")),
+        choices=read_choices(row, extra.get("choices")),
     )
 
 
@@ -253,7 +258,12 @@ def _hash(text: str) -> str:
     return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
-def _text(row: Row, columns: Mapping[str, Any], key: str, prefix: str = "") -> str:
+def read_text(row: Row, columns: Mapping[str, Any], key: str, prefix: str = "") -> str:
+    """A row's text under a key.
+
+    Raises:
+      ValueError: there is none; names the row.
+    """
     if columns.get(key) is None:
         raise ValueError(f"{row.where}: no {prefix}{key}; the row has {', '.join(map(str, columns)) or 'nothing'}")
     value = columns[key]
@@ -283,14 +293,24 @@ def _struct(row: Row, columns: Mapping[str, Any], key: str) -> Mapping[str, Any]
     return value
 
 
-def _domain(row: Row, key: str, value: Any) -> str:
+def read_domain(row: Row, key: str, value: Any) -> str:
+    """The domain that a row's word means.
+
+    Raises:
+      ValueError: it means none; names the row.
+    """
     domain = DOMAINS.get(value.lower()) if isinstance(value, str) else None
     if domain is None:
         raise ValueError(f"{row.where}: {key} must be one of {', '.join(DOMAINS)}, got {value!r:.60}")
     return domain
 
 
-def _choices(row: Row, value: Any) -> tuple[tuple[str, str], ...]:
+def read_choices(row: Row, value: Any) -> tuple[tuple[str, str], ...]:
+    """(label, text) of each answer choice of a row; none for null.
+
+    Raises:
+      ValueError: they are not in one of the two forms; names the row.
+    """
     if not value:
         return ()
     if isinstance(value, Mapping):

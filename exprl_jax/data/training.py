@@ -56,7 +56,7 @@ def within_budget(key: str, limit: int, problems: Sequence[Problem], lengths: Ma
 
 def fingerprint(problems: Sequence[Problem]) -> str:
     """Of the problems and their order in the source: what a position in the data refers to."""
-    texts = "\0".join(f"{p.id}\0{p.problem}\0{p.choices}\0{p.reference}\0{p.answer}" for p in problems)
+    texts = "\0".join(problem.content for problem in problems)
     return hashlib.blake2b(texts.encode(), digest_size=16).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""One supervised update as one pure function: the policy learns to write the responses of packed examples."""
+"""One supervised update as one pure function: a model learns to write the responses of packed examples."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, Int
 
-from exprl_jax.learning.update import APPLIED, PackedLogp, accumulate, apply_gradient
+from exprl_jax.learning.update import APPLIED, accumulate, apply_gradient
 from exprl_jax.records import Lesson, TrainState
+
+LessonLogp = Callable[[Any, Lesson], tuple[Float32[Array, "B T"], Float32[Array, "B T"]]]
 
 METRICS: Mapping[str, str] = {
     "loss/total": "negative log-probability of the response tokens, end of sequence included, mean over them, nats",
@@ -26,7 +28,7 @@ def sft_step(
     state: TrainState,
     lesson: Lesson,
     *,
-    logp_fn: PackedLogp,
+    logp_fn: LessonLogp,
     optimizer: optax.GradientTransformation,
     rate: optax.Schedule,
     keep_sharded: Callable[[Any], Any],
@@ -40,8 +42,8 @@ def sft_step(
     Args:
       state: as of the last update; its `step` is that of a run with one update a step, and is left alone.
       lesson: packed examples.
-      logp_fn: (params, packed) → (log π of each slot's target, the entropy of that distribution); what stands where the
-        mask is False is not read.
+      logp_fn: (params, a microbatch of the lesson) → (log π of each slot's target, the entropy of that distribution);
+        what stands where the mask is False is not read.
       optimizer: see `update.make_optimizer`.
       rate: the learning rate that the optimizer uses, as a function of the updates it has made; for the metric.
       keep_sharded: constrains a tree of gradients to the parameters' sharding.
@@ -54,15 +56,34 @@ def sft_step(
     made = state.step - state.skipped
 
     def objective(params, part):
-        packed, mask_BT = part
         # Whatever stands outside the mask must not reach the loss: 0 · NaN is NaN, in the gradient too.
-        logp, entropy = (jnp.where(mask_BT, x, 0.0) for x in logp_fn(params, packed))
+        logp, entropy = (jnp.where(part.mask_MBT, x, 0.0) for x in logp_fn(params, part))
         return -weight * logp.sum(), ({"policy/entropy": entropy.sum() * weight}, {})
 
-    slots = lesson.packed, lesson.mask_MBT
+    slots = lesson.replace(used=jnp.zeros(lesson.mask_MBT.shape[0]))
     gradient, total, (sums, _) = accumulate(objective, state.params, slots, lesson.used, keep_sharded)
     state, applied = apply_gradient(state, gradient, total, optimizer)
     return state, applied | sums | {
         "update/tokens": tokens.astype(jnp.float32),
         "update/learning_rate": jnp.asarray(rate(made), jnp.float32),
     }
+
+
+def towards_next_digit(
+    logits_BT5: Float32[Array, "B T 5"],
+    target_BT: Int[Array, "B T"],
+    share_BT: Float32[Array, "B T"],
+    digit_ids: tuple[int, ...],
+) -> Float32[Array, "B T"]:
+    """What a score between two digits adds to the log π of the lower one: share · (log π(next) − log π(target)).
+
+    With it the loss is the cross-entropy −(1 − share) · log π(target) − share · log π(next), whose least value is where
+    π is the two weights.  The normalisers of the two are one, so that a difference of logits is all that is needed.
+
+    Args:
+      logits_BT5: of the digits, at the slots that predict the targets.
+      target_BT: where `share_BT` is not 0, a digit's id that is not the last.
+      digit_ids: of the digits.
+    """
+    here_BT5 = (target_BT[..., None] == jnp.asarray(digit_ids)).astype(jnp.float32)
+    return share_BT * (logits_BT5 * (jnp.roll(here_BT5, 1, axis=-1) - here_BT5)).sum(-1)

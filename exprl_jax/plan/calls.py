@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from exprl_jax.config import Config, Evaluate, Model, Sft
+from exprl_jax.config import Config, Evaluate, JudgeTraining, Model, Supervised
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.layout import check_layout, check_lengths, packed_shape
 from exprl_jax.mesh import DATA, MODEL, bytes_per_device, laid_out, microbatches_sharding, replicated, rows_sharding
@@ -43,14 +43,15 @@ from exprl_jax.rollout.call import padded_width
 from exprl_jax.rollout.sampler import CHUNK
 from exprl_jax.weights.language_model import PUBLISHED, LanguageModel, open_model
 
-Planned = Config | Sft | Evaluate
+Planned = Config | Supervised | Evaluate
 POLICY, ADAM, BATCH, KEYS, COPY, GRADIENT = "policy", "Adam", "batch", "KV", "working copy", "gradient"
 _STARTING = ("mesh.data", "mesh.model")
 _SAMPLING = ("rollout.wave", "mesh.model", "policy.execution.kv_dtype")
 _EVALUATING = ("sampling.wave", "sampling.group", "mesh.model", "policy.execution.kv_dtype")
 _JUDGING = ("rollout.wave", "judge.max_context_tokens", "judge.max_trace_tokens", "judge.max_tokens", "mesh.model")
 _TRAINING = ("updates.microbatch", "updates.row_tokens", "updates.logp_chunk", "policy.execution.remat", "mesh.model")
-_SUPERVISING = ("microbatch", "row_tokens", "logp_chunk", "policy.execution.remat", "mesh.model")
+# A key that begins with a point is of the model that is trained.
+_SUPERVISING = ("microbatch", "row_tokens", "logp_chunk", ".execution.remat", "mesh.model")
 # An SFT run counts its updates from its data; here they are a constant of the learning rate's schedule, nothing more.
 _SFT_UPDATES = 100
 
@@ -103,7 +104,7 @@ def calls_of(config: Planned, mesh: Mesh | AbstractMesh) -> list[Call]:
     Raises:
       ValueError: another task, or a config that does not fit the mesh or its models.
     """
-    tasks = {"rl": _reinforced, "distill": _distilled, "sft": _supervised, "evaluate": _evaluated}
+    tasks = {"rl": _reinforced, "distill": _distilled, "sft": _supervised, "judge": _supervised, "evaluate": _evaluated}
     if config.task not in tasks:
         raise ValueError(f"config.task: got {config.task!r}, which has no plan; those that have: {', '.join(tasks)}")
     check_layout(config, mesh.shape[DATA])
@@ -125,13 +126,13 @@ def residents(config: Planned, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     return owned_bytes(POLICY, _state(config, mesh)) | frozen
 
 
-def frozen_models(config: Config | Sft) -> dict[Model, str]:
+def frozen_models(config: Config | Supervised) -> dict[Model, str]:
     """The models that a training run keeps beside the policy, and what they serve as; equal models are one copy.
     Whether open-ended science in the data has a judge besides, only the data says."""
     roles: dict[Model, list[str]] = {}
-    if config.task != "sft" and config.has_reference_model:
+    if not isinstance(config, Supervised) and config.has_reference_model:
         roles.setdefault(config.reference, []).append("teacher" if config.task == "distill" else "reference")
-    if config.task != "sft" and config.has_local_judge:
+    if not isinstance(config, Supervised) and config.has_local_judge:
         roles.setdefault(config.judge.model, []).append("judge")
     if config.lora.rank:
         roles.setdefault(config.policy, []).append("base")
@@ -218,13 +219,14 @@ def _distilled(config: Config, mesh: Mesh) -> list[Call]:
     return [*calls, signal, dataclasses.replace(learn, beside={BATCH: tree_bytes(shown[1])})]
 
 
-def _supervised(config: Sft, mesh: Mesh) -> list[Call]:
+def _supervised(config: Supervised, mesh: Mesh) -> list[Call]:
     policy, shape = _policy(config, mesh), packed_shape(config)
     programs = build_sft(config, mesh, policy.model, _SFT_UPDATES)
-    packed, mask, _ = _slots(mesh, shape)
-    lesson = Lesson(packed, mask, used=_array(mesh, jnp.int32))
+    lesson = Lesson(*_slots(mesh, shape), used=_array(mesh, jnp.int32))
     learn = _update(policy, programs.sft_step, "sft_step", shape, [(BATCH, lesson)])
-    return [*_start(policy, programs), dataclasses.replace(learn, settings=_SUPERVISING)]
+    model = "judge.model" if isinstance(config, JudgeTraining) else "policy"
+    settings = tuple(f"{model}{key}" if key.startswith(".") else key for key in _SUPERVISING)
+    return [*_start(policy, programs), dataclasses.replace(learn, settings=settings)]
 
 
 def _evaluated(config: Evaluate, mesh: Mesh) -> list[Call]:
@@ -250,9 +252,9 @@ class _Policy(NamedTuple):
     acting: tuple[str, Any]
 
 
-def _policy(config: Config | Sft, mesh: Mesh) -> _Policy:
+def _policy(config: Config | Supervised, mesh: Mesh) -> _Policy:
     model = known_model(config.policy)
-    if config.task != "sft":
+    if not isinstance(config, Supervised):
         check_lengths(config, model.arch)
     state = _state(config, mesh)
     weights = frozen_models(config).get(config.policy, "weights"), _parameters(model, mesh)
@@ -443,9 +445,9 @@ def _frozen(config: Config, mesh: Mesh, model: Model) -> tuple[str, Any]:
     return frozen_models(config)[model], _parameters(known_model(model), mesh)
 
 
-def _state(config: Config | Sft, mesh: Mesh) -> TrainState:
+def _state(config: Config | Supervised, mesh: Mesh) -> TrainState:
     policy = known_model(config.policy)
-    if config.task == "sft":
+    if isinstance(config, Supervised):
         programs = build_sft(config, mesh, policy, _SFT_UPDATES)
         return laid_out(programs.abstract, programs.shardings)
     return laid_out(abstract_state(config, policy.arch), shard_state(config, mesh, policy))

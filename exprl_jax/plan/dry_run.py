@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
-from exprl_jax.config import Config, Evaluate, Sft
+from exprl_jax.config import Evaluate, JudgeTraining, Supervised
 from exprl_jax.layout import packed_shape
 from exprl_jax.mesh import DATA, MODEL, fit_mesh
 from exprl_jax.plan.calls import Call, Planned, calls_of, frozen_models, known_model, owners_of
@@ -66,8 +66,10 @@ def _derived(config: Planned) -> dict[str, Any]:
         "microbatch": f"{rows} rows of {tokens} tokens, at most {microbatches} an update",
         "frozen copies": f"{len(frozen_models(config))} ({', '.join(weights) or 'none'})",
     }
-    if isinstance(config, Sft):
-        return {"examples an update": config.batch} | derived
+    if isinstance(config, Supervised):
+        return {
+            "lessons an update" if isinstance(config, JudgeTraining) else "examples an update": config.batch
+        } | derived
     rollout, updates = config.rollout, config.updates.per_batch
     derived = {
         "rollouts a step": rollout.prompts * rollout.group,
@@ -85,7 +87,7 @@ def _derived(config: Planned) -> dict[str, Any]:
     return derived
 
 
-def _parameters(config: Config | Sft | Evaluate, calls: list[Call]) -> str:
+def _parameters(config: Planned, calls: list[Call]) -> str:
     """What is trained, or of an evaluation what samples, array by array."""
     arguments = [tree for call in calls for _, tree in call.arguments]
     tree = next((tree.params for tree in arguments if isinstance(tree, TrainState)), arguments[0])

@@ -211,7 +211,8 @@ def _recorded_run(workdir: pathlib.Path) -> dict[str, Any] | None:
     if not (workdir / "checkpoints").is_dir() or not (workdir / "config.json").is_file():
         return None
     recorded = read_json(workdir / "config.json")
-    return recorded if "task" in recorded and "policy" in recorded else None
+    trained = "judge" if recorded.get("task") == "judge" else "policy"
+    return recorded if "task" in recorded and trained in recorded else None
 
 
 def find_checkpoint(weights: str) -> Checkpoint | None:
@@ -241,8 +242,8 @@ def find_checkpoint(weights: str) -> Checkpoint | None:
             f"model {weights}: its workdir has no such checkpoint; its newest is {newest_step(path.parent)}"
         )
     try:
-        policy = recorded["policy"]
-        saved = Model(**policy | {"execution": Execution(**policy["execution"])} | {"date": policy.get("date", "")})
+        model = recorded["judge"]["model"] if recorded["task"] == "judge" else recorded["policy"]
+        saved = Model(**model | {"execution": Execution(**model["execution"])} | {"date": model.get("date", "")})
     except (TypeError, KeyError) as error:
         raise ValueError(
             f"model {weights}: {workdir}/config.json is of another version of this program ({error}); name "

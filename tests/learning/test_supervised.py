@@ -31,8 +31,9 @@ ADAMW = config.Optimizer(
 COSINE = config.Optimizer(**{**vars(ADAMW), "schedule": "cosine", "warmup": 0.1})
 
 
-def bigram(params, packed):
+def bigram(params, part):
     """A policy whose next token depends on the last one; what it says of padding is NaN."""
+    packed = part.packed
     table = jax.nn.log_softmax(params["embed"] @ params["table"])
     entropy = -(jnp.exp(table) * table).sum(-1)[packed.tokens_BT]
     logp = table[packed.tokens_BT, packed.target_BT]
@@ -56,7 +57,7 @@ def lesson(made=None, row_tokens=T, microbatch=8, apart=False, spare=0):
         made, each, row, (-(-(row.max() + 1) // microbatch) + spare, microbatch, row_tokens), share=False
     )
     mask = filled.spread([np.ones(len(e.response), bool) for e in made], bool)
-    return jax.tree.map(jnp.asarray, Lesson(filled.packed, mask, filled.used))
+    return jax.tree.map(jnp.asarray, Lesson(filled.packed, mask, np.zeros(mask.shape, np.float32), filled.used))
 
 
 def fresh(how=ADAMW, steps=40):
@@ -129,7 +130,7 @@ def test_loss_and_gradient_are_those_of_cross_entropy_on_responses(name, tmp_pat
 def model_logp(arch, how, data=1, model=1):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))
     policy = LanguageModel(config.Model("unread", how, "float32", ""), arch, tokenizer=None, source=None)
-    return functools.partial(programs.packed_logp_and_entropy, policy.on(mesh), temperature=1.0, chunk=24)
+    return functools.partial(programs.lesson_logp_and_entropy, policy.on(mesh), chunk=24, digit_ids=())
 
 
 def test_sharded_is_unsharded():
