@@ -38,19 +38,19 @@ class ErrorRates:
         return (self.false_positive + self.false_negative) / 2
 
 
-def error_rates(score_N: Float[np.ndarray, "N"], correct_N: Bool[np.ndarray, "N"]) -> ErrorRates:
+def error_rates(score_N: Float[np.ndarray, " N"], correct_N: Bool[np.ndarray, " N"]) -> ErrorRates:
     """The judge says correct iff its score is at least `SAYS_CORRECT`."""
     accepted_N = np.asarray(score_N) >= SAYS_CORRECT
     correct_N = np.asarray(correct_N, bool)
     return ErrorRates(mean(accepted_N[~correct_N]), mean(~accepted_N[correct_N]))
 
 
-def histogram(score_N: Float[np.ndarray, "N"]) -> Int[np.ndarray, "5"]:
+def histogram(score_N: Float[np.ndarray, " N"]) -> Int[np.ndarray, "5"]:
     """How many scores are nearest to each of the five digits; halves go up."""
     return np.bincount(nearest_digit(score_N) - DIGITS[0], minlength=len(DIGITS))
 
 
-def nearest_digit(score_N: Float[np.ndarray, "N"]) -> Int[np.ndarray, "N"]:
+def nearest_digit(score_N: Float[np.ndarray, " N"]) -> Int[np.ndarray, " N"]:
     """The digit that an expected digit is nearest to; halves go up."""
     return np.floor(np.asarray(score_N, np.float64) + 0.5).astype(np.int64)
 
@@ -71,7 +71,7 @@ class Agreement:
     kappa: float | None
 
 
-def agreement(ours_N: Float[np.ndarray, "N"], theirs_N: Float[np.ndarray, "N"]) -> Agreement:
+def agreement(ours_N: Float[np.ndarray, " N"], theirs_N: Float[np.ndarray, " N"]) -> Agreement:
     """How far two scores of the same rollouts agree."""
     a, b = nearest_digit(ours_N), nearest_digit(theirs_N)
     apart = np.abs(a - b)
@@ -126,7 +126,7 @@ class Likelihood:
     spearman: float | None
 
 
-def likelihood(score_N: Float[np.ndarray, "N"], success_N: Float[np.ndarray, "N"]) -> Likelihood:
+def likelihood(score_N: Float[np.ndarray, " N"], success_N: Float[np.ndarray, " N"]) -> Likelihood:
     """`success_N` is the share of a prefix's graded continuations that are correct."""
     score_N, success_N = np.asarray(score_N, np.float64), np.asarray(success_N, np.float64)
     digit_N = nearest_digit(score_N)
@@ -139,7 +139,7 @@ def likelihood(score_N: Float[np.ndarray, "N"], success_N: Float[np.ndarray, "N"
     )
 
 
-def derangement(texts: Sequence[tuple[str, ...]], seed: int) -> Int[np.ndarray, "P"]:
+def derangement(texts: Sequence[tuple[str, ...]], seed: int) -> Int[np.ndarray, " P"]:
     """A permutation that gives every item the index of another, and never of one which shares a text with it.
 
     Items that share a text, directly or through others, form a group.  In a random order with groups together, every

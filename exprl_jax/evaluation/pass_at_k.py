@@ -61,7 +61,9 @@ class Summary:
     length_max: int
 
 
-def pass_at_k(graded_P: Int[np.ndarray, "P"], correct_P: Int[np.ndarray, "P"], most: int) -> Float64[np.ndarray, "P K"]:
+def pass_at_k(
+    graded_P: Int[np.ndarray, " P"], correct_P: Int[np.ndarray, " P"], most: int
+) -> Float64[np.ndarray, "P K"]:
     """Unbiased estimates 1 − C(n−c, k) / C(n, k) for k = 1..most (K), of each problem   (Chen et al. 2021; paper §6).
 
     Computed as the chance that the first success comes at draw 1, 2, .., k without replacement: a sum of k positive
@@ -95,7 +97,7 @@ def pass_at_k(graded_P: Int[np.ndarray, "P"], correct_P: Int[np.ndarray, "P"], m
 
 def bootstrap(
     value_PK: Float64[np.ndarray, "P K"], seed: int = 0, draws: int = DRAWS, coverage: float = COVERAGE
-) -> tuple[Float64[np.ndarray, "K"], Float64[np.ndarray, "K"]]:
+) -> tuple[Float64[np.ndarray, " K"], Float64[np.ndarray, " K"]]:
     """Percentile bootstrap interval of the mean over problems, resampling problems with replacement.
 
     The resamples are a function of P, `seed` and `draws` alone, from raw Philox words (a stream that numpy keeps the

@@ -25,7 +25,7 @@ class SegmentAdvantages(NamedTuple):
 
     advantage_PGN: Float32[np.ndarray, "P G N"]
     counted_PGN: Bool[np.ndarray, "P G N"]
-    live_P: Bool[np.ndarray, "P"]
+    live_P: Bool[np.ndarray, " P"]
 
 
 def grpo(
@@ -35,7 +35,7 @@ def grpo(
     std_normalise: bool,
     min_spread: float | np.ndarray,
     eps: float = 1e-6,
-) -> tuple[Float32[np.ndarray, "P G"], Bool[np.ndarray, "P"]]:
+) -> tuple[Float32[np.ndarray, "P G"], Bool[np.ndarray, " P"]]:
     """Group-normalised advantage of whole rollouts: A = (R − mean_group) / (std_group + eps)   (paper §3).
 
     Mean and standard deviation (unbiased, as in the released code) are over the group's valid rollouts.  A group gives
@@ -51,7 +51,7 @@ def grpo(
 
 def rloo(
     score_PG: Float[np.ndarray, "P G"], valid_PG: Bool[np.ndarray, "P G"], *, min_spread: float | np.ndarray
-) -> tuple[Float32[np.ndarray, "P G"], Bool[np.ndarray, "P"]]:
+) -> tuple[Float32[np.ndarray, "P G"], Bool[np.ndarray, " P"]]:
     """Leave-one-out advantage of whole rollouts: A_i = R_i − mean of the group's other R_j   (arXiv 2402.14740, Eq. 4).
 
     That is n / (n − 1) · (R_i − mean_group) over the group's n valid rollouts.  Groups are live as in `grpo`.
@@ -65,7 +65,7 @@ def rloo(
 
 def maxrl(
     score_PG: Float[np.ndarray, "P G"], valid_PG: Bool[np.ndarray, "P G"], *, min_spread: float | np.ndarray
-) -> tuple[Float32[np.ndarray, "P G"], Bool[np.ndarray, "P"]]:
+) -> tuple[Float32[np.ndarray, "P G"], Bool[np.ndarray, " P"]]:
     """Advantage of whole rollouts relative to their group's mean: A = (R − mean_group) / mean_group   (arXiv
     2602.02710).
 
@@ -136,8 +136,8 @@ def assign_advantages(
     valid_PGN: Bool[np.ndarray, "P G N"],
     count_PG: Int[np.ndarray, "P G"],
     overlong_PG: Bool[np.ndarray, "P G"],
-    process_P: Bool[np.ndarray, "P"],
-    logits_P: Bool[np.ndarray, "P"],
+    process_P: Bool[np.ndarray, " P"],
+    logits_P: Bool[np.ndarray, " P"],
     rules: config.Advantage,
 ) -> SegmentAdvantages:
     """Advantages of a batch under `rules`, with the rules for missing scores (D2) and overlong rollouts (D3).

@@ -57,7 +57,7 @@ def rotate(x: Float[Array, "P G T N E"], positions: Int[Array, "P G T"], frequen
 def attend(
     q_PGTHE: Float[Array, "P G T H E"],
     context: KV,
-    length_P: Int[Array, "P"],
+    length_P: Int[Array, " P"],
     own: KV,
     start_PG: Int[Array, "P G"],
     slot: Int[Array, ""] | int,

@@ -26,7 +26,7 @@ Params = dict[str, Any]
 LORA_A, LORA_B = "_lora_a", "_lora_b"
 
 
-def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, "D"], eps: float) -> Float[Array, "*B D"]:
+def rms_norm(x: Float[Array, "*B D"], scale: Float[Array, " D"], eps: float) -> Float[Array, "*B D"]:
     """x / rms(x) · scale, in float32; returns x's dtype (Zhang & Sennrich 2019)."""
     wide = x.astype(jnp.float32)
     normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
