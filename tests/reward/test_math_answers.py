@@ -49,7 +49,15 @@ def test_spelled_numbers_are_read(number, joint):
     words = spelled(number, joint)
     assert number_words.number(tuple(words)) == number
     assert compare(rf"\text{{{'-'.join(words)}}}", str(number)) == "correct"
+    assert compare("-".join(words), str(number)) == "correct"
     assert compare(rf"\text{{{' '.join(words)}}}", str(number + 1)) == "wrong"
+
+
+@pytest.mark.parametrize(
+    "answer, reference", [("x-one", "x"), ("five-two", "3"), ("seven-two", "72"), ("a-b", "b-a"), ("n-one", "n")]
+)
+def test_a_hyphen_joins_words_alone(answer, reference):
+    assert compare(answer, reference) == "wrong"
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def _tokens(text: str, commas: bool) -> list[Token]:
                 raise Unreadable("a brace closes that none has opened")
             token = Token("mark", "}") if groups.pop()[0] else None
             spaced = space or upright  # what stands behind a group of words is another word
-        elif text[at] == "-" and upright and tokens and tokens[-1].kind == "word":
+        elif text[at] == "-" and tokens and tokens[-1].kind == "word" and (upright or _joins(tokens[-1], text, at)):
             spaced = True  # `twenty-one` is `twenty one`
         else:
             token = Token("mark", text[at], space, upright)
@@ -161,6 +161,12 @@ def _command(name: str, space: bool) -> Token:
     if name.isalpha():  # `\lor` is the word "or"
         return Token("word", name, True, True)
     return Token("command" if name[0] == "\\" and name[1:].isalpha() else "mark", name, space)
+
+
+def _joins(word: Token, text: str, at: int) -> bool:
+    r"""Whether a hyphen outside `\text` stands between two words, and is no minus between variables."""
+    following = _WORD[False].match(text, at + 1)
+    return word.roman and text[at - 1].isalpha() and following is not None and _is_text(following[0], False)
 
 
 def _is_text(word: str, space: bool) -> bool:
