@@ -61,6 +61,14 @@ class Architecture:
         return self.layers * layer + self.vocab_size * self.width * (1 if self.tied else 2) + self.width
 
     @property
+    def products(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(dims that it takes in, dims that it gives) of every product of a layer, by its matrix's name."""
+        D, F, E = (self.width,), (self.ffn,), self.head_size
+        heads, kv = (self.heads, E), (self.kv_heads, E)
+        layer = {"q": (D, heads), "k": (D, kv), "v": (D, kv), "o": (heads, D)}
+        return layer | {"gate": (D, F), "up": (D, F), "down": (F, D)}
+
+    @property
     def fault(self) -> str:
         """Why a decoder of these sizes cannot be; empty if it can."""
         if self.heads % self.kv_heads:

@@ -46,7 +46,8 @@ class Model:
 
     Attributes:
       weights: a Hugging Face folder, a `.gguf` file, `pip:<package>==<version>`, a hub id, a run's workdir or one of
-        its checkpoints, or `random:<family>` (a tiny architecture with a byte tokenizer).
+        its checkpoints, `random:<folder>` (new weights from the seed, for the config.json and the tokenizer of a
+        folder), or `random:<family>` (a tiny architecture with a byte tokenizer).
       execution: how it runs.
       param_dtype: dtype the parameters are held in.
       date: the day, YYYY-MM-DD, that a chat template is told when it asks for today's; a fixed one, so that prompts are

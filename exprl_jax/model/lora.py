@@ -50,7 +50,7 @@ def attached(params: Params | Adapted) -> Params:
 
 def init_adapters(arch: Architecture, execution: Execution, lora: Lora, dtype: str, key: jax.Array) -> Params:
     """A uniform within ±1/√in, as in PEFT; B 0."""
-    shapes = _shapes(arch)
+    shapes = arch.products
 
     def layer(key):
         made = {}
@@ -66,10 +66,3 @@ def init_adapters(arch: Architecture, execution: Execution, lora: Lora, dtype: s
     if execution.scan_layers:
         return {"layers": jax.vmap(layer)(keys)}
     return {f"layer_{i}": layer(keys[i]) for i in range(arch.layers)}
-
-
-def _shapes(arch: Architecture) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """(dims that a target's product takes in, dims that it gives)."""
-    D, F, E = (arch.width,), (arch.ffn,), arch.head_size
-    heads, kv = (arch.heads, E), (arch.kv_heads, E)
-    return {"q": (D, heads), "k": (D, kv), "v": (D, kv), "o": (heads, D), "gate": (D, F), "up": (D, F), "down": (F, D)}

@@ -303,7 +303,8 @@ def _open_folder(source: ModelSource) -> dict[str, StoredTensor]:
     else:
         raise ValueError(
             f"model {source.name}: {folder} holds neither {_SINGLE} nor {_INDEX}; "
-            f"convert other formats with transformers' save_pretrained(safe_serialization=True)"
+            f"convert other formats with transformers' save_pretrained(safe_serialization=True); for new, random "
+            f"weights name random:{source.name}"
         )
     absent = [name for name in names if not (folder / name).is_file()]
     if absent:

@@ -18,6 +18,8 @@ from exprl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from exprl_jax.files import read_json
 from exprl_jax.mesh import Placement, laid_out
 from exprl_jax.model.decoder import Params, Transformer
+from exprl_jax.model.initial import fan_in_params
+from exprl_jax.packaged import locate
 from exprl_jax.run.checkpoint import MANIFEST, newest_step, restore_params
 from exprl_jax.weights import folder as weights
 from exprl_jax.weights.families import FAMILIES
@@ -88,18 +90,30 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class Untrained:
+    """A folder that says what a model is, for one with new parameters; weights that it may hold are not read."""
+
+    description: ModelSource
+
+    @property
+    def files(self) -> list[pathlib.Path]:
+        """The files that decide what the model is."""
+        return [file for file in self.description.files if ".safetensors" not in file.name]
+
+
+@dataclasses.dataclass(frozen=True)
 class LanguageModel:
     """A model that is known but not loaded.
 
     Attributes:
       config: where its weights come from and how it runs.
-      source: its files; None for `random:`.
+      source: its files; None for `random:<family>`.
     """
 
     config: Model
     arch: Architecture
     tokenizer: Tokenizer
-    source: ModelSource | Checkpoint | None
+    source: ModelSource | Checkpoint | Untrained | None
 
     @property
     def execution(self) -> Execution:
@@ -128,19 +142,29 @@ def open_model(config: Model, opened: LanguageModel | None = None) -> LanguageMo
     if opened is not None and (opened.config.weights, opened.config.date) == (config.weights, config.date):
         return dataclasses.replace(opened, config=config)
     if config.weights.startswith(RANDOM):
-        family, tokenizer = config.weights.removeprefix(RANDOM), load_tokenizer("byte", config.date)
-        if family not in FAMILIES:
-            raise ValueError(
-                f"model {config.weights!r}: expected one of {', '.join(RANDOM + name for name in FAMILIES)}"
-            )
-        arch = FAMILIES[family].architecture(family, vocab_size=tokenizer.vocab_size, **TINY)
-        return LanguageModel(config, arch, tokenizer, None)
+        return _open_random(config, config.weights.removeprefix(RANDOM))
     if (checkpoint := find_checkpoint(config.weights)) is not None:
         return LanguageModel(config, *_read_description(checkpoint.description, config.date), checkpoint)
     source = resolve_model(config.weights)
     arch, tokenizer = _read_description(source, config.date)
     weights.check_tensors(source, arch)
     return LanguageModel(config, arch, tokenizer, source)
+
+
+def _open_random(config: Model, name: str) -> LanguageModel:
+    """A model with new parameters: of a family in a size for tests, or of a folder's sizes."""
+    if name in FAMILIES:
+        tokenizer = load_tokenizer("byte", config.date)
+        arch = FAMILIES[name].architecture(name, vocab_size=tokenizer.vocab_size, **TINY)
+        return LanguageModel(config, arch, tokenizer, None)
+    folder = pathlib.Path(locate(name)).expanduser()
+    if not name or not folder.is_dir():
+        raise ValueError(
+            f"model {config.weights!r}: expected one of {', '.join(RANDOM + known for known in FAMILIES)}, or "
+            f"{RANDOM}<folder> with config.json and tokenizer in the folder"
+        )
+    description = resolve_model(str(folder))
+    return LanguageModel(config, *_read_description(description, config.date), Untrained(description))
 
 
 def _read_description(source: ModelSource, date: str) -> tuple[Architecture, Tokenizer]:
@@ -253,11 +277,15 @@ def find_checkpoint(weights: str) -> Checkpoint | None:
 
 
 def load_params(model: LanguageModel, mesh: Mesh, seed: int) -> Params:
-    """The model's parameters on the mesh; `random:` ones depend on the seed alone."""
+    """The model's parameters on the mesh; `random:` ones depend on the seed alone.  No device has more than its part
+    at any time."""
     dtype, transformer = model.config.param_dtype, model.on(mesh)
     shardings = transformer.shard(transformer.abstract_params(dtype))
     if model.source is None:
         initialise = jax.jit(lambda: transformer.init_params(jax.random.key(seed), dtype), out_shardings=shardings)
+        return initialise()
+    if isinstance(model.source, Untrained):
+        initialise = jax.jit(lambda: fan_in_params(transformer, jax.random.key(seed), dtype), out_shardings=shardings)
         return initialise()
     if isinstance(model.source, Checkpoint):
         return _load_checkpoint(model, model.source, shardings, mesh)

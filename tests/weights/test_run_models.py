@@ -80,14 +80,16 @@ def test_a_description_samples_as_its_model_does_in_every_family(kind, tmp_path)
 
 
 def test_sampling_is_the_same_after_every_hop(tmp_path):
-    """Folder → run → its checkpoint → a run from that → its export → a run from that."""
+    """Folder, its weights new ones → run → its checkpoint → a run from that → its export → a run from that."""
     hub = model_folder(tmp_path / "hub", "mistral")
+    (hub / "model.safetensors").unlink()
     places, changes = [hub], {"steps": 1, "policy.date": "2025-02-03", "loss.kl_coef": 0.0}
-    for name, start in (("one", ""), ("two", ""), ("three", "export")):
-        changes |= {"policy.weights": str(places[-1] / start if start else places[-1])}
+    changes |= {"judge.model.weights": f"random:{hub}", "judge.model.date": "2025-02-03"}
+    for name, start in (("one", "random:{}"), ("two", "{}"), ("three", "{}/export")):
+        changes |= {"policy.weights": start.format(places[-1])}
         config = pin_checkpoints(tiny("outcome", changes), {})
         places.append(run(config, tmp_path / name))
-    first = sampling(hub)
+    first = sampling(f"random:{hub}")
     for place in places[1:]:
         assert sampling(place) == sampling(place / "export") == first
 
