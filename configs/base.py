@@ -92,6 +92,7 @@ def base() -> ConfigDict:
                 clip_norm=1.0,
             ),
             checkpoint=dict(every=10, keep=2, best="solve/accuracy", best_is="highest"),
+            evaluate=dict(every=0, source="", training_problems=0, samples=10, k="", temperature=0.8),
             log=dict(rollouts=16),
             grader=dict(seconds=5.0, workers=4),
             code=dict(seconds=10.0, memory_mb=1024, allow_unsandboxed=False),

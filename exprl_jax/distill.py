@@ -41,6 +41,7 @@ from exprl_jax.rollout_log import rollout_row
 from exprl_jax.run.clock import Clock
 from exprl_jax.run.loop import StepResult, run_task
 from exprl_jax.run.workdir import check_workdir
+from exprl_jax.run_evaluation import evaluation_of
 from exprl_jax.wave import Wave, WaveRequest, sample_wave, wave_requests
 
 
@@ -83,8 +84,9 @@ def distill(config: Config, workdir_path: str, accept_lost_records: bool = False
     check_workdir(workdir_path, to_dict(config))
     with contextlib.ExitStack() as stack:
         distilled = open_distill_run(config, stack)
-        collecting, learning = functools.partial(collect, distilled), functools.partial(learn, distilled)
-        run_task(task_of(distilled.run, collect=collecting, learn=learning), workdir_path, accept_lost_records)
+        steps = {"collect": functools.partial(collect, distilled), "learn": functools.partial(learn, distilled)}
+        task = task_of(distilled.run, **steps, evaluation=evaluation_of(distilled.run))
+        run_task(task, workdir_path, accept_lost_records)
 
 
 def open_distill_run(config: Config, stack: contextlib.ExitStack) -> DistillRun:

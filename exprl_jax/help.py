@@ -82,16 +82,15 @@ def describe(topic: str, options: Mapping[str, str]) -> str:
     """
     if not topic:
         return _everything(options)
-    if topic in TASKS:
-        return "\n".join(_of_task(TASKS[topic], {}))
+    of_task = _of_task(TASKS[topic], {}) if topic in TASKS else []
     heads: dict[Any, dict[Key, list[str]]] = {}  # by type: keys of one name and type, and the tasks of each
     for task, record in TASKS.items():
         for key in keys(record):
             if _matches(key.path, topic):
                 heads.setdefault(key.hint, {}).setdefault(key, []).append(task)
-    if not heads:
+    if not heads and not of_task:
         raise ValueError(f"--help={topic}: no such section, key or task{_nearest(topic)}")
-    lines = [line for tasks_of in heads.values() for line in ["", *_of_keys(tasks_of)]][1:]
+    lines = [line for head in [of_task, *map(_of_keys, heads.values())] if head for line in ["", *head]][1:]
     if others := [path for path in _paths() if path.endswith(f".{topic}")]:
         lines += ["", *_wrapped(f"other keys of that name: {', '.join(others)}")]
     return "\n".join(lines)

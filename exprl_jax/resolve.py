@@ -23,6 +23,7 @@ from exprl_jax.config import (
     Lora,
     Mesh,
     Model,
+    RunEvaluation,
     Sampling,
 )
 
@@ -137,6 +138,10 @@ def _check_section(section: Any, path: str) -> None:
         known, names = {"q", "k", "v", "o", "gate", "up", "down"}, section.names
         expected = "some of q,k,v,o,gate,up,down, each once, with commas between"
         _require(len(names) == len(set(names)) and set(names) <= known, f"{path}.targets", section.targets, expected)
+    if isinstance(section, RunEvaluation):
+        expected = f"positive numbers, at most samples = {section.samples}, with commas between; '' for 1 alone"
+        ok = not section.k or all(part.isascii() and part.isdigit() for part in section.k.split(","))
+        _require(ok and 1 <= section.ks[0] and section.ks[-1] <= section.samples, f"{path}.k", section.k, expected)
     if isinstance(section, Judge) and section.backend == "openai":
         endpoint = section.endpoint
         is_url = endpoint.base_url.startswith(("http://", "https://"))
@@ -185,6 +190,15 @@ def _check_rl(c: Config) -> None:
         require(c.rollout.max_resample == 0, "rollout.max_resample", "0 with task = 'distill'")
         for name in ("kl_coef", "entropy_coef"):
             require(getattr(c.loss, name) == 0, f"loss.{name}", "0 with task = 'distill', whose loss is the KL")
+    if c.evaluate.every:
+        something = "held-out problems, or evaluate.training_problems = 1 or more"
+        require(bool(c.evaluate.source) or c.evaluate.training_problems > 0, "evaluate.source", something)
+        whole_groups = f"a multiple of rollout.group = {c.rollout.group}"
+        require(c.evaluate.samples % c.rollout.group == 0, "evaluate.samples", whole_groups)
+        groups = c.evaluate.samples // c.rollout.group
+        require(groups < 1 << 10, "evaluate.samples", f"less than {1 << 10} times rollout.group")
+    elif c.checkpoint.best.startswith("evaluate/"):
+        require(False, "checkpoint.best", "a metric that is measured; set evaluate.every above 0")
     if c.advantage.overlong == "penalty":
         require(c.advantage.overlong_penalty < 0, "advantage.overlong_penalty", "negative")
     if c.advantage.std_normalise:

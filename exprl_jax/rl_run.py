@@ -13,7 +13,14 @@ from jax.sharding import Mesh
 from exprl_jax import programs as programs_room
 from exprl_jax.config import Config, Model
 from exprl_jax.data.problems import Problem
-from exprl_jax.data.training import kinds_of, policy_prompts, read_training_problems, within_budget
+from exprl_jax.data.training import (
+    check_budget,
+    kinds_of,
+    policy_prompts,
+    read_held_out,
+    read_training_problems,
+    within_budget,
+)
 from exprl_jax.hosts import owned_problems, say
 from exprl_jax.layout import check_layout, check_lengths
 from exprl_jax.mesh import DATA, make_mesh
@@ -25,6 +32,7 @@ from exprl_jax.reward.routes import ROUTES, RewardRoute
 from exprl_jax.reward.segments import Splitter, segment_rule
 from exprl_jax.reward.verifiers.grading import Graders, check_answers, open_graders
 from exprl_jax.rollout.call import Prompts, Sampler, make_prompts
+from exprl_jax.run.evaluating import Evaluation
 from exprl_jax.run.loop import Task
 from exprl_jax.weights.adapters import export_policy
 from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
@@ -37,6 +45,7 @@ class RLRun:
 
     Attributes:
       problems: those whose prompts are within budget.
+      held_out: those that the policy is evaluated on; none where it is not.
       kinds: of the problems, in a fixed order.
       frozen: parameters that never change, by the model they are of; equal models share one entry.
       models: all that the run has opened.
@@ -50,6 +59,7 @@ class RLRun:
     sampler: Sampler
     programs: programs_room.Programs
     problems: Sequence[Problem]
+    held_out: Sequence[Problem]
     kinds: Sequence[str]
     prompts: Prompts
     splitter: Splitter
@@ -89,16 +99,21 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
     rule = segment_rule(config)
     policy = open_model(config.policy)
     problems = read_training_problems(config.data, config.reads_references)
-    check_answers(problems)
+    held_out = read_held_out(config, problems)
+    check_answers([*problems, *held_out])
     kinds = kinds_of(problems)
-    builder = _judge_builder(config, problems, policy)
+    builder = _judge_builder(config, problems, held_out, policy)
     programs = programs_room.build(config, mesh, policy)
     check_lengths(config, policy.arch)
-    ids = policy_prompts(config, policy.tokenizer, problems)
+    ids = policy_prompts(config, policy.tokenizer, [*problems, *held_out])
     lengths = {name: len(prompt) for name, prompt in ids.items()}
-    problems = within_budget("data.max_prompt_tokens", config.data.max_prompt_tokens, problems, lengths)
-    lengths = builder.lengths(problems)
-    problems = within_budget("judge.max_context_tokens", config.judge.max_context_tokens, problems, lengths)
+    judged = builder.lengths([*problems, *held_out])
+    for key, budget, tokens in (
+        ("data.max_prompt_tokens", config.data.max_prompt_tokens, lengths),
+        ("judge.max_context_tokens", config.judge.max_context_tokens, judged),
+    ):
+        problems = within_budget(key, budget, problems, tokens)
+        check_budget(key, budget, {p.id: tokens[p.id] for p in held_out})
     check_enough(problems, config.rollout.prompts)
     # In one order on every process: loading may run programs over the whole mesh.
     reference = _open_reference(config, policy)
@@ -112,7 +127,13 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
 
     rollout = config.rollout
     judge = builder.open(
-        mesh, stack, load_judge, programs_room.build_judge, problems, wave=rollout.wave, group=rollout.group
+        mesh,
+        stack,
+        load_judge,
+        programs_room.build_judge,
+        [*problems, *held_out],
+        wave=rollout.wave,
+        group=rollout.group,
     )
     grades = bool(owned_problems(mesh, rollout.wave).any())
     return RLRun(
@@ -120,12 +141,14 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
         mesh=mesh,
         policy=policy,
         judge=judge,
-        graders=stack.enter_context(open_graders(config.grader, config.code, kinds, grades)),
+        graders=stack.enter_context(open_graders(config.grader, config.code, kinds_of([*problems, *held_out]), grades)),
         sampler=programs_room.build_sampler(policy, mesh, max_tokens=rollout.max_tokens, wave=rollout.wave),
         programs=programs,
         problems=problems,
+        held_out=held_out,
         kinds=kinds,
-        prompts=make_prompts({p.id: ids[p.id] for p in problems}),
+        # One width for all: the sampler's program serves both.
+        prompts=make_prompts({p.id: ids[p.id] for p in (*problems, *held_out)}),
         splitter=Splitter(policy.tokenizer.token_bytes, rule),
         frozen=frozen,
         models=[policy, *([] if reference is None else [reference]), *builder.models],
@@ -144,13 +167,16 @@ def check_enough(problems: Sequence[Problem], batch: int) -> None:
         )
 
 
-def _judge_builder(config: Config, problems: Sequence[Problem], policy: LanguageModel) -> JudgeBuilder:
+def _judge_builder(
+    config: Config, problems: Sequence[Problem], held_out: Sequence[Problem], policy: LanguageModel
+) -> JudgeBuilder:
     """The judge of the routes that want one, and of open-ended answers; self-distillation has no rewards."""
     rewarded = problems if config.task == "rl" else []
+    graded = problems if config.task == "rl" or config.evaluate.training_problems else []
     return JudgeBuilder(
         config.judge,
         scored=[p for p in rewarded if route_of(config, p).judged],
-        verified=[p for p in rewarded if p.traits.by_judge],
+        verified=[p for p in (*graded, *held_out) if p.traits.by_judge],
         unit=lambda p: config.judge.unit if route_of(config, p).per_segment else "outcome",
         opened=policy,
     )
@@ -180,8 +206,8 @@ def _load_frozen(
     return frozen
 
 
-def task_of(run: RLRun, *, collect: Callable, learn: Callable) -> Task:
-    """The run as the loop sees it; `collect` and `learn` as in `run.loop.Task`."""
+def task_of(run: RLRun, *, collect: Callable, learn: Callable, evaluation: Evaluation | None) -> Task:
+    """The run as the loop sees it; `collect`, `learn` and `evaluation` as in `run.loop.Task`."""
     config, policy = run.config, run.policy
     return Task(
         config=config,
@@ -198,6 +224,7 @@ def task_of(run: RLRun, *, collect: Callable, learn: Callable) -> Task:
         all_finite=run.programs.all_finite,
         record_models=functools.partial(record_models, policy=policy, models=run.models),
         export=functools.partial(export_policy, config.lora, policy, run.base),
+        evaluation=evaluation,
         headline="reward" if config.task == "rl" else "accuracy",
         watch=config.watch,
     )

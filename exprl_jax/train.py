@@ -29,6 +29,7 @@ from exprl_jax.rollout_log import gather_table, sample_rows
 from exprl_jax.run.clock import Clock
 from exprl_jax.run.loop import StepResult, run_task
 from exprl_jax.run.workdir import check_workdir
+from exprl_jax.run_evaluation import evaluation_of
 from exprl_jax.wave import finish_wave, start_wave, wave_requests
 
 
@@ -60,8 +61,8 @@ def train(config: Config, workdir_path: str, accept_lost_records: bool = False) 
     check_workdir(workdir_path, to_dict(config))
     with contextlib.ExitStack() as stack:
         run = open_run(config, stack)
-        task = task_of(run, collect=functools.partial(collect, run), learn=functools.partial(learn, run))
-        run_task(task, workdir_path, accept_lost_records)
+        steps = {"collect": functools.partial(collect, run), "learn": functools.partial(learn, run)}
+        run_task(task_of(run, **steps, evaluation=evaluation_of(run)), workdir_path, accept_lost_records)
 
 
 def collect(run: RLRun, state: TrainState, step: int, clock: Clock) -> Collected:

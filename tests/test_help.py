@@ -134,7 +134,7 @@ def test_a_section_lists_what_is_in_it_and_nothing_else():
     [
         ("rolout", "--help=rolout: no such section, key or task; did you mean rollout?"),
         ("rollout.grop", "did you mean rollout.group?"),
-        ("temperature", "did you mean rollout.temperature or sampling.temperature or "),
+        ("temperature", "did you mean rollout.temperature or evaluate.temperature or sampling.temperature or "),
         ("evalate", "did you mean evaluate?"),
         ("#", "--help=#: no such section, key or task; --help lists all"),
     ],

@@ -23,7 +23,7 @@ FLOORS = (
     ("reward",),
     ("metric_tables", "programs"),
     ("evaluation", "plan", "rl_run", "supervised_run"),
-    ("compile_check", "judge_training", "report", "sft", "wave"),
+    ("compile_check", "judge_training", "report", "run_evaluation", "sft", "wave"),
     ("batch", "rollout_log"),
     ("distill", "train"),
     ("main",),

@@ -8,6 +8,7 @@ from tiny_runs import ROOT
 from exprl_jax.learning import distillation, supervised, update
 from exprl_jax.metric_tables import TABLES, explanations, main, rewrite
 from exprl_jax.reward import statistics
+from exprl_jax.run import evaluating
 
 PAGE = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
 
@@ -21,13 +22,14 @@ def test_the_page_is_current():
     [
         ("Reinforcement learning", {**statistics.METRICS, **update.METRICS}),
         ("Self-distillation", distillation.METRICS),
+        ("Evaluation inside a run", evaluating.METRICS),
         ("SFT", supervised.METRICS),
     ],
 )
 def test_every_metric_is_explained_under_its_heading_and_none_is_invented(heading, explained):
     """Read back from the page, without the code that wrote it."""
     section = PAGE.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
-    assert dict(re.findall(r"^\| `([a-z]+/\w+)` \| (.+) \|$", section, re.MULTILINE)) == explained
+    assert dict(re.findall(r"^\| `([a-z]+/[\w@]+)` \| (.+) \|$", section, re.MULTILINE)) == explained
     assert heading != "Reinforcement learning" or all(f"`{name}`" in section for name in statistics.BY_KIND)
 
 
@@ -57,6 +59,6 @@ def test_a_page_without_each_table_once_is_refused(tmp_path, page, capsys):
 
 
 def test_the_tasks_metrics_are_those_of_their_tables():
-    assert set(explanations("rl")) == {*statistics.METRICS, *update.METRICS}
+    assert set(explanations("rl")) == {*statistics.METRICS, *update.METRICS, *evaluating.METRICS}
     assert explanations("distill")["loss/total"] == distillation.METRICS["loss/total"]
     assert explanations("sft") == dict(TABLES["supervised"]) and explanations("evaluate") == {}

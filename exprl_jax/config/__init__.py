@@ -21,7 +21,18 @@ from exprl_jax.config.tasks import (
     Sft,
     Supervised,
 )
-from exprl_jax.config.training import Checkpoint, Distillation, Log, Loss, Optimizer, Probe, Rollout, Updates, Watch
+from exprl_jax.config.training import (
+    Checkpoint,
+    Distillation,
+    Log,
+    Loss,
+    Optimizer,
+    Probe,
+    Rollout,
+    RunEvaluation,
+    Updates,
+    Watch,
+)
 from exprl_jax.config.values import (
     Count,
     CountOrNone,

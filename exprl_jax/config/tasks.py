@@ -8,7 +8,18 @@ from typing import Literal
 from exprl_jax.config.data import Data, Sampling, Source
 from exprl_jax.config.models import Lora, Mesh, Model
 from exprl_jax.config.rewards import Advantage, Code, Grader, Judge, Routes, Segments
-from exprl_jax.config.training import Checkpoint, Distillation, Log, Loss, Optimizer, Probe, Rollout, Updates, Watch
+from exprl_jax.config.training import (
+    Checkpoint,
+    Distillation,
+    Log,
+    Loss,
+    Optimizer,
+    Probe,
+    Rollout,
+    RunEvaluation,
+    Updates,
+    Watch,
+)
 from exprl_jax.config.values import Count, CountOrNone, GroupSize, NotNegative, Seed
 
 
@@ -39,6 +50,7 @@ class Config:
       updates: how a batch of rollouts becomes optimizer updates.
       optimizer: AdamW, its schedule and its clip.
       checkpoint: what is saved, and when.
+      evaluate: evaluation inside the run.
       log: what people read of a step.
       grader: the grader of math answers.
       code: running the programs of rollouts.
@@ -64,6 +76,7 @@ class Config:
     updates: Updates
     optimizer: Optimizer
     checkpoint: Checkpoint
+    evaluate: RunEvaluation
     log: Log
     grader: Grader
     code: Code

@@ -123,6 +123,32 @@ class Checkpoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class RunEvaluation:
+    """Evaluation inside a run: pass@k on held-out problems, and on some of those that are trained on.
+
+    Attributes:
+      every: RL steps between evaluations; one is made before the first step and one after the last besides; 0 for none.
+      source: held-out problems, written as in `data.source` (of `hf:` and `tfds:` the split `test`); empty for none.
+      training_problems: how many of the training problems are evaluated on too, drawn by the seed once; 0 for none.
+      samples: samples a problem (n), a multiple of `rollout.group`: the run's sampling program draws them.
+      k: values of k for which pass@k is measured besides 1, with commas between; empty for none.
+      temperature: the policy's; 0 is greedy.
+    """
+
+    every: CountOrNone
+    source: str
+    training_problems: CountOrNone
+    samples: GroupSize
+    k: str
+    temperature: NotNegative
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """The values of k, 1 among them, ascending."""
+        return tuple(sorted({1, *(int(part) for part in self.k.split(",") if self.k)}))
+
+
+@dataclasses.dataclass(frozen=True)
 class Log:
     """What people read of a step.
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jax.experimental import multihost_utils
 
-from exprl_jax.config import Data
+from exprl_jax.config import Config, Data
 from exprl_jax.data.problems import Problem, check_held_out, drop_overlong, read_problems
 from exprl_jax.data.prompts import PromptStyle, policy_prompt, worked_examples
 from exprl_jax.data.tokenizer import Tokenizer
@@ -54,6 +54,61 @@ def within_budget(key: str, limit: int, problems: Sequence[Problem], lengths: Ma
     return kept
 
 
+def check_budget(key: str, budget: int, lengths: Mapping[str, int]) -> None:
+    """Refuses to evaluate on problems that are over a budget: an evaluation leaves none out.
+
+    Args:
+      lengths: tokens of each problem's prompt, by its id.
+
+    Raises:
+      ValueError: names the longest.
+    """
+    longest = max(lengths, key=lambda name: lengths[name], default="")
+    if lengths and lengths[longest] > budget:
+        raise ValueError(
+            f"config.{key}: got {budget}, expected at least {lengths[longest]}, the prompt of problem {longest!r}; an "
+            "evaluation leaves no problem out"
+        )
+
+
+def read_held_out(config: Config, problems: Sequence[Problem]) -> list[Problem]:
+    """The held-out problems that a run is evaluated on, without references; none where it is not.
+
+    Args:
+      problems: trained on.
+
+    Raises:
+      ValueError: one of them is trained on, or its id is another training problem's.
+    """
+    if not config.evaluate.every or not config.evaluate.source:
+        return []
+    held_out = read_problems(config.evaluate.source, split="test", references=False)
+    if not config.data.allow_held_out:
+        check_held_out(problems, held_out)
+    trained = {problem.id: problem.question for problem in problems}
+    for problem in held_out:
+        if trained.get(problem.id, problem.question) != problem.question:
+            raise ValueError(
+                f"config.evaluate.source: {problem.id!r} is another problem there than in config.data.source; rename it"
+            )
+    return held_out
+
+
+def fixed_sample(problems: Sequence[Problem], count: int, seed: int) -> list[Problem]:
+    """Some of the problems, the same in every run of this seed, whatever their order and whichever others there are.
+
+    Raises:
+      ValueError: there are not so many.
+    """
+    if count > len(problems):
+        raise ValueError(
+            f"config.evaluate.training_problems: got {count}, expected at most {len(problems)}, the problems that are "
+            "left"
+        )
+    rank = {p.id: hashlib.blake2b(f"{seed}\0{p.id}".encode()).digest() for p in problems}
+    return sorted(problems, key=lambda problem: rank[problem.id])[:count]
+
+
 def fingerprint(problems: Sequence[Problem]) -> str:
     """Of the problems and their order in the source: what a position in the data refers to."""
     texts = "\0".join(problem.content for problem in problems)
@@ -73,7 +128,7 @@ def check_position(position: Mapping[str, Any], problems: Sequence[Problem]) -> 
         )
 
 
-def check_same_problems(problems: Sequence[Problem]) -> None:
+def check_same_problems(problems: Sequence[Problem], key: str = "data.source") -> None:
     """Refuses to start where processes have read different problems: each would sample and grade rows of its own data.
 
     Every process must call this.
@@ -85,6 +140,6 @@ def check_same_problems(problems: Sequence[Problem]) -> None:
     theirs = np.atleast_2d(multihost_utils.process_allgather(mine))
     if other := np.flatnonzero((theirs != theirs[0]).any(-1)).tolist():
         raise ValueError(
-            f"config.data.source: processes {', '.join(map(str, other))} have read other problems than process 0; give "
+            f"config.{key}: processes {', '.join(map(str, other))} have read other problems than process 0; give "
             "all hosts the same files"
         )

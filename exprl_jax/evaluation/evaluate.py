@@ -16,32 +16,30 @@ import math
 import pathlib
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from exprl_jax import programs
 from exprl_jax.config import Evaluate
 from exprl_jax.data.problem_sources import split_sources
 from exprl_jax.data.problems import Problem, read_problems
-from exprl_jax.data.training import check_same_problems, fingerprint, kinds_of, policy_prompts
+from exprl_jax.data.training import check_budget, check_same_problems, fingerprint, kinds_of, policy_prompts
 from exprl_jax.evaluation.pass_at_k import summarise
 from exprl_jax.evaluation.tables import RESULTS, EvaluatedModel, render_table, write_results, write_tables
+from exprl_jax.evaluation.waves import Bench, PendingWave, SampleWave, finish_wave, sample_waves, start_wave
 from exprl_jax.files import Ledger, read_rows, write_atomically
-from exprl_jax.hosts import agree_rows, barrier, gather_rows, local_problems, owned_problems, say
+from exprl_jax.hosts import agree_rows, barrier, owned_problems, say
 from exprl_jax.layout import check_layout
 from exprl_jax.mesh import DATA, make_mesh
 from exprl_jax.model.decoder import Params
-from exprl_jax.records import Rollouts
 from exprl_jax.resolve import to_dict
-from exprl_jax.reward.judges import AnyJudge, JudgeBuilder
-from exprl_jax.reward.statistics import VERDICTS, verdict_indices
-from exprl_jax.reward.verifiers.grading import Graders, check_answers, open_graders, submit_owned
-from exprl_jax.reward.verifiers.verdict import Verdict
-from exprl_jax.rollout.call import Prompts, Sampler, describe_problem, make_prompts, texts_of
+from exprl_jax.reward.judges import JudgeBuilder
+from exprl_jax.reward.statistics import VERDICTS
+from exprl_jax.reward.verifiers.grading import check_answers, open_graders
+from exprl_jax.rollout.call import Prompts, describe_problem, make_prompts
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.workdir import check_workdir, open_workdir
 from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
@@ -57,42 +55,8 @@ class EvaluationRun:
     """What stays the same through an evaluation."""
 
     config: Evaluate
-    mesh: Mesh
-    policy: LanguageModel
     params: Params
-    prompts: Prompts
-    sampler: Sampler
-    judge: AnyJudge
-    graders: Graders
-
-
-class SampleWave(NamedTuple):
-    """Problems to draw a group of samples of, as many as a wave has.
-
-    Attributes:
-      live_P: problems to sample; the others fill up the wave.
-      part: number of the group: its first sample is `part` times the size of groups.
-    """
-
-    problems: Sequence[Problem]
-    live_P: np.ndarray
-    part: int
-
-
-class PendingWave(NamedTuple):
-    """A wave that is sampled, while its verifiers are still at work.
-
-    Attributes:
-      index_P: of this process's problems in the wave; the other fields are of these alone.
-      judge_verdicts: on open-ended answers; none for other problems.
-      grading: waits for the verifiers' verdicts.
-    """
-
-    wave: SampleWave
-    index_P: np.ndarray
-    rollouts: Rollouts
-    judge_verdicts: Sequence[Sequence[Verdict]]
-    grading: Callable[[], list[list[Verdict]]]
+    bench: Bench
 
 
 def evaluate(config: Evaluate, workdir_path: str) -> None:
@@ -190,7 +154,17 @@ def open_evaluation(
         group=sampling.group,
     )
     sampler = programs.build_sampler(policy, mesh, max_tokens=sampling.max_tokens, wave=sampling.wave)
-    return workdir.path, EvaluationRun(config, mesh, policy, params, prompts, sampler, judge, graders)
+    bench = Bench(
+        sampler,
+        prompts,
+        policy.tokenizer.decode,
+        judge,
+        graders,
+        group=sampling.group,
+        temperature=sampling.temperature,
+        seed=config.seed,
+    )
+    return workdir.path, EvaluationRun(config, params, bench)
 
 
 def checked_prompts(config: Evaluate, policy: LanguageModel, problems: Sequence[Problem]) -> Prompts:
@@ -200,7 +174,8 @@ def checked_prompts(config: Evaluate, policy: LanguageModel, problems: Sequence[
       ValueError: one is over the budget (an evaluation leaves no problem out), or budgets are over the model's context.
     """
     ids = policy_prompts(config, policy.tokenizer, problems)
-    _check_budget("data.max_prompt_tokens", config.data.max_prompt_tokens, {name: len(ids[name]) for name in ids})
+    lengths = {name: len(prompt) for name, prompt in ids.items()}
+    check_budget("data.max_prompt_tokens", config.data.max_prompt_tokens, lengths)
     tokens = config.data.max_prompt_tokens + config.sampling.max_tokens
     if tokens > policy.arch.max_positions:
         raise ValueError(
@@ -218,17 +193,8 @@ def checked_judge(config: Evaluate, problems: Sequence[Problem], opened: Languag
     """
     open_ended = [problem for problem in problems if problem.traits.by_judge]
     builder = JudgeBuilder(config.judge, scored=[], verified=open_ended, unit=lambda _: "outcome", opened=opened)
-    _check_budget("judge.max_context_tokens", config.judge.max_context_tokens, builder.lengths(open_ended))
+    check_budget("judge.max_context_tokens", config.judge.max_context_tokens, builder.lengths(open_ended))
     return builder
-
-
-def _check_budget(key: str, budget: int, tokens: Mapping[str, int]) -> None:
-    longest = max(tokens, key=lambda name: tokens[name], default="")
-    if tokens and tokens[longest] > budget:
-        raise ValueError(
-            f"config.{key}: got {budget}, expected at least {tokens[longest]}, the prompt of problem {longest!r}; an "
-            "evaluation leaves no problem out"
-        )
 
 
 def _check_problems_of(path: pathlib.Path, sets: Mapping[str, Sequence[Problem]]) -> None:
@@ -267,7 +233,7 @@ def sample_set(
     pending: PendingWave | None = None  # the verifiers work on one wave while the next is sampled
     for wave in [*waves, None]:
         stopped = stop.agreed()
-        started = start_wave(run, wave) if wave and not stopped else None
+        started = start_wave(run.bench, run.params, wave, wave.part, 0) if wave and not stopped else None
         if pending:
             waiting = time.monotonic()
             table = finish_wave(pending)
@@ -283,7 +249,7 @@ def sample_set(
         if stopped:
             return False
         pending = started
-    work = run.graders.throughput.report()
+    work = run.bench.graders.throughput.report()
     if work["time/graded_rows"]:
         say(
             f"{name}: graded {work['time/graded_rows']} samples in {work['time/grading_seconds']:.1f} s beside the "
@@ -303,69 +269,9 @@ def _unsampled(run: EvaluationRun, problems: Sequence[Problem], ledger: Ledger |
     return agree_rows({"lacking": lacking}, np.arange(len(problems)))["lacking"]
 
 
-def sample_waves(problems: Sequence[Problem], lacking: np.ndarray, size: int) -> list[SampleWave]:
-    """Waves of one part each: the first part of all problems, then the second; the last wave of a part is filled up.
-
-    Args:
-      lacking: bool [P, parts], groups to sample.
-    """
-    waves = []
-    for part in range(lacking.shape[1]):
-        unsampled = [problem for problem, lacks in zip(problems, lacking[:, part], strict=True) if lacks]
-        for start in range(0, len(unsampled), size):
-            some = unsampled[start : start + size]
-            filled = [*some, *[some[0]] * (size - len(some))]
-            waves.append(SampleWave(filled, np.arange(size) < len(some), part))
-    return waves
-
-
-def start_wave(run: EvaluationRun, wave: SampleWave) -> PendingWave:
-    """Samples a wave, gives it to the verifiers, and asks the judge about open-ended answers.
-
-    Where processes share rows, one of them has them graded, and asks an endpoint; the others take its answers.
-    """
-    sampling = run.config.sampling
-    index_P = local_problems(run.mesh, sampling.wave)
-    problems, live_P = [wave.problems[i] for i in index_P], wave.live_P[index_P]
-    rollouts = run.sampler(
-        run.params,
-        run.prompts,
-        problems,
-        group=sampling.group,
-        temperature=sampling.temperature,
-        seed=run.config.seed,
-        step=wave.part,
-        attempt=0,
-        live_P=live_P,
-    )
-    _, responses = texts_of(rollouts, run.policy.tokenizer.decode)
-    owned_P = live_P & owned_problems(run.mesh, sampling.wave)
-    grading = submit_owned(run.graders, problems, responses, owned_P)
-    # A judge on the mesh is asked by all processes, for a program is the whole mesh's.
-    asks_P = live_P if run.judge.on_mesh else owned_P
-    open_ended = [
-        group if asks and problem.traits.by_judge else []
-        for problem, group, asks in zip(problems, responses, asks_P, strict=True)
-    ]
-    return PendingWave(wave, index_P, rollouts, run.judge.verify(problems, open_ended), grading)
-
-
-def finish_wave(pending: PendingWave) -> dict[str, np.ndarray]:
-    """Tokens, lengths, ends and verdicts of the whole wave, on every process."""
-    graded = pending.grading()
-    verdicts = [judged or of_group for judged, of_group in zip(pending.judge_verdicts, graded, strict=True)]
-    table = {
-        "tokens_PGR": pending.rollouts.tokens_PGR,
-        "length_PG": pending.rollouts.mask_PGR.sum(-1),
-        "ended_PG": pending.rollouts.ended_PG,
-        "verdict_PG": verdict_indices(verdicts),
-    }
-    return gather_rows(table, pending.index_P)
-
-
 def sample_rows(run: EvaluationRun, wave: SampleWave, table: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
     """A wave's samples, as they are written."""
-    group, decode = run.config.sampling.group, run.policy.tokenizer.decode
+    group, decode = run.bench.group, run.bench.decode
     return [
         describe_problem(wave.problems[i])
         | {

@@ -119,6 +119,7 @@ class Progress:
         self._redraws = self._stream.isatty()
         self._marks = collections.deque([(time.monotonic(), done)], maxlen=11)
         self._open_line = False
+        self._note = ""
 
     def __enter__(self) -> Progress:
         return self
@@ -126,6 +127,10 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         if self._open_line:
             print(file=self._stream, flush=True)
+
+    def note(self, text: str) -> None:
+        """What every later line ends with, until there is something newer; nothing new where the text is empty."""
+        self._note = text or self._note
 
     def show(self, step: int, value: float | None, tokens_per_second: float) -> None:
         """Says that a step is done; value None means that it is not defined at this step."""
@@ -139,6 +144,7 @@ class Progress:
         line = (
             f"step {step}/{self._total}  {self._shows} {shown}  {tokens_per_second:.0f} tokens/s  ETA {_duration(left)}"
         )
+        line += f"  {self._note}" if self._note else ""
         if self._redraws:
             filled = round(20 * step / self._total)
             line = f"\r\x1b[K[{'█' * filled}{'·' * (20 - filled)}] {line}"

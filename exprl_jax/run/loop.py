@@ -18,6 +18,7 @@ from exprl_jax.records import TrainState
 from exprl_jax.resolve import to_dict
 from exprl_jax.run.checkpoint import Checkpoints
 from exprl_jax.run.clock import Clock, CompileLedger, Progress
+from exprl_jax.run.evaluating import Evaluation, headline
 from exprl_jax.run.metrics import Metrics, read_metrics, truncate_after, write_rollouts
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.watch import RunWatch, check_moved
@@ -68,6 +69,7 @@ class Task:
       record_models: writes down what the models are, or checks that they are what is written down; every process calls
         it.
       export: writes a model from parameters to a workdir; every process calls it.
+      evaluation: of the policy, inside the run; None where there is none.
       headline: what the number that progress shows is called.
       watch: how the run is watched for a collapse; None where there is nothing to watch.
     """
@@ -86,6 +88,7 @@ class Task:
     all_finite: Callable[[Any], Any]
     record_models: Callable[[Workdir], None]
     export: Callable[[Any, Workdir], None]
+    evaluation: Evaluation | None
     headline: str
     watch: Watch | None
 
@@ -130,10 +133,15 @@ def run_task(task: Task, workdir_path: str, accept_lost_records: bool = False) -
         barrier()
         truncate_after(workdir, done)
         barrier()  # every process watches the same rows
-        watch = RunWatch(task.watch, read_metrics(workdir.metrics)) if task.watch else None
+        rows = read_metrics(workdir.metrics)
+        watch = RunWatch(task.watch, [row for row in rows if row["step"] > 0]) if task.watch else None
         with Metrics(workdir) as metrics, Progress(task.steps, done, task.headline) as progress:
             clock, skipped, idle, unsaved = Clock(), int(state.skipped), 0, []
             problems = fingerprint(task.problems)
+            if task.evaluation is not None and not rows:
+                row = task.evaluation.row(state, 0, clock)
+                metrics.write(0, row | clock.report({}) | ledger.report())
+                progress.note(headline(0, row))
             for step in range(done, task.steps):
                 batch = task.collect(state, step, clock)
                 # A save that still holds the state would keep it from being donated: there would be two of it.
@@ -142,6 +150,9 @@ def run_task(task: Task, workdir_path: str, accept_lost_records: bool = False) -
                 state = result.state.replace(step=result.state.step + 1)
                 before, skipped = skipped, int(state.skipped)
                 row = {**result.row, "update/skipped_total": skipped}
+                if task.evaluation is not None:
+                    row |= task.evaluation.row(state, step + 1, clock)
+                    progress.note(headline(step + 1, row))
                 row |= clock.report(result.tokens) | ledger.report()
                 if result.samples:
                     write_rollouts(workdir, step + 1, result.samples)

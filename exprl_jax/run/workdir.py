@@ -47,6 +47,7 @@ NEUTRAL_KEYS = (
     # How long the run is, and what is kept and said of it.
     "steps",
     "checkpoint.*",
+    "evaluate.every",
     "log.*",
     "probe.*",
     "watch.*",

@@ -1,0 +1,71 @@
+"""When a run evaluates its policy, and what it then writes down: the loop's side of an evaluation inside a run.
+
+A point of the curve belongs to the parameters after a step: step 0 is the start, before the first update.  What it says
+is a function of those parameters, seed, problems and config, so that a resumed run has the points of one that never
+stopped; step 0's is measured once, in the run's first start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from exprl_jax.data.problems import Problem
+from exprl_jax.records import TrainState
+from exprl_jax.run.clock import Clock
+
+Row = dict[str, float | None]
+_OF_A_SET = {
+    "pass@1": "mean over problems of the chance that a sample is right",
+    "pass@k": "the same of the chance that one of k samples is, for every other k of evaluate.k (unbiased estimate)",
+    "unsolved": "fraction of problems of the set without a right one among their samples",
+    "missing": "fraction of samples whose verifier failed; they count neither as right nor as wrong",
+    "length_mean": "tokens a sample, EOS included",
+    "overlong": "fraction of samples that reached max_tokens without EOS",
+}
+HELD_OUT, TRAINING = "", "training_"
+METRICS: Mapping[str, str] = {
+    **{f"evaluate/{HELD_OUT}{name}": f"held-out problems: {text}" for name, text in _OF_A_SET.items()},
+    **{f"evaluate/{TRAINING}{name}": f"fixed training problems: {text}" for name, text in _OF_A_SET.items()},
+}
+"""Every key of an evaluation and what it is; null at steps without one."""
+
+
+def names_of(prefix: str, ks: Sequence[int]) -> list[str]:
+    """The keys of one set of problems."""
+    plain = [name for name in _OF_A_SET if not name.startswith("pass@")]
+    return [f"evaluate/{prefix}{name}" for name in (*(f"pass@{k}" for k in ks), *plain)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What the loop has to know of it.
+
+    Attributes:
+      every: steps between evaluations.
+      steps: of the whole run.
+      problems: all that are evaluated on.
+      names: the keys of a row.
+      measure: (state, step, clock) → those keys' values; every process calls it.
+    """
+
+    every: int
+    steps: int
+    problems: Sequence[Problem]
+    names: Sequence[str]
+    measure: Callable[[TrainState, int, Clock], Row]
+
+    def row(self, state: TrainState, step: int, clock: Clock) -> Row:
+        """The part of the metrics of a step that is the evaluation's: nulls where none is made."""
+        if step % self.every and step != self.steps:
+            return dict.fromkeys(self.names)
+        return self.measure(state, step, clock)
+
+
+def headline(step: int, row: Mapping[str, float | None]) -> str:
+    """An evaluation in a few words, for the line that says how far a run is; empty where the row has none."""
+    for prefix, name in ((HELD_OUT, "held-out"), (TRAINING, "training")):
+        solved, unsolved = (row.get(f"evaluate/{prefix}{key}") for key in ("pass@1", "unsolved"))
+        if solved is not None and unsolved is not None:
+            return f"{name} pass@1 {solved:.3f}, unsolved {unsolved:.3f} (step {step})"
+    return ""
