@@ -32,6 +32,7 @@ def base() -> ConfigDict:
             data=dict(
                 source="data/pope.parquet,data/int.parquet",
                 split="train",
+                columns="",
                 worked_examples="",
                 max_prompt_tokens=4096,
                 held_out="aime25,aime26,hmmt_nov25,imo_answerbench",
@@ -203,7 +204,7 @@ def evaluation(config: ConfigDict) -> ConfigDict:
     shared = {name: config[name].to_dict() for name in ("data", "mesh", "policy", "judge", "grader", "code")}
     sampling = dict(samples=128, group=16, wave=4, max_tokens=config.rollout.max_tokens, temperature=0.8)
     made = ConfigDict(dict(task="evaluate", seed=config.seed, label="base", sampling=sampling, **shared))
-    made.data.update(source=config.data.held_out, split="test")
+    made.data.update(source=config.data.held_out, split="test", columns="")
     del made.data.held_out, made.data.allow_held_out
     made.policy.param_dtype = "bfloat16"
     return made

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from exprl_jax.config import (
+    COLUMNS,
     TASKS,
     Annotate,
     AnyConfig,
@@ -25,6 +26,8 @@ from exprl_jax.config import (
     Model,
     RunEvaluation,
     Sampling,
+    Source,
+    column_pairs,
 )
 
 
@@ -124,6 +127,17 @@ def _require(ok: bool, path: str, value: Any, expected: str) -> None:
         raise ValueError(f"{path}: got {value!r}, expected {expected}")
 
 
+def _check_columns(source: Source, path: str) -> None:
+    pairs = column_pairs(source.columns)
+    example = "theirs:ours with commas between, such as 'question:problem,solution:reference'"
+    _require(all(theirs and ours for theirs, ours in pairs), path, source.columns, example)
+    for theirs, ours in pairs:
+        _require(ours in COLUMNS, path, source.columns, f"{ours!r} to be one of {', '.join(COLUMNS)}")
+    for side in zip(*pairs):
+        double = [name for name in side if side.count(name) > 1]
+        _require(not double, path, source.columns, f"{''.join(map(repr, double[:1]))} once")
+
+
 def _check_section(section: Any, path: str) -> None:
     """What holds of a section wherever it stands."""
     if isinstance(section, Model):
@@ -131,6 +145,8 @@ def _check_section(section: Any, path: str) -> None:
         _require(bool(section.weights), f"{path}.weights", section.weights, models)
     if isinstance(section, Mesh):
         _require(section.data != 0, f"{path}.data", section.data, "a positive number, or -1 for all devices")
+    if isinstance(section, Source):
+        _check_columns(section, f"{path}.columns")
     if isinstance(section, Sampling):
         divides = section.samples % section.group == 0
         _require(divides, f"{path}.group", section.group, f"a divisor of {path}.samples = {section.samples}")

@@ -5,7 +5,7 @@ A config file in `configs/` returns a `ml_collections.ConfigDict` whose `task` n
 declared type.  `resolve` turns the one into the other and checks it; nothing else in the package reads a ConfigDict.
 """
 
-from exprl_jax.config.data import Data, Sampling, Source
+from exprl_jax.config.data import COLUMNS, Data, Sampling, Source, column_pairs
 from exprl_jax.config.models import Execution, Lora, Mesh, Model
 from exprl_jax.config.rewards import Advantage, Code, Endpoint, Grader, Judge, Route, Routes, Segments
 from exprl_jax.config.tasks import (

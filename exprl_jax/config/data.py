@@ -6,6 +6,15 @@ import dataclasses
 
 from exprl_jax.config.values import Count, GroupSize, NotNegative
 
+# Of a problem's row, in our own schema.
+COLUMNS = ("id", "problem", "reference", "answer", "domain", "choices")
+
+
+def column_pairs(columns: str) -> list[tuple[str, str]]:
+    """(theirs, ours) of every column that is renamed."""
+    pairs = [pair.rpartition(":") for pair in columns.split(",")] if columns else []
+    return [(theirs.strip(), ours.strip()) for theirs, _, ours in pairs]
+
 
 @dataclasses.dataclass(frozen=True)
 class Source:
@@ -15,12 +24,16 @@ class Source:
       source: JSONL or parquet paths and globs, `hf:<dataset id>[:<config>]`, `tfds:<name>` or a benchmark's name
         (`data.benchmarks`); several with commas between.
       split: the split that is read of `hf:` and `tfds:` sources.
+      columns: other names that the columns of the problems have, `theirs:ours` with commas between
+        (`question:problem,solution:reference`); ours are `problem,reference,answer,domain,choices,id`.  Empty: the
+        names as they are.  Benchmarks and `worked_examples` have their own.
       worked_examples: JSONL of solved problems shown to the policy as earlier turns; empty for none.
       max_prompt_tokens: longest prompt; training drops longer ones and counts them.
     """
 
     source: str
     split: str
+    columns: str
     worked_examples: str
     max_prompt_tokens: Count
 

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from exprl_jax.config import COLUMNS
 from exprl_jax.data.benchmarks import BENCHMARKS, STARTER, read_benchmark
+from exprl_jax.data.columns import box_marked, marked_answer, rename
 from exprl_jax.data.problem_sources import Row, read_rows, split_sources
 from exprl_jax.hosts import say
 from exprl_jax.kinds import DOMAINS, KINDS, ProblemKind
 
-# Of a row in our own schema.
-COLUMNS = ("id", "problem", "reference", "answer", "domain", "choices")
+_SHOWN = 100  # characters of a field that is shown
 
 
 class Question(NamedTuple):
@@ -75,7 +76,7 @@ class Problem:
         return int.from_bytes(hashlib.blake2b(self.id.encode(), digest_size=4).digest(), "little")
 
 
-def read_problems(source: str, *, split: str = "train", references: bool = True) -> list[Problem]:
+def read_problems(source: str, *, split: str = "train", references: bool = True, columns: str = "") -> list[Problem]:
     """Reads problems.
 
     Args:
@@ -85,10 +86,14 @@ def read_problems(source: str, *, split: str = "train", references: bool = True)
       split: of `hf:` and `tfds:` data sets; files have none, and benchmarks their own.
       references: True requires a reference solution in every row; False leaves references out, for programs that must
         not have them.
+      columns: which of ours are called otherwise (`config.Source.columns`); benchmarks have their own.
 
     Rows have either our columns, `problem`, `reference`, `answer` and optionally `id`, `domain` (default `math`) and
     `choices`; or those of the files released with the paper (`data_source`, `ability`, `reward_model`, `extra_info`).
     Choices are `{"label": […], "text": […]}` or a list of such pairs; null or empty means none.
+
+    Of an answer that ends in a line `#### 42` (GSM8K) that line is read; a row without answer has its reference's such
+    line.  In the reference that line becomes a `boxed` 42.
 
     Most benchmarks have no reference solutions and can only be read without.
 
@@ -100,8 +105,8 @@ def read_problems(source: str, *, split: str = "train", references: bool = True)
     problems: dict[str, Problem] = {}
     wheres: dict[str, str] = {}
     unread: dict[str, str] = {}
-    for row in _rows(source, split):
-        if "extra_info" in row.columns:
+    for row in _rows(source, split, columns):
+        if "extra_info" in row.columns and not columns:
             problem = _released(row, references)
         else:
             problem = _plain(row, references)
@@ -216,10 +221,33 @@ def _options(problem: Problem) -> list[str]:
     return sorted(problem_hash(text) for _, text in problem.choices)
 
 
-def _rows(source: str, split: str) -> Iterator[Row]:
+def show_first(problems: Sequence[Problem], name: str) -> None:
+    """Says what was read of the first problem of a set, a line a field, so that a column in the wrong place is seen."""
+    first = problems[0]
+    choices = "; ".join(f"{label}: {text}" for label, text in first.choices)
+    fields = dict(
+        id=first.id,
+        problem=first.problem,
+        choices=choices,
+        reference=first.reference,
+        answer=first.answer,
+        domain=first.domain,
+    )
+    say(f"{name}: {len(problems)} problems; what was read of the first:")
+    for field, text in fields.items():
+        if text:
+            line = " ".join(text.split())
+            short = line if len(line) <= _SHOWN else f"{line[:_SHOWN]} … ({len(text)} characters)"
+            say(f"  {field:<9} {short}")
+
+
+def _rows(source: str, split: str, columns: str) -> Iterator[Row]:
     for part in split_sources(source):
         name, _, path = part.partition(":")
-        yield from read_benchmark(name, path) if name in BENCHMARKS else read_rows(part, split)
+        if name in BENCHMARKS:
+            yield from read_benchmark(name, path)
+        else:
+            yield from rename(read_rows(part, split), columns) if columns else read_rows(part, split)
 
 
 def _plain(row: Row, references: bool) -> Problem:
@@ -229,8 +257,8 @@ def _plain(row: Row, references: bool) -> Problem:
     return Problem(
         id=read_text(row, columns, "id") if has_id else _hash(text),
         problem=text,
-        reference=read_text(row, columns, "reference") if references else None,
-        answer=read_text(row, columns, "answer"),
+        reference=box_marked(read_text(row, columns, "reference")) if references else None,
+        answer=_answer(row, columns),
         domain=read_domain(row, "domain", columns.get("domain") or "math"),
         choices=read_choices(row, columns.get("choices")),
     )
@@ -252,6 +280,19 @@ def _released(row: Row, references: bool) -> Problem:
         # Concatenated data sets share one struct type, so a key that is present may well be null.
         choices=read_choices(row, extra.get("choices")),
     )
+
+
+def _answer(row: Row, columns: Mapping[str, Any]) -> str:
+    """The answer column's, or its marked part; without one, the marked answer of the reference."""
+    if columns.get("answer") is None and columns.get("reference") is not None:
+        answer = marked_answer(read_text(row, columns, "reference"))
+        if answer is None:
+            have = ", ".join(map(str, columns))
+            line = "its reference does not end in a line '#### <answer>'"
+            raise ValueError(f"{row.where}: no answer; the row has {have}, and {line}")
+        return answer
+    answer = read_text(row, columns, "answer")
+    return marked_answer(answer) or answer
 
 
 def _hash(text: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from exprl_jax.config import Config, Data
-from exprl_jax.data.problems import Problem, check_held_out, drop_overlong, read_problems
+from exprl_jax.data.problems import Problem, check_held_out, drop_overlong, read_problems, show_first
 from exprl_jax.data.prompts import PromptStyle, policy_prompt, worked_examples
 from exprl_jax.data.tokenizer import Tokenizer
 from exprl_jax.hosts import say
@@ -22,9 +22,10 @@ def read_training_problems(data: Data, references: bool) -> list[Problem]:
     Raises:
       ValueError: nothing there, or a problem that is held out.
     """
-    problems = read_problems(data.source, split=data.split, references=references)
+    problems = read_problems(data.source, split=data.split, references=references, columns=data.columns)
+    show_first(problems, "config.data.source")
     if data.held_out and not data.allow_held_out:
-        check_held_out(problems, read_problems(data.held_out, split="test", references=False))
+        check_held_out(problems, read_problems(data.held_out, split="test", references=False, columns=data.columns))
     return problems
 
 
@@ -82,7 +83,7 @@ def read_held_out(config: Config, problems: Sequence[Problem]) -> list[Problem]:
     """
     if not config.evaluate.every or not config.evaluate.source:
         return []
-    held_out = read_problems(config.evaluate.source, split="test", references=False)
+    held_out = read_problems(config.evaluate.source, split="test", references=False, columns=config.data.columns)
     if not config.data.allow_held_out:
         check_held_out(problems, held_out)
     trained = {problem.id: problem.question for problem in problems}

@@ -25,7 +25,7 @@ import numpy as np
 from exprl_jax import programs
 from exprl_jax.config import Evaluate
 from exprl_jax.data.problem_sources import split_sources
-from exprl_jax.data.problems import Problem, read_problems
+from exprl_jax.data.problems import Problem, read_problems, show_first
 from exprl_jax.data.training import check_budget, check_same_problems, fingerprint, kinds_of, policy_prompts
 from exprl_jax.evaluation.pass_at_k import summarise
 from exprl_jax.evaluation.tables import RESULTS, EvaluatedModel, render_table, write_results, write_tables
@@ -95,7 +95,8 @@ def read_sets(config: Evaluate) -> dict[str, list[Problem]]:
         name = set_name(source)
         if name in sets:
             raise ValueError(f"config.data.source: two sets are called {name!r}; rename a file or evaluate them apart")
-        sets[name] = read_problems(source, split=config.data.split, references=False)
+        sets[name] = read_problems(source, split=config.data.split, references=False, columns=config.data.columns)
+        show_first(sets[name], name)
         check_answers(sets[name])
         for problem in sets[name]:
             if by_id.setdefault(problem.id, problem) != problem:

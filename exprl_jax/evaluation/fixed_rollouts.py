@@ -64,7 +64,8 @@ def read_rollouts(source: str, data: config.Source, *, references: bool) -> list
     """
     problems: dict[str, Problem] = {}
     if data.source:
-        problems = {p.id: p for p in read_problems(data.source, split=data.split, references=references)}
+        read = read_problems(data.source, split=data.split, references=references, columns=data.columns)
+        problems = {p.id: p for p in read}
     rollouts: list[FixedRollout] = []
     counts: dict[str, int] = {}
     for path in _list_files(source):
