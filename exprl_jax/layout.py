@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from exprl_jax.architecture import Architecture
-from exprl_jax.config import Config, Evaluate, Supervised
+from exprl_jax.config import Annotate, AnyConfig, Calibrate, Config, Evaluate, Supervised
 
 
-def check_layout(config: Config | Supervised | Evaluate, shards: int) -> None:
+def check_layout(config: AnyConfig, shards: int) -> None:
     """Checks that every device gets a whole part of every wave and of every microbatch.
 
     Args:
@@ -19,6 +19,12 @@ def check_layout(config: Config | Supervised | Evaluate, shards: int) -> None:
         sizes = {"microbatch": config.microbatch}
     elif isinstance(config, Evaluate):
         sizes = {"sampling.wave": config.sampling.wave}
+    elif isinstance(config, Annotate):
+        sizes = {"wave": config.wave}
+    elif isinstance(config, Calibrate):
+        sizes = {"wave": config.wave}
+        if config.prefixes.rollouts:
+            sizes["prefixes.sampling.wave"] = config.prefixes.sampling.wave
     else:
         sizes = {"rollout.wave": config.rollout.wave, "updates.microbatch": config.updates.microbatch}
     for key, size in sizes.items():
@@ -29,7 +35,7 @@ def check_layout(config: Config | Supervised | Evaluate, shards: int) -> None:
                 f"{part}"
             )
 
-    if not isinstance(config, Evaluate):
+    if not isinstance(config, Evaluate | Calibrate | Annotate):
         _check_microbatch(config, shards)
 
 

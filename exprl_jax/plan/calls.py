@@ -2,7 +2,7 @@
 
 The one description that `--dry_run` adds up and `compile_check` compiles.  Arguments are shapes with shardings: nothing
 is allocated, no weights are needed, and the mesh may be abstract.  Widths that a run measures from its data stand at
-the config's budgets; a judge's rows are a little wider than that, by its closing instruction.
+the config's budgets.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from exprl_jax.config import Config, Evaluate, JudgeTraining, Model, Supervised
+from exprl_jax.config import Annotate, Calibrate, Config, Evaluate, Judge, JudgeTraining, Model, Supervised
+from exprl_jax.data.problems import Problem
 from exprl_jax.data.tokenizer import load_tokenizer
+from exprl_jax.kinds import KINDS
 from exprl_jax.layout import check_layout, check_lengths, packed_shape
 from exprl_jax.mesh import DATA, MODEL, bytes_per_device, laid_out, microbatches_sharding, replicated, rows_sharding
 from exprl_jax.model.lora import Adapted, adapt
@@ -37,13 +39,16 @@ from exprl_jax.programs import (
     shard_state,
 )
 from exprl_jax.records import Context, Draw, Experience, Lesson, Packed, Rows, Teaching, TrainState
+from exprl_jax.reward.judge import score_prompt, verify_prompt
+from exprl_jax.reward.judge_prompts import Unit
 from exprl_jax.reward.judges import check_judge_lengths
+from exprl_jax.reward.routes import ROUTES
 from exprl_jax.reward.segments import segment_rule
 from exprl_jax.rollout.call import padded_width
 from exprl_jax.rollout.sampler import CHUNK
 from exprl_jax.weights.language_model import PUBLISHED, LanguageModel, open_model
 
-Planned = Config | Supervised | Evaluate
+Planned = Config | Supervised | Evaluate | Calibrate | Annotate
 POLICY, ADAM, BATCH, KEYS, COPY, GRADIENT = "policy", "Adam", "batch", "KV", "working copy", "gradient"
 _STARTING = ("mesh.data", "mesh.model")
 _SAMPLING = ("rollout.wave", "mesh.model", "policy.execution.kv_dtype")
@@ -52,6 +57,10 @@ _JUDGING = ("rollout.wave", "judge.max_context_tokens", "judge.max_trace_tokens"
 _TRAINING = ("updates.microbatch", "updates.row_tokens", "updates.logp_chunk", "policy.execution.remat", "mesh.model")
 # A key that begins with a point is of the model that is trained.
 _SUPERVISING = ("microbatch", "row_tokens", "logp_chunk", ".execution.remat", "mesh.model")
+_ANNOTATING = (
+    *("wave", "annotator.max_trace_tokens", "annotator.max_context_tokens", "annotator.max_tokens"),
+    *("mesh.model", "annotator.model.execution.kv_dtype"),
+)
 # An SFT run counts its updates from its data; here they are a constant of the learning rate's schedule, nothing more.
 _SFT_UPDATES = 100
 
@@ -102,11 +111,10 @@ def calls_of(config: Planned, mesh: Mesh | AbstractMesh) -> list[Call]:
     """Every program of a run, in the order in which it first calls them.
 
     Raises:
-      ValueError: another task, or a config that does not fit the mesh or its models.
+      ValueError: a config that does not fit the mesh or its models.
     """
     tasks = {"rl": _reinforced, "distill": _distilled, "sft": _supervised, "judge": _supervised, "evaluate": _evaluated}
-    if config.task not in tasks:
-        raise ValueError(f"config.task: got {config.task!r}, which has no plan; those that have: {', '.join(tasks)}")
+    tasks |= {"calibrate": _calibrated, "annotate": _annotated}
     check_layout(config, mesh.shape[DATA])
     calls, resident = tasks[config.task](config, mesh), residents(config, mesh)
 
@@ -122,6 +130,8 @@ def residents(config: Planned, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """Bytes a device that a run keeps throughout a step, by owner."""
     if config.task == "evaluate":
         return {POLICY: tree_bytes(_parameters(known_model(config.policy), mesh))}
+    if isinstance(config, Calibrate | Annotate):  # one model after another is loaded, asked and let go
+        return {}
     frozen = {role: tree_bytes(_parameters(known_model(m), mesh)) for m, role in frozen_models(config).items()}
     return owned_bytes(POLICY, _state(config, mesh)) | frozen
 
@@ -235,6 +245,83 @@ def _evaluated(config: Evaluate, mesh: Mesh) -> list[Call]:
     return _sampling(config, mesh, acting)
 
 
+def asked_models(config: Calibrate | Annotate) -> dict[str, Model]:
+    """The models that are asked on the mesh, by what they serve as."""
+    if isinstance(config, Annotate):
+        return {"annotator": config.annotator.model} if config.annotator.backend == "local" else {}
+    judges = {f"judge {name}": judge.model for name, judge in config.judges.items() if judge.backend == "local"}
+    return judges | ({POLICY: config.policy} if config.prefixes.rollouts else {})
+
+
+def _calibrated(config: Calibrate, mesh: Mesh) -> list[Call]:
+    """A step is a wave of each pass."""
+    calls = []
+    for name, judge in config.judges.items():
+        if judge.backend == "local":
+            calls += _calibrating(config, mesh, name, judge)
+    if config.prefixes.rollouts:
+        model, sampling = known_model(config.policy), config.prefixes.sampling
+        # A prefix is of a rollout, which is taken to be as long as what is written after it may be.
+        most = min(config.data.max_prompt_tokens + sampling.max_tokens, model.arch.max_positions - sampling.max_tokens)
+        settings = tuple(f"prefixes.sampling.{key}" for key in ("wave", "group", "max_tokens"))
+        given = model, sampling.wave, sampling.group, most, sampling.max_tokens
+        acting = POLICY, _parameters(model, mesh)
+        calls += _completing(mesh, acting, *given, "continuations", (*settings, "mesh.model"))
+    return calls
+
+
+def _calibrating(config: Calibrate, mesh: Mesh, name: str, judge: Judge) -> list[Call]:
+    """What a judge is asked with: a problem's reference before its traces; after each of them; some traces several
+    times."""
+    model, answer = known_model(judge.model), judge.max_tokens if judge.readout == "text" else 0
+    check_judge_lengths(judge, model.arch)
+    built, params = build_judge(judge, mesh, model), (f"judge {name}", _parameters(model, mesh))
+    settings = *("wave", "group"), *(f"judges.{name}.max_{what}_tokens" for what in ("trace", "context")), "mesh.model"
+    units: set[Unit] = {"outcome", "prefix"} if config.prefixes.rollouts else {"outcome"}
+    behind = {"": _judge_suffix(judge, model, units), ", reference last": judge.max_context_tokens}
+    calls = []
+    for order, suffix in behind.items():
+        width = padded_width(judge.max_trace_tokens + suffix)
+        rows = _Rows(config.wave, config.group, padded_width(judge.max_context_tokens), width, answer)
+        programs = {f"judge_prefill ({name}{order})": built.prefill, f"judge ({name}{order})": built.judge}
+        calls += _asking(model, mesh, params, rows, programs, "judge", (1, 1), settings)
+    if config.repeats.rollouts and answer:
+        most = judge.max_context_tokens + judge.max_trace_tokens
+        given = model, config.wave, config.repeats.count, most, answer
+        calls += _completing(mesh, params, *given, f"{name}, repeats", ("repeats.count", *settings))
+    return calls
+
+
+def _annotated(config: Annotate, mesh: Mesh) -> list[Call]:
+    """A step is a wave."""
+    budget = config.annotator
+    if budget.backend != "local":
+        return []
+    model = known_model(budget.model)
+    check_judge_lengths(budget, model.arch)
+    most = budget.max_context_tokens + budget.max_trace_tokens
+    params = "annotator", _parameters(model, mesh)
+    return _completing(mesh, params, model, config.wave, 1, most, budget.max_tokens, "annotator", _ANNOTATING)
+
+
+def _completing(
+    mesh: Mesh,
+    params: tuple[str, Any],
+    model: LanguageModel,
+    wave: int,
+    group: int,
+    prompt: int,
+    answer: int,
+    of: str,
+    settings: tuple[str, ...],
+) -> list[Call]:
+    """Programs of `evaluation.completions`: answers to whole prompts of at most so many tokens."""
+    sampler = build_sampler(model, mesh, max_tokens=answer, wave=wave)
+    rows = _Rows(wave, group, padded_width(prompt - 1), 1, answer)
+    programs = {f"prefill ({of})": sampler.prefill, f"sample ({of})": sampler.sample}
+    return _asking(model, mesh, params, rows, programs, "sample", (1, 1), settings)
+
+
 class _Policy(NamedTuple):
     """What a run trains.
 
@@ -342,13 +429,24 @@ def _judging(config: Config, mesh: Mesh, prefixes: int) -> list[Call]:
     judge, rollout = config.judge, config.rollout
     model, answer = known_model(judge.model), judge.max_tokens if judge.readout == "text" else 0
     check_judge_lengths(judge, model.arch)
-    context, trace = padded_width(judge.max_context_tokens), padded_width(judge.max_trace_tokens)
+    units: set[Unit] = {judge.unit if ROUTES[name].per_segment else "outcome" for name in config.routes.all}
+    context = padded_width(judge.max_context_tokens)
+    trace = padded_width(judge.max_trace_tokens + _judge_suffix(judge, model, units))
     built, waves = build_judge(judge, mesh, model), rollout.prompts // rollout.wave
     # A rollout has at most so many prefixes to score, and a call takes one of each rollout.
     times = waves, waves * prefixes
     rows = _Rows(rollout.wave, rollout.group, context, trace, answer)
     programs = {"judge_prefill": built.prefill, "judge": built.judge}
     return _asking(model, mesh, _frozen(config, mesh, judge.model), rows, programs, "judge", times, _JUDGING)
+
+
+def _judge_suffix(judge: Judge, model: LanguageModel, units: set[Unit]) -> int:
+    """Tokens that follow a trace in the longest of the judge's prompts: the closing instruction, the template's end and
+    how the answer begins; in bytes, which are more, of a published model, whose tokenizer is not at hand."""
+    problems = [Problem("", "?", "?", "?", domain) for domain, kind in KINDS.items() if kind.domains]
+    prompts = [score_prompt(judge, model.tokenizer, problem, unit) for problem in problems for unit in units]
+    prompts += [verify_prompt(judge, model.tokenizer, problem) for problem in problems]
+    return max(len(prompt.suffix) for prompt in prompts)
 
 
 def _asking(

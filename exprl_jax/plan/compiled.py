@@ -106,7 +106,7 @@ def compile_for(config: Planned, topology: Topology, changes: str) -> Report:
     """Compiles every program of the config for the topology.  One that does not fit does not stop the others.
 
     Raises:
-      ValueError: the config does not fit the topology, or is of a task that has no plan.
+      ValueError: the config does not fit the topology.
     """
     data, model = fit_mesh(config.mesh, len(topology.devices))
     mesh = mesh_over(topology.devices, data, model)

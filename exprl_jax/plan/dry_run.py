@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
-from exprl_jax.config import Evaluate, JudgeTraining, Supervised
+from exprl_jax.config import Annotate, Calibrate, Evaluate, JudgeTraining, Model, Supervised
 from exprl_jax.layout import packed_shape
 from exprl_jax.mesh import DATA, MODEL, fit_mesh
-from exprl_jax.plan.calls import Call, Planned, calls_of, frozen_models, known_model, owners_of
+from exprl_jax.plan.calls import POLICY, Call, Planned, asked_models, calls_of, frozen_models, known_model, owners_of
 from exprl_jax.plan.tables import memory_rows
 from exprl_jax.records import TrainState
 from exprl_jax.resolve import to_dict
@@ -31,23 +31,38 @@ def describe(config: Planned) -> str:
     Budgets stand in for what a run measures from its data (prompt widths), so sizes are upper bounds.
 
     Raises:
-      ValueError: as a run would, for what can be known without its data; or a task that has no plan.
+      ValueError: as a run would, for what can be known without its data.
     """
-    data, model = fit_mesh(config.mesh)
-    calls = calls_of(config, AbstractMesh((data, model), (DATA, MODEL)))
+    data, tensor = fit_mesh(config.mesh)
+    calls = calls_of(config, AbstractMesh((data, tensor), (DATA, MODEL)))
+    fixed = isinstance(config, Calibrate | Annotate)
+    models = asked_models(config) if fixed else {POLICY: config.policy}
+    distinct = dict.fromkeys(models.values())
     derived = {
-        "mesh": f"data {data} x model {model} = {data * model} devices",
-        "policy parameters": f"{known_model(config.policy).arch.parameters:,}",
-        **_derived(config),
+        "mesh": f"data {data} x model {tensor} = {data * tensor} devices",
+        **{f"{role} parameters": f"{known_model(each).arch.parameters:,}" for role, each in models.items()},
+        **(_asked(config) if fixed else _derived(config)),
     }
     return "\n\n".join(
         [
             "== resolved config\n" + json.dumps(to_dict(config), indent=2),
             "== derived\n" + align(derived.items()),
-            _parameters(config, calls),
+            *(_parameters(model, [role for role in models if models[role] == model], calls) for model in distinct),
             f"== memory: {_MEMORY}\n{align(_memory(calls))}",
         ]
     )
+
+
+def _asked(config: Calibrate | Annotate) -> dict[str, Any]:
+    """Of what asks models about fixed rollouts."""
+    if isinstance(config, Annotate):
+        at_once = {"rollouts a call": config.wave}
+        asked = {"annotator": config.annotator}
+    else:
+        at_once = {"rows a call": config.wave * config.group}
+        asked = {f"judge {name}": judge for name, judge in config.judges.items()}
+    elsewhere = [role for role, judge in asked.items() if judge.backend != "local"]
+    return at_once | ({"not on this mesh": ", ".join(elsewhere)} if elsewhere else {})
 
 
 def _derived(config: Planned) -> dict[str, Any]:
@@ -87,21 +102,25 @@ def _derived(config: Planned) -> dict[str, Any]:
     return derived
 
 
-def _parameters(config: Planned, calls: list[Call]) -> str:
-    """What is trained, or of an evaluation what samples, array by array."""
-    arguments = [tree for call in calls for _, tree in call.arguments]
-    tree = next((tree.params for tree in arguments if isinstance(tree, TrainState)), arguments[0])
+def _parameters(model: Model, roles: list[str], calls: list[Call]) -> str:
+    """What is trained, or of an evaluation what samples, or a model that is asked, array by array."""
+    arguments = [(owner, tree) for call in calls for owner, tree in call.arguments]
+    states = [tree.params for _, tree in arguments if isinstance(tree, TrainState)]
+    tree = next(iter(states), None) or next(tree for owner, tree in arguments if owner == roles[0])
     rows = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         name, sharding = "/".join(key.key for key in path), leaf.sharding
         if not name.startswith("layer_") or name.startswith("layer_0/"):  # all layers alike
             rows.append((name, leaf.shape, leaf.dtype.name, sharding.spec, sharding.shard_shape(leaf.shape)))
-    layers = "" if config.policy.execution.scan_layers else " (layer_0 for all layers)"
-    return f"== parameters: shape, dtype, axes, shape on a device{layers}\n{align(rows)}"
+    layers = "" if model.execution.scan_layers else " (layer_0 for all layers)"
+    of = "" if roles == [POLICY] else f" of {', '.join(roles)}"
+    return f"== parameters{of}: shape, dtype, axes, shape on a device{layers}\n{align(rows)}"
 
 
 def _memory(calls: list[Call]) -> list[list[str]]:
     """A row a program: calls in a step, counted operations, and bytes by owner with their sum."""
+    if not calls:
+        return [["no program runs on this mesh"]]
     owners = []
     for call in calls:
         sizes = collections.Counter(call.beside)

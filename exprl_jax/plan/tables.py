@@ -9,7 +9,10 @@ from exprl_jax.plan.chips import GIB
 from exprl_jax.plan.compiled import CODE, TEMPORARIES, Report, Usage
 from exprl_jax.text_tables import align, markdown
 
-_OWNERS = ("weights", POLICY, ADAM, "frozen", BATCH, KEYS, COPY, GRADIENT, TEMPORARIES, CODE, "total")
+_OWNERS = (
+    *("weights", POLICY, "judge", "annotator", ADAM, "frozen"),
+    *(BATCH, KEYS, COPY, GRADIENT, TEMPORARIES, CODE, "total"),
+)
 PHASES = ("sample", "judge", "logp", "train")
 
 

@@ -5,9 +5,11 @@ import contextlib
 import jax
 import pytest
 from jax.sharding import AbstractMesh
-from tiny_runs import LIVELY, ROOT, config_dict, run
+from tiny_runs import LIVELY, ROOT, config_dict, read_jsonl, run, write_problems
 
 from exprl_jax import programs
+from exprl_jax.evaluation.annotate import annotate
+from exprl_jax.evaluation.calibrate import calibrate
 from exprl_jax.evaluation.evaluate import evaluate
 from exprl_jax.mesh import make_mesh
 from exprl_jax.plan.calls import Result, calls_of, residents
@@ -83,9 +85,66 @@ def test_a_run_calls_what_is_described(name, arm, changes, tmp_path):
                 for real, plan in zip(jax.tree.leaves(given), jax.tree.leaves(tree)):
                     assert real.dtype == plan.dtype and real.ndim == plan.ndim, program
                     assert real.shape[:-1] == plan.shape[:-1], program
-                    # A judge's rows are wider than their budget by its closing instruction, which is long in bytes.
-                    assert real.shape[-1:] <= plan.shape[-1:] or program == "judge", (program, real.shape, plan.shape)
+                    assert real.shape[-1:] <= plan.shape[-1:], (program, real.shape, plan.shape)
                     assert real.sharding.is_equivalent_to(plan.sharding, real.ndim), program
+
+
+def laid_out_alike(given, planned):
+    """Whether a call's arguments are of planned trees, dtypes and shapes, and no wider."""
+    if len(given) != len(planned):
+        return False
+    for tree, plan in zip(given, planned):
+        if isinstance(plan, Result):
+            continue
+        if jax.tree.structure(tree) != jax.tree.structure(plan):
+            return False
+        for real, shape in zip(jax.tree.leaves(tree), jax.tree.leaves(plan)):
+            if real.dtype != shape.dtype or real.shape[:-1] != shape.shape[:-1] or real.shape[-1:] > shape.shape[-1:]:
+                return False
+    return True
+
+
+@pytest.mark.parametrize("task", ["annotate"])
+def test_what_asks_about_fixed_rollouts_calls_what_is_described(task, tmp_path):
+    lines = read_jsonl(ROOT / "configs/data/arithmetic.jsonl")[:8]
+    said = {"kind": "math", "domain": "math", "response": "It is so, or so, or so: 3.", "verdict": "wrong"}
+    source = write_problems(
+        tmp_path / "rollouts.jsonl", [line | said | {"id": f"p{n}"} for n, line in enumerate(lines)]
+    )
+    config = config_of(task, "tiny", {"rollouts": source, "data.source": ""})
+    with recorded() as calls:
+        {"calibrate": calibrate, "annotate": annotate}[task](config, str(tmp_path / "run"))
+    described = calls_of(config, make_mesh(config.mesh))
+    assert {call.name.partition(" ")[0] for call in described} == calls.keys()
+    met = set()
+    for program, made in calls.items():
+        planned = [call for call in described if call.name.partition(" ")[0] == program]
+        for arguments in made:
+            alike = [call.name for call in planned if laid_out_alike(arguments, [tree for _, tree in call.arguments])]
+            assert alike, program
+            met |= set(alike)
+    assert met == {call.name for call in described}
+
+
+def test_of_judges_behind_endpoints_nothing_is_planned():
+    elsewhere = {
+        "annotator.backend": "openai",
+        "annotator.endpoint.base_url": "http://x/v1",
+        "annotator.endpoint.model": "m",
+    }
+    assert calls_on(config_of("annotate", "tiny", elsewhere)) == {}
+    local = config_of("calibrate", "tiny", {"prefixes.rollouts": 0, "repeats.rollouts": 0})
+    names = list(calls_on(local))
+    assert names == [
+        f"{program} ({name}{order})"
+        for name in ("logits", "text")
+        for order in ("", ", reference last")
+        for program in ("judge_prefill", "judge")
+    ]
+    # A reference after the trace makes rows wider by as much as a prompt may have.
+    first, last = calls_on(local)["judge (logits)"], calls_on(local)["judge (logits, reference last)"]
+    widths = [call.arguments[2][1].tokens_PGT.shape[-1] for call in (first, last)]
+    assert 96 < widths[0] < 96 + 512 and widths[1] == 96 + 2048
 
 
 def test_what_a_run_keeps_lies_beside_every_program():
@@ -156,7 +215,10 @@ def test_the_baselines_programs_take_what_they_are_given(arm, changes, names, fr
 @pytest.mark.parametrize(
     "name, arm, changes, said",
     [
-        ("calibrate", "smoke", {}, "config.task: got 'calibrate', which has no plan; those that have: rl, distill"),
+        ("calibrate", "tiny", {"wave": 6}, "config.wave: got 6, expected a multiple of mesh.data = 4"),
+        ("calibrate", "tiny", {"prefixes.sampling.wave": 6}, "config.prefixes.sampling.wave: got 6, expected"),
+        ("calibrate", "tiny", {"judges.text.max_trace_tokens": 4096}, "the judge's context length"),
+        ("annotate", "tiny", {"wave": 6}, "config.wave: got 6, expected a multiple of mesh.data = 4"),
         ("tiny", "sft", {"microbatch": 3}, "config.microbatch: got 3, expected a multiple of mesh.data = 4"),
         ("evaluate", "tiny", {"sampling.wave": 7}, "config.sampling.wave: got 7"),
     ],

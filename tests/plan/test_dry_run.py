@@ -147,6 +147,25 @@ def test_an_evaluation_and_a_supervised_run_are_planned_too(in_bytes):
     assert listed["sft_step"]["Adam"] == pytest.approx(2 * listed["sft_step"]["policy"], rel=0.01)
 
 
+def test_what_asks_about_fixed_rollouts_is_planned_too(in_bytes):
+    """A model at a time, and a wave of each pass."""
+    calibration = resolve(config_dict("calibrate", "tiny", {"mesh.data": 8, "prefixes.rollouts": 0}))
+    derived, listed = table(sections(calibration)["derived"]), memory(calibration)
+    assert derived["judge text parameters"] == "90,816" and derived["rows a call"] == "32"
+    assert "policy parameters" not in derived
+    weights = listed["judge (text)"]["judge text"]
+    assert weights == listed["judge (logits)"]["judge logits"] > 90_816 * 4 / 8
+    assert not {"judge logits", "policy", "Adam"} & set(listed["judge (text)"])
+    # 2,048 tokens of context a problem, in float32: 2 layers of 2 heads of 16, keys and values.
+    assert listed["judge_prefill (text)"]["KV"] == 2048 * 2 * 2 * 16 * 2 * 4
+    annotation = resolve(config_dict("annotate", "tiny", {"mesh.data": 8}))
+    assert list(memory(annotation)) == ["prefill (annotator)", "sample (annotator)"]
+    elsewhere = {"backend": "openai", "endpoint.base_url": "http://x/v1", "endpoint.model": "m"}
+    changes = {f"annotator.{key}": value for key, value in elsewhere.items()}
+    report = describe(resolve(config_dict("annotate", "tiny", {"mesh.data": 8} | changes)))
+    assert "not on this mesh  annotator" in report and report.endswith("no program runs on this mesh")
+
+
 SPARSE = {f"routes.{kind}": "verifier" for kind in ("math", "choice", "science", "code")}
 
 
