@@ -23,7 +23,7 @@ from exprl_jax import programs as programs_room
 from exprl_jax.batch import Batch, PackedUpdate, join_batch, mean_padding, pack_update, update_metrics
 from exprl_jax.config import Config
 from exprl_jax.data.packing import Example, fill_rows
-from exprl_jax.data.problems import batch_indices
+from exprl_jax.data.problems import Problem, batch_indices
 from exprl_jax.data.prompts import teacher_prompt
 from exprl_jax.data.training import kinds_of, within_budget
 from exprl_jax.hosts import gather_rows, owned_problems, put_microbatches
@@ -121,14 +121,27 @@ def collect(distilled: DistillRun, state: TrainState, step: int, clock: Clock) -
         owned_P = owned_problems(run.mesh, config.rollout.wave)
         gradings.append(submit_owned(run.graders, request.problems, waves[-1].responses, owned_P))
     with clock.phase("pack"):
-        parts = [(w.rollouts, w.rollouts.mask_PGR, np.zeros_like(w.rollouts.logp_PGR)) for w in waves]
-        batch = join_batch(run, problems, parts, np.concatenate([request.index_P for request in requests]))
-        teacher_prompts = [distilled.prompts.ids[problem.id] for problem in problems]
-        # A response stands in the same row for both, so a row has room for the longer of the two prompts.
-        room_P = [max(map(len, pair)) for pair in zip(batch.prompts, teacher_prompts)]
-        update = pack_update(run, batch, slice(None), room_P)
-        teaching = put_microbatches(run.mesh, teach(run, batch, update, teacher_prompts))
+        index_P = np.concatenate([request.index_P for request in requests])
+        update, teaching = pack(distilled, problems, waves, index_P)
     return Collected(requests, waves, gradings, update, teaching, epoch)
+
+
+def pack(
+    distilled: DistillRun, problems: Sequence[Problem], waves: Sequence[Wave], index_P: np.ndarray
+) -> tuple[PackedUpdate, Teaching]:
+    """Rollouts in rows for the policy, and in the same rows for its teacher.
+
+    Args:
+      index_P: of this process's problems of the waves among the problems.
+    """
+    run = distilled.run
+    parts = [(w.rollouts, w.rollouts.mask_PGR, np.zeros_like(w.rollouts.logp_PGR)) for w in waves]
+    batch = join_batch(run, problems, parts, index_P)
+    teacher_prompts = [distilled.prompts.ids[problem.id] for problem in problems]
+    # A response stands in the same row for both, so a row has room for the longer of the two prompts.
+    room_P = [max(map(len, pair)) for pair in zip(batch.prompts, teacher_prompts)]
+    update = pack_update(run, batch, slice(None), room_P)
+    return update, put_microbatches(run.mesh, teach(run, batch, update, teacher_prompts))
 
 
 def learn(distilled: DistillRun, state: TrainState, collected: Collected, clock: Clock) -> StepResult:

@@ -19,6 +19,10 @@ _CONFIG = define_config("config", "The experiment: a file in configs/, optionall
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; starting again in it resumes.")
 _DIFF = define_config("diff", "Another config: print what differs between the two, and exit.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the config resolves to and what it needs, and exit.")
+_SHOW = flags.DEFINE_integer(
+    "show", None, "Show what becomes of the first so many problems, train and write nothing, and exit.", lower_bound=1
+)
+_SHOW_JSON = flags.DEFINE_bool("show_json", False, "With --show: JSON, a line a problem, instead of a page.")
 _ACCEPT_LOST = flags.DEFINE_bool(
     "accept_lost_records", False, "Go on in a workdir whose checkpoints or metrics somebody has deleted."
 )
@@ -39,6 +43,8 @@ _OPTIONS = (
     _WORKDIR,
     _DIFF,
     _DRY_RUN,
+    _SHOW,
+    _SHOW_JSON,
     _ACCEPT_LOST,
     _DISTRIBUTED,
     _COORDINATOR,
@@ -61,14 +67,7 @@ def main(argv: list[str]) -> int:
             raise ValueError(f"unexpected argument {rest[0]!r}; every option is --name=value")
         if _CONFIG.value is None:
             raise ValueError("--config is missing; for instance --config=configs/smoke.py")
-        if _WORKDIR.value is None and not _DRY_RUN.value and _DIFF.value is None:
-            raise ValueError("--workdir is missing; for instance --workdir=runs/smoke")
-        if len({_COORDINATOR.value is None, _PROCESSES.value is None, _PROCESS.value is None}) > 1:
-            raise ValueError("--coordinator, --processes and --process go together; give all three or none")
-        if _DISTRIBUTED.value == "auto" and _COORDINATOR.value is not None:
-            raise ValueError(
-                "--distributed=auto finds out what --coordinator, --processes and --process say; give it alone"
-            )
+        _check_options()
         settings = _CONFIG.value.to_dict()
         others = {} if _DIFF.value is None else _DIFF.value.to_dict()
     except Exception as error:  # a config file is a program, and may raise anything
@@ -93,6 +92,11 @@ def main(argv: list[str]) -> int:
 
             print(describe(config))
             return 0
+        if _SHOW.value is not None:
+            from exprl_jax.show.show import show
+
+            show(config, _SHOW.value, _SHOW_JSON.value)
+            return 0
         from exprl_jax.run import distributed
 
         if _COORDINATOR.value is not None:
@@ -116,6 +120,25 @@ def main(argv: list[str]) -> int:
     except KeyboardInterrupt:
         return _complain("interrupted; the last checkpoint stands", 130)
     return 0
+
+
+def _check_options() -> None:
+    """Refuses options that do not go together."""
+    if _SHOW_JSON.value and _SHOW.value is None:
+        raise ValueError("--show_json says how --show writes; give --show=1 too")
+    if _WORKDIR.value is None and not _DRY_RUN.value and _DIFF.value is None and _SHOW.value is None:
+        raise ValueError("--workdir is missing; for instance --workdir=runs/smoke")
+    if len({_COORDINATOR.value is None, _PROCESSES.value is None, _PROCESS.value is None}) > 1:
+        raise ValueError("--coordinator, --processes and --process go together; give all three or none")
+    if _DISTRIBUTED.value == "auto" and _COORDINATOR.value is not None:
+        raise ValueError(
+            "--distributed=auto finds out what --coordinator, --processes and --process say; give it alone"
+        )
+    if _SHOW.value is not None:
+        others = {_DIFF.name: _DIFF.value, _DRY_RUN.name: _DRY_RUN.value, _COORDINATOR.name: _COORDINATOR.value}
+        others[_DISTRIBUTED.name] = _DISTRIBUTED.value == "auto"
+        for name in [name for name, given in others.items() if given]:
+            raise ValueError(f"--show and --{name} do not go together; give one of them")
 
 
 def _help_topic(argv: list[str]) -> str | None:

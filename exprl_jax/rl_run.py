@@ -231,8 +231,16 @@ def task_of(run: RLRun, *, collect: Callable, learn: Callable, evaluation: Evalu
 
 
 def first_state(run: RLRun) -> TrainState:
-    """The state before the first step; a frozen copy of the policy's start is read once, not twice."""
+    """The state before the first step."""
+    return run.programs.init_state(_start(run))
+
+
+def first_policy(run: RLRun) -> Any:
+    """`run.model` of the first state, without its optimizer's moments."""
+    return run.model(first_state(run)) if run.config.lora.rank else _start(run)
+
+
+def _start(run: RLRun) -> decoder.Params:
+    """The policy's weights; a frozen copy of them is read once, not twice."""
     params = run.frozen.get(run.config.policy)
-    if params is None:
-        params = load_params(run.policy, run.mesh, run.config.seed)
-    return run.programs.init_state(params)
+    return load_params(run.policy, run.mesh, run.config.seed) if params is None else params

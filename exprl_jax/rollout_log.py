@@ -49,10 +49,13 @@ def sample_rows(run: RLRun, waves: Sequence[ScoredWave], count: int) -> list[dic
     """Some of this process's rollouts: one of every problem, then the next of every problem."""
     numbered = [(scored, i) for scored in waves for i in range(len(scored.wave.problems))]
     order = [(scored, i, g) for g in range(run.config.rollout.group) for scored, i in numbered]
-    return [
-        rollout_row(run, scored.wave, i, g, scored.verdicts[i][g]) | {"segments": _segments(run, scored, i, g)}
-        for scored, i, g in order[:count]
-    ]
+    return [scored_row(run, scored, i, g) for scored, i, g in order[:count]]
+
+
+def scored_row(run: RLRun, scored: ScoredWave, i: int, g: int) -> dict[str, Any]:
+    """Rollout g of the wave's i-th problem, with what its segments came to."""
+    row = rollout_row(run, scored.wave, i, g, scored.verdicts[i][g])
+    return row | {"segments": _segments(run, scored, i, g)}
 
 
 def rollout_row(run: RLRun, wave: Wave, i: int, g: int, verdict: Verdict) -> dict[str, Any]:

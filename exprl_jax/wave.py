@@ -176,7 +176,7 @@ def judge_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Pending[Judgements
         for g, ends in enumerate(wave.ends[i]):
             wanted = wave.rollouts.ended_PG[i, g] or run.config.advantage.overlong == "keep"
             if asks_P[i] and wanted and run.route(problem).judged:
-                of_problem += [Query(g, n, _trace(run, wave, i, g, n)) for n in range(len(ends))]
+                of_problem += [Query(g, n, trace_of(run, wave, i, g, n)) for n in range(len(ends))]
         queries.append(of_problem)
     return run.judge.submit(wave.problems, queries, run.splitter.rule.max_segments)
 
@@ -243,7 +243,9 @@ def replace_groups(old: ScoredWave, new: ScoredWave, replaced_P: np.ndarray) -> 
     def lists(a, b):
         return [y if replaced else x for x, y, replaced in zip(a, b, replaced_P)]
 
-    kept_text = {key: text for key, text in old.judgements.text.items() if not replaced_P[key[0]]}
+    def answers(a, b):
+        return {key: answer for key, answer in a.items() if not replaced_P[key[0]]} | dict(b)
+
     judgements = jax.tree.map(arrays, old.judgements.arrays, new.judgements.arrays)
     return ScoredWave(
         index_P=old.index_P,
@@ -255,8 +257,9 @@ def replace_groups(old: ScoredWave, new: ScoredWave, replaced_P: np.ndarray) -> 
         ),
         judgements=Judgements(
             **judgements,
-            text=kept_text | dict(new.judgements.text),
+            text=answers(old.judgements.text, new.judgements.text),
             tokens=old.judgements.tokens + new.judgements.tokens,
+            digits=answers(old.judgements.digits, new.judgements.digits),
         ),
         advantages=SegmentAdvantages(*map(arrays, old.advantages, new.advantages)),
         verdicts=lists(old.verdicts, new.verdicts),
@@ -275,7 +278,7 @@ def _agree(
     return judgements._replace(**arrays), verdicts
 
 
-def _trace(run: RLRun, wave: Wave, i: int, g: int, n: int) -> str:
+def trace_of(run: RLRun, wave: Wave, i: int, g: int, n: int) -> str:
     """What the judge reads of rollout (i, g) for its n-th score: the prefix y_≤n, or segment n alone (D1)."""
     ends = wave.ends[i][g]
     alone = run.config.judge.unit == "step" and run.route(wave.problems[i]).per_segment

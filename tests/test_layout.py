@@ -26,6 +26,7 @@ FLOORS = (
     ("compile_check", "judge_training", "report", "run_evaluation", "sft", "wave"),
     ("batch", "rollout_log"),
     ("distill", "train"),
+    ("show",),
     ("main",),
 )
 GROUND = {"architecture", "config", "files", "hosts", "kinds", "mesh", "records"}

@@ -46,7 +46,17 @@ def one_command_line_after_another(monkeypatch):
     for name in list(flags.FLAGS):
         if name.startswith(("config.", "diff.")):
             delattr(flags.FLAGS, name)
-        elif name in ("config", "diff", "workdir", "dry_run", "coordinator", "processes", "process"):
+        elif name in (
+            "config",
+            "diff",
+            "workdir",
+            "dry_run",
+            "show",
+            "show_json",
+            "coordinator",
+            "processes",
+            "process",
+        ):
             flags.FLAGS[name].unparse()
 
 
@@ -105,6 +115,10 @@ def refuse(tmp_path, capfd):
             [TINY, "--workdir=x", "--distributed=auto", "--coordinator=a:1", "--processes=2", "--process=0"],
             "--distributed=auto finds out what --coordinator, --processes and --process say; give it alone",
         ),
+        ([TINY, "--show=0"], "--show=0: 0 is not a positive integer"),
+        ([TINY, "--show_json", "--workdir=x"], "--show_json says how --show writes; give --show=1 too"),
+        ([TINY, "--show=1", "--dry_run"], "--show and --dry_run do not go together; give one of them"),
+        ([TINY, "--show=1", "--distributed=auto"], "--show and --distributed do not go together"),
         ([TINY, "--workdir=x", "--heartbeat_seconds=0"], "--heartbeat_seconds=0: 0 is not a positive integer"),
         (
             ["--config=configs/tini.py", "--workdir=x"],
@@ -171,6 +185,15 @@ def test_what_is_compiled_is_kept_for_the_next_start(named, tmp_path):
     if not named:
         kept, other = other, kept
     assert [path for path in kept.iterdir() if path.name.startswith("jit_kept_for_the_next")] and not other.exists()
+
+
+def test_a_problem_is_shown_and_nothing_is_left_behind(tmp_path, capfd, refuse):
+    """A workdir may stand in the command: it is not looked at."""
+    workdir = tmp_path / "run"
+    assert enter(f"{TINY}:sft", f"--workdir={workdir}", "--show=2", "--show_json") == 0
+    records = [json.loads(line) for line in capfd.readouterr().out.splitlines()]
+    assert [record["task"] for record in records] == ["sft", "sft"] and not workdir.exists()
+    assert refuse("--show=9") == "--show: got 9 problems, expected at most 8, config.rollout.prompts"
 
 
 # ------------------------------------------------------------------------------------------------ the config

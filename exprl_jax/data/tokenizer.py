@@ -67,6 +67,13 @@ class Tokenizer:
         """
         return b"".join(self.token_bytes[token] for token in ids).decode("utf-8", "replace")
 
+    def spell(self, ids: Iterable[int]) -> list[str]:
+        r"""Each of `ids` as people read it: its text, or a control token's name; bytes that are no whole characters of
+        their own as `\xe2`."""
+        names = {token: name for name, token in self._added.items()}
+        pieces = [(self.token_bytes[token], names.get(token, "")) for token in ids]
+        return [data.decode("utf-8", "backslashreplace") if data else name for data, name in pieces]
+
     def render(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a chat up to where the assistant's turn begins.
 

@@ -32,7 +32,7 @@ from exprl_jax.reward.endpoint import ChatClient
 from exprl_jax.reward.judgements import MARKER, fill
 from exprl_jax.reward.judges import check_judge_lengths
 from exprl_jax.run.stopping import StopRequest
-from exprl_jax.run.workdir import Workdir, check_workdir, open_workdir
+from exprl_jax.run.workdir import check_workdir, open_workdir
 from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
 from exprl_jax.weights.run_models import check_models
 
@@ -76,7 +76,9 @@ def annotate(config: Annotate, workdir_path: str) -> None:
             check_unchanged(ledger, rollouts[name])
             waiting[name] = [rollout for rollout in rollouts[name] if rollout.key not in ledger]
         if unanswered := [rollout for of_file in waiting.values() for rollout in of_file]:
-            annotator = open_annotator(config, workdir, mesh, stack, unanswered)
+            model = open_annotator_model(config)
+            check_models(workdir, [] if model is None else [model])
+            annotator = open_annotator(config, model, mesh, stack, unanswered)
             if not all(_annotate_file(config, annotator, waiting[name], ledgers[name], stop) for name in ledgers):
                 say("stopped; start again with the same command to go on")
                 return
@@ -120,19 +122,33 @@ def annotation_chat(problem: Problem) -> list[Message]:
     return annotation_messages(question_text(problem.question), MARKER)
 
 
+def open_annotator_model(config: Annotate) -> LanguageModel | None:
+    """Finds a local annotator's files; None for an endpoint.
+
+    Raises:
+      ValueError: the model cannot be opened.
+    """
+    return None if config.annotator.backend == "openai" else open_model(config.annotator.model)
+
+
 def open_annotator(
-    config: Annotate, workdir: Workdir, mesh: Mesh, stack: contextlib.ExitStack, rollouts: Sequence[FixedRollout]
+    config: Annotate,
+    model: LanguageModel | None,
+    mesh: Mesh,
+    stack: contextlib.ExitStack,
+    rollouts: Sequence[FixedRollout],
 ) -> Annotator:
     """The annotator, for up to a wave of these rollouts at a time.
 
+    Args:
+      model: of `open_annotator_model`.
+      stack: closes what stays open.
+
     Raises:
-      ValueError: the model cannot be opened, is not what the folder began with or has too short a context, or the
-        endpoint's key is not there.
+      ValueError: the model has too short a context, or the endpoint's key is not there.
     """
-    if config.annotator.backend == "openai":
+    if model is None:
         return endpoint_annotator(config, stack.enter_context(ChatClient(config.annotator.endpoint)))
-    model = open_model(config.annotator.model)
-    check_models(workdir, [model])
     return local_annotator(config, model, mesh, rollouts)
 
 

@@ -17,10 +17,11 @@ import pathlib
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from exprl_jax import programs
 from exprl_jax.config import Evaluate
@@ -67,8 +68,15 @@ def evaluate(config: Evaluate, workdir_path: str) -> None:
     """
     check_workdir(workdir_path, to_dict(config))
     sets = read_sets(config)
+    parts = open_parts(config, sets)
     with contextlib.ExitStack() as stack:
-        folder, run = open_evaluation(config, sets, workdir_path, stack)
+        workdir = stack.enter_context(
+            open_workdir(
+                workdir_path, to_dict(config), folders=("samples",), process=jax.process_index(), barrier=barrier
+            )
+        )
+        check_models(workdir, [parts.policy, *parts.judge.models])
+        folder, run = workdir.path, open_evaluation(config, sets, parts, stack)
         stop = stack.enter_context(StopRequest())
         if jax.process_index() == 0:
             _check_problems_of(folder / "problems.json", sets)
@@ -117,27 +125,44 @@ def set_name(source: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name).strip("_")
 
 
+class Parts(NamedTuple):
+    """What an evaluation is made of, checked against one another; no weights are loaded."""
+
+    policy: LanguageModel
+    mesh: Mesh
+    prompts: Prompts
+    judge: JudgeBuilder
+
+
+def open_parts(config: Evaluate, sets: Mapping[str, Sequence[Problem]]) -> Parts:
+    """Opens what the evaluation needs.
+
+    Raises:
+      ValueError: anything about config, data or model that cannot work, in one line.
+    """
+    problems = [problem for of_set in sets.values() for problem in of_set]
+    check_same_problems(problems)
+    policy, mesh = open_model(config.policy), make_mesh(config.mesh)
+    prompts = checked_prompts(config, policy, problems)
+    builder = checked_judge(config, problems, policy)
+    check_layout(config, mesh.shape[DATA])
+    return Parts(policy, mesh, prompts, builder)
+
+
 def open_evaluation(
-    config: Evaluate, sets: Mapping[str, Sequence[Problem]], workdir_path: str, stack: contextlib.ExitStack
-) -> tuple[pathlib.Path, EvaluationRun]:
-    """The folder, and what the evaluation needs, checked against one another.
+    config: Evaluate, sets: Mapping[str, Sequence[Problem]], parts: Parts, stack: contextlib.ExitStack
+) -> EvaluationRun:
+    """The evaluation, its weights loaded.
 
     Args:
       stack: closes what stays open.
 
     Raises:
-      ValueError: anything about config, data, model or folder that cannot work, in one line.
+      ValueError: what only shows when weights or an endpoint are opened.
     """
+    policy, mesh, prompts, builder = parts
     problems = [problem for of_set in sets.values() for problem in of_set]
-    check_same_problems(problems)
-    policy, mesh, sampling = open_model(config.policy), make_mesh(config.mesh), config.sampling
-    prompts = checked_prompts(config, policy, problems)
-    builder = checked_judge(config, problems, policy)
-    check_layout(config, mesh.shape[DATA])
-    workdir = stack.enter_context(
-        open_workdir(workdir_path, to_dict(config), folders=("samples",), process=jax.process_index(), barrier=barrier)
-    )
-    check_models(workdir, [policy, *builder.models])
+    sampling = config.sampling
     say(
         f"policy {config.policy.weights}; {len(problems)} problems in {len(sets)} sets, {sampling.samples} samples each"
     )
@@ -165,7 +190,7 @@ def open_evaluation(
         temperature=sampling.temperature,
         seed=config.seed,
     )
-    return workdir.path, EvaluationRun(config, params, bench)
+    return EvaluationRun(config, params, bench)
 
 
 def checked_prompts(config: Evaluate, policy: LanguageModel, problems: Sequence[Problem]) -> Prompts:

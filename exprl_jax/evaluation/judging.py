@@ -322,7 +322,8 @@ def _score_pass(
             score = float(judgements.score_PGN[i, g, 0]) if judgements.valid_PGN[i, g, 0] else None
             text, cut = judgements.text.get((i, g, 0)), bool(judgements.cut_PGN[i, g, 0])
             answer = {"score": score, "text": text, "cut": cut, "tokens": tokens / asked, "seconds": seconds / asked}
-            rows.append(task.question(scoring_pass, trace, 0) | answer)
+            digits = {"digits": list(of_trace)} if (of_trace := judgements.digits.get((i, g, 0))) else {}
+            rows.append(task.question(scoring_pass, trace, 0) | answer | digits)
         task.scores.add(rows)
         say(f"{task.name}, {scoring_pass.name}: {number}/{len(waves)} calls  {asked / seconds:.1f} scores/s")
     return True

@@ -110,18 +110,25 @@ def cut_prefixes(config: Calibrate, tokenizer: Tokenizer, rollouts: Sequence[Fix
       ValueError: the rule cuts none of them.
     """
     prefixes = config.prefixes
-    splitter = Splitter(tokenizer.token_bytes, parse_rule(prefixes.segments))
     gradable = [rollout for rollout in rollouts if not rollout.problem.traits.by_judge]
-    traces = []
-    for rollout in draw_some(gradable, prefixes.rollouts, config.seed):
-        ids = tokenizer.encode(rollout.response)
-        for segment, end in enumerate(splitter.segment_ends(ids)[:-1].tolist()):
-            traces.append(Trace(rollout, segment, tokenizer.decode(ids[:end]), tuple(ids[:end])))
+    drawn = draw_some(gradable, prefixes.rollouts, config.seed)
+    traces = prefixes_of(config, tokenizer, drawn)
     if not traces:
         raise ValueError(
             f"config.prefixes.segments.rule: {prefixes.segments.rule!r} cuts none of the rollouts; expected a rule "
             "that does"
         )
+    return traces
+
+
+def prefixes_of(config: Calibrate, tokenizer: Tokenizer, rollouts: Sequence[FixedRollout]) -> list[Trace]:
+    """What precedes each cut of each rollout; none of one that is not cut."""
+    splitter = Splitter(tokenizer.token_bytes, parse_rule(config.prefixes.segments))
+    traces = []
+    for rollout in rollouts:
+        ids = tokenizer.encode(rollout.response)
+        for segment, end in enumerate(splitter.segment_ends(ids)[:-1].tolist()):
+            traces.append(Trace(rollout, segment, tokenizer.decode(ids[:end]), tuple(ids[:end])))
     return traces
 
 

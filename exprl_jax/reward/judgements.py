@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -43,6 +44,7 @@ class Judgements(NamedTuple):
       cut_PGN: bool, the answer (`text`) reached its budget, or the trace did not fit; not valid then unless parsed.
       text: what the judge wrote, by (problem, g, n); empty for `logits`.
       tokens: trace tokens read and answer tokens written.
+      digits: the probabilities of the digits 1 to 5, by (problem, g, n); empty for `text`.
     """
 
     score_PGN: np.ndarray
@@ -51,6 +53,7 @@ class Judgements(NamedTuple):
     cut_PGN: np.ndarray
     text: Mapping[tuple[int, int, int], str]
     tokens: int
+    digits: Mapping[tuple[int, int, int], tuple[float, ...]] = types.MappingProxyType({})
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -143,6 +146,7 @@ def judgements_of(
     shape = (len(queries), group, segments)
     score, cut = np.zeros(shape), np.zeros(shape, bool)
     valid, asked, text, tokens = cut.copy(), cut.copy(), {}, 0
+    digits = {}
     for i, of_problem in enumerate(queries):
         for query in of_problem:
             asked[i, query.g, query.n] = cut[i, query.g, query.n] = True
@@ -152,9 +156,11 @@ def judgements_of(
         tokens, cut[index] = tokens + answer.tokens, answer.cut
         if answer.text is not None:
             text[index] = answer.text
+        if answer.probability_5 is not None:
+            digits[index] = tuple(map(float, answer.probability_5))
         if (likert := _likert(judge_config, answer)) is not None:
             score[index], valid[index] = normalise(likert), True
-    return Judgements(score, valid, asked, cut, text, tokens)
+    return Judgements(score, valid, asked, cut, text, tokens, digits)
 
 
 def verdicts_of(answers: Iterable[Answer], responses: Sequence[Sequence[Any]]) -> list[list[Verdict]]:
