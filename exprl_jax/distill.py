@@ -35,7 +35,7 @@ from exprl_jax.resolve import to_dict
 from exprl_jax.reward.statistics import rollout_statistics, verdict_indices
 from exprl_jax.reward.verifiers.grading import submit_owned
 from exprl_jax.reward.verifiers.verdict import Verdict
-from exprl_jax.rl_run import RLRun, check_enough, open_run, task_of
+from exprl_jax.rl_run import RLRun, check_enough, open_run, settle_run_sizes, task_of
 from exprl_jax.rollout.call import Prompts, make_prompts
 from exprl_jax.rollout_log import rollout_row
 from exprl_jax.run.clock import Clock
@@ -99,12 +99,17 @@ def open_distill_run(config: Config, stack: contextlib.ExitStack) -> DistillRun:
     """
     run = open_run(config, stack)
     prompts = {problem.id: teacher_prompt(run.policy.tokenizer, problem) for problem in run.problems}
-    room = min(run.policy.arch.max_positions, config.updates.row_tokens) - config.rollout.max_tokens
+    room = run.policy.arch.max_positions
+    if config.updates.row_tokens:
+        room = min(room, config.updates.row_tokens)
+    room -= config.rollout.max_tokens
     lengths = {name: len(prompt) for name, prompt in prompts.items()}
     # The room is the smaller of the model's context and the row's, less a response.
     problems = within_budget("updates.row_tokens less rollout.max_tokens", room, run.problems, lengths)
     check_enough(problems, config.rollout.prompts)
-    run = dataclasses.replace(run, problems=problems, kinds=kinds_of(problems))
+    longer = [max(lengths[p.id], len(run.prompts.ids[p.id])) for p in problems]
+    config = settle_run_sizes(config, run.mesh, run.models, longer)
+    run = dataclasses.replace(run, config=config, problems=problems, kinds=kinds_of(problems))
     prompts = {problem.id: prompts[problem.id] for problem in problems}
     return DistillRun(run, programs_room.build_teacher(config, run.mesh, run.policy), make_prompts(prompts))
 

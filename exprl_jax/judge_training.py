@@ -64,11 +64,9 @@ def _within_budgets(
     """
     judge, prompts = config.judge, {}
     digit_ids = digit_token_ids(tokenizer) if judge.readout == "logits" else ()
-    limits = {
-        "judge.max_context_tokens": judge.max_context_tokens,
-        "judge.max_trace_tokens": judge.max_trace_tokens,
-        "row_tokens": config.row_tokens,
-    }
+    limits = {"judge.max_context_tokens": judge.max_context_tokens, "judge.max_trace_tokens": judge.max_trace_tokens}
+    if config.row_tokens:
+        limits["row_tokens"] = config.row_tokens
     if judge.readout == "text":
         limits["judge.max_tokens"] = judge.max_tokens
     kept, taught, dropped = [], [], dict.fromkeys(limits, 0)

@@ -152,10 +152,11 @@ def _help_topic(argv: list[str]) -> str | None:
 
 def _run(config: Any, workdir: str, accept_lost_records: bool) -> None:
     """Hands over to the task that the config names."""
-    from exprl_jax.run.workdir import recorded_config
+    from exprl_jax.run.workdir import begun_config, recorded_config
+    from exprl_jax.sizes import recorded_sizes
     from exprl_jax.weights.language_model import pin_checkpoints
 
-    config = pin_checkpoints(config, recorded_config(workdir))
+    config = recorded_sizes(pin_checkpoints(config, recorded_config(workdir)), begun_config(workdir))
     if config.task == "rl":
         from exprl_jax.train import train
 

@@ -194,9 +194,10 @@ def _check_rl(c: Config) -> None:
     require(prompts % c.updates.per_batch == 0, "updates.per_batch", whole_batch)
     longest = c.data.max_prompt_tokens + c.rollout.max_tokens
     require(
-        c.updates.row_tokens >= longest,
+        c.updates.row_tokens >= longest or c.updates.row_tokens == 0,
         "updates.row_tokens",
-        f"at least {longest}, data.max_prompt_tokens + rollout.max_tokens: a rollout is packed whole",
+        f"at least {longest}, data.max_prompt_tokens + rollout.max_tokens: a rollout is packed whole; or 0, for a "
+        "width by the data",
     )
     if c.task == "rl" and c.routes.all != {"process"}:
         expected = "at least 2: the routes outcome and verifier compare within a group"

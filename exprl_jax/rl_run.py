@@ -34,6 +34,7 @@ from exprl_jax.reward.verifiers.grading import Graders, check_answers, open_grad
 from exprl_jax.rollout.call import Prompts, Sampler, make_prompts
 from exprl_jax.run.evaluating import Evaluation
 from exprl_jax.run.loop import Task
+from exprl_jax.sizes import Lengths, held_bytes, settle_sizes
 from exprl_jax.weights.adapters import export_policy
 from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
 from exprl_jax.weights.run_models import record_models
@@ -125,6 +126,9 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
             frozen[model.config] = load_params(model, mesh, config.seed)
         return frozen[model.config]
 
+    models = [policy, *([] if reference is None else [reference]), *builder.models]
+    if config.task == "rl":  # a distilled run's rows hold its teacher's prompts too
+        config = settle_run_sizes(config, mesh, models, [len(ids[p.id]) for p in problems])
     rollout = config.rollout
     judge = builder.open(
         mesh,
@@ -151,8 +155,27 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
         prompts=make_prompts({p.id: ids[p.id] for p in (*problems, *held_out)}),
         splitter=Splitter(policy.tokenizer.token_bytes, rule),
         frozen=frozen,
-        models=[policy, *([] if reference is None else [reference]), *builder.models],
+        models=models,
     )
+
+
+def settle_run_sizes(config: Config, mesh: Mesh, models: Sequence[LanguageModel], prompts: Sequence[int]) -> Config:
+    """The config with the sizes of rows and microbatches that it leaves to the program.
+
+    Args:
+      models: all of the run, the policy first.
+      prompts: tokens of each problem's.
+    """
+    policy, rollout = models[0], config.rollout
+    longest = max(prompts) + rollout.max_tokens
+    lengths = Lengths(longest, longest, rollout.prompts // config.updates.per_batch * rollout.group)
+    abstract, shardings = (
+        programs_room.abstract_state(config, policy.arch),
+        programs_room.shard_state(config, mesh, policy),
+    )
+    frozen = {model.config: model.parameter_bytes // mesh.size for model in models[0 if config.lora.rank else 1 :]}
+    held = held_bytes(abstract, shardings) + sum(frozen.values())
+    return settle_sizes(config, lengths, policy.arch, mesh, held)
 
 
 def check_enough(problems: Sequence[Problem], batch: int) -> None:

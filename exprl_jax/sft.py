@@ -53,7 +53,8 @@ def open_run(config: Sft) -> SupervisedRun:
     problems = within_budget("data.max_prompt_tokens", config.data.max_prompt_tokens, problems, lengths)
     examples = {p.id: make_example(policy.tokenizer, prompts[p.id], p) for p in problems}
     lengths = {name: len(example.prompt) + len(example.response) for name, example in examples.items()}
-    problems = within_budget("row_tokens", config.row_tokens, problems, lengths)
+    if config.row_tokens:
+        problems = within_budget("row_tokens", config.row_tokens, problems, lengths)
     kept = [examples[p.id] for p in problems]
     return open_supervised(config, mesh, policy, problems, kept, np.zeros(len(kept), np.float32))
 

@@ -24,6 +24,7 @@ from exprl_jax.learning.update import over_updates
 from exprl_jax.records import Lesson, TrainState
 from exprl_jax.run.clock import Clock
 from exprl_jax.run.loop import StepResult, Task
+from exprl_jax.sizes import Lengths, held_bytes, settle_sizes
 from exprl_jax.weights.adapters import export_policy
 from exprl_jax.weights.language_model import LanguageModel, load_params
 from exprl_jax.weights.run_models import record_models
@@ -82,21 +83,26 @@ def open_supervised(
     Raises:
       ValueError: one is beyond the model's context, or they make no batch.
     """
-    longest = max(len(example.prompt) + len(example.response) for example in examples)
+    lengths_N = [len(example.prompt) + len(example.response) for example in examples]
+    longest = max(lengths_N)
     if longest > policy.arch.max_positions:
         raise ValueError(
             f"config.row_tokens: got {config.row_tokens}, which lets in an example of {longest} tokens; expected at "
-            f"most {policy.arch.max_positions}, the model's context length"
+            f"most {policy.arch.max_positions}, the model's context length, over which examples are dropped"
         )
     if len(examples) < config.batch:
         raise ValueError(f"config.batch: got {config.batch}, expected at most {len(examples)}, the examples left")
     steps = config.epochs * (len(examples) // config.batch)
+    programs = programs_room.build_sft(config, mesh, policy, steps)
+    held = held_bytes(programs.abstract, programs.shardings)
+    held += policy.parameter_bytes // mesh.size if config.lora.rank else 0
+    config = settle_sizes(config, Lengths(longest, np.mean(lengths_N), config.batch), policy.arch, mesh, held)
     say(f"{steps} updates of {config.batch} examples in rows of {config.row_tokens} tokens")
     return SupervisedRun(
         config=config,
         mesh=mesh,
         policy=policy,
-        programs=programs_room.build_sft(config, mesh, policy, steps),
+        programs=programs,
         items=items,
         examples=examples,
         share_N=share_N,

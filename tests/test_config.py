@@ -210,8 +210,6 @@ POSITIVE = [
     "judge.max_context_tokens",
     "judge.max_trace_tokens",
     "updates.per_batch",
-    "updates.row_tokens",
-    "updates.microbatch",
     "updates.logp_chunk",
     "checkpoint.every",
     "checkpoint.keep",
@@ -235,6 +233,8 @@ NOT_NEGATIVE = [
     "optimizer.weight_decay",
     "loss.entropy_coef",
     "rollout.max_resample",
+    "updates.row_tokens",
+    "updates.microbatch",
     "judge.endpoint.retries",
 ]
 
@@ -412,7 +412,7 @@ def test_the_task_names_the_record():
         (lambda: evaluate(label=3), "config.label: got 3 of type int, expected str"),
         (lambda: sft(epochs=0), "config.epochs: got 0, expected a positive number"),
         (lambda: sft(batch=-1), "config.batch: got -1, expected a positive number"),
-        (lambda: sft(row_tokens=0), "config.row_tokens: got 0, expected a positive number"),
+        (lambda: sft(row_tokens=-1), "config.row_tokens: got -1, expected zero or more"),
         (lambda: evaluate(sampling=dict(samples=0)), "config.sampling.samples: got 0, expected a positive number"),
         (
             lambda: evaluate(sampling=dict(temperature=-0.1)),

@@ -17,7 +17,7 @@ FLOORS = (
     ("architecture", "config", "files", "gguf_reader", "packaged", "records", "text_tables"),
     ("help", "layout", "mesh", "resolve"),
     ("hosts",),
-    ("data", "learning", "model"),
+    ("data", "learning", "model", "sizes"),
     ("rollout", "run"),
     ("weights",),
     ("reward",),

@@ -113,8 +113,9 @@ class Sft:
       policy: the model that is trained.
       lora: whether adapters are trained instead of all its parameters.
       batch: examples an update.
-      microbatch: packed rows a gradient-accumulation step, over all devices.
-      row_tokens: width of a packed row; longer examples are dropped and counted.
+      microbatch: packed rows a gradient-accumulation step, over all devices; 0: chosen by the program from lengths
+        and memory.
+      row_tokens: width of a packed row; longer examples are dropped and counted.  0: chosen so that all fit.
       logp_chunk: rows × tokens whose [.., V] logits exist at once.
       optimizer: AdamW, its schedule and its clip.
       checkpoint: what is saved, and when.
@@ -128,8 +129,8 @@ class Sft:
     policy: Model
     lora: Lora
     batch: Count
-    microbatch: Count
-    row_tokens: Count
+    microbatch: CountOrNone
+    row_tokens: CountOrNone
     logp_chunk: Count
     optimizer: Optimizer
     checkpoint: Checkpoint
@@ -150,8 +151,9 @@ class JudgeTraining:
       mesh: how devices are divided.
       lora: whether adapters are trained instead of all its parameters.
       batch: lessons an update.
-      microbatch: packed rows a gradient-accumulation step, over all devices.
-      row_tokens: width of a packed row; longer lessons are dropped and counted.
+      microbatch: packed rows a gradient-accumulation step, over all devices; 0: chosen by the program from lengths
+        and memory.
+      row_tokens: width of a packed row; longer lessons are dropped and counted.  0: chosen so that all fit.
       logp_chunk: rows × tokens whose [.., V] logits exist at once.
       optimizer: AdamW, its schedule and its clip.
       checkpoint: what is saved, and when.
@@ -165,8 +167,8 @@ class JudgeTraining:
     mesh: Mesh
     lora: Lora
     batch: Count
-    microbatch: Count
-    row_tokens: Count
+    microbatch: CountOrNone
+    row_tokens: CountOrNone
     logp_chunk: Count
     optimizer: Optimizer
     checkpoint: Checkpoint

@@ -68,14 +68,14 @@ class Updates:
 
     Attributes:
       per_batch: optimizer updates a batch; the batch's problems are divided among them.
-      row_tokens: width of a packed row.
-      microbatch: packed rows a gradient-accumulation step, over all devices.
+      row_tokens: width of a packed row; 0: chosen by the program from the prompts and `rollout.max_tokens`.
+      microbatch: packed rows a gradient-accumulation step, over all devices; 0: chosen from lengths and memory.
       logp_chunk: rows × tokens whose [.., V] logits exist at once.
     """
 
     per_batch: Count
-    row_tokens: Count
-    microbatch: Count
+    row_tokens: CountOrNone
+    microbatch: CountOrNone
     logp_chunk: Count
 
 

@@ -46,6 +46,7 @@ from exprl_jax.reward.routes import ROUTES
 from exprl_jax.reward.segments import segment_rule
 from exprl_jax.rollout.call import padded_width
 from exprl_jax.rollout.sampler import CHUNK
+from exprl_jax.sizes import TRAINING, Lengths, choose_sizes, sizes_of
 from exprl_jax.weights.language_model import PUBLISHED, LanguageModel, open_model
 
 Planned = Config | Supervised | Evaluate | Calibrate | Annotate
@@ -115,6 +116,7 @@ def calls_of(config: Planned, mesh: Mesh | AbstractMesh) -> list[Call]:
     """
     tasks = {"rl": _reinforced, "distill": _distilled, "sft": _supervised, "judge": _supervised, "evaluate": _evaluated}
     tasks |= {"calibrate": _calibrated, "annotate": _annotated}
+    config = planned_sizes(config, mesh)
     check_layout(config, mesh.shape[DATA])
     calls, resident = tasks[config.task](config, mesh), residents(config, mesh)
 
@@ -124,6 +126,25 @@ def calls_of(config: Planned, mesh: Mesh | AbstractMesh) -> list[Call]:
         return dataclasses.replace(call, beside=others | call.beside)
 
     return [with_residents(call) for call in calls]
+
+
+def planned_sizes(config: Planned, mesh: Mesh | AbstractMesh) -> Planned:
+    """The config with the sizes that a run would choose for prompts at their full budget and with memory to spare.
+
+    Raises:
+      ValueError: only the data say; a plan reads none.
+    """
+    if not isinstance(config, TRAINING) or all(sizes_of(config)):
+        return config
+    if isinstance(config, Supervised):
+        raise ValueError(
+            "config.row_tokens, config.microbatch: got 0, which a run chooses from its data; a plan reads none: give "
+            "numbers"
+        )
+    rollout, longest = config.rollout, config.data.max_prompt_tokens + config.rollout.max_tokens
+    lengths = Lengths(longest, longest, rollout.prompts // config.updates.per_batch * rollout.group)
+    platform = mesh.devices.flat[0].platform if isinstance(mesh, Mesh) else jax.default_backend()
+    return choose_sizes(config, lengths, known_model(config.policy).arch, mesh.shape[DATA], None, platform)
 
 
 def residents(config: Planned, mesh: Mesh | AbstractMesh) -> dict[str, int]:

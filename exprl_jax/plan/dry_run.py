@@ -12,7 +12,17 @@ from jax.sharding import AbstractMesh
 from exprl_jax.config import Annotate, Calibrate, Evaluate, JudgeTraining, Model, Supervised
 from exprl_jax.layout import packed_shape
 from exprl_jax.mesh import DATA, MODEL, fit_mesh
-from exprl_jax.plan.calls import POLICY, Call, Planned, asked_models, calls_of, frozen_models, known_model, owners_of
+from exprl_jax.plan.calls import (
+    POLICY,
+    Call,
+    Planned,
+    asked_models,
+    calls_of,
+    frozen_models,
+    known_model,
+    owners_of,
+    planned_sizes,
+)
 from exprl_jax.plan.tables import memory_rows
 from exprl_jax.records import TrainState
 from exprl_jax.resolve import to_dict
@@ -34,7 +44,8 @@ def describe(config: Planned) -> str:
       ValueError: as a run would, for what can be known without its data.
     """
     data, tensor = fit_mesh(config.mesh)
-    calls = calls_of(config, AbstractMesh((data, tensor), (DATA, MODEL)))
+    mesh = AbstractMesh((data, tensor), (DATA, MODEL))
+    config, calls = planned_sizes(config, mesh), calls_of(config, mesh)
     fixed = isinstance(config, Calibrate | Annotate)
     models = asked_models(config) if fixed else {POLICY: config.policy}
     distinct = dict.fromkeys(models.values())

@@ -201,6 +201,11 @@ def recorded_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return _read_config(file) if file.exists() else {}
 
 
+def begun_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """`recorded_config` of a run that has begun, so that it must go on by it; empty where there is none."""
+    return recorded_config(path) if has_begun(pathlib.Path(path).expanduser().absolute()) else {}
+
+
 def _enter(
     folder: pathlib.Path, config: dict[str, Any], folders: Sequence[str], needed_bytes: int, stack: contextlib.ExitStack
 ) -> Workdir:
