@@ -94,7 +94,7 @@ def base() -> ConfigDict:
             ),
             checkpoint=dict(every=10, keep=2, best="solve/accuracy", best_is="highest"),
             evaluate=dict(every=0, source="", training_problems=0, samples=10, k="", temperature=0.8),
-            log=dict(rollouts=16),
+            log=dict(rollouts=16, to="tensorboard"),
             grader=dict(seconds=5.0, workers=4),
             code=dict(seconds=10.0, memory_mb=1024, allow_unsandboxed=False),
             probe=dict(strict=False),
@@ -161,6 +161,7 @@ def supervised(config: ConfigDict) -> ConfigDict:
     """SFT on the references with what it shares with an RL config: data, mesh, policy, checkpoints."""
     shared = {name: config[name].to_dict() for name in ("data", "mesh", "policy", "lora", "checkpoint")}
     shared["checkpoint"].update(best="loss/total", best_is="lowest")
+    shared["log"] = dict(to=config.log.to)
     optimizer = config.optimizer.to_dict() | dict(b2=0.95, schedule="cosine", warmup=0.1)
     return ConfigDict(
         dict(
@@ -181,6 +182,7 @@ def lessons(config: ConfigDict) -> ConfigDict:
     """Training a small judge for an RL config; its float32 parameters are trained."""
     shared = {name: config[name].to_dict() for name in ("mesh", "lora", "checkpoint", "judge")}
     shared["checkpoint"].update(best="loss/total", best_is="lowest")
+    shared["log"] = dict(to=config.log.to)
     shared["judge"]["model"].update(weights="Qwen/Qwen3-0.6B", param_dtype="float32")
     optimizer = config.optimizer.to_dict() | dict(learning_rate=1e-5, b2=0.95, schedule="cosine", warmup=0.1)
     return ConfigDict(

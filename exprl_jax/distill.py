@@ -40,6 +40,7 @@ from exprl_jax.rollout.call import Prompts, make_prompts
 from exprl_jax.rollout_log import rollout_row
 from exprl_jax.run.clock import Clock
 from exprl_jax.run.loop import StepResult, run_task
+from exprl_jax.run.trackers import check_trackers
 from exprl_jax.run.workdir import check_workdir
 from exprl_jax.run_evaluation import evaluation_of
 from exprl_jax.wave import Wave, WaveRequest, sample_wave, wave_requests
@@ -82,6 +83,7 @@ def distill(config: Config, workdir_path: str, accept_lost_records: bool = False
       FloatingPointError: a metric is not finite (names step and metric).
     """
     check_workdir(workdir_path, to_dict(config))
+    check_trackers(config.log.trackers)
     with contextlib.ExitStack() as stack:
         distilled = open_distill_run(config, stack)
         steps = {"collect": functools.partial(collect, distilled), "learn": functools.partial(learn, distilled)}

@@ -21,6 +21,7 @@ from exprl_jax.reward.judge_prompts import digit_token_ids
 from exprl_jax.reward.judges import check_judge_lengths
 from exprl_jax.reward.lessons import JudgeLesson, Taught, lesson_prompt, read_lessons, teach
 from exprl_jax.run.loop import run_task
+from exprl_jax.run.trackers import check_trackers
 from exprl_jax.run.workdir import check_workdir
 from exprl_jax.supervised_run import SupervisedRun, open_supervised, task_of
 from exprl_jax.weights.language_model import open_model
@@ -34,6 +35,7 @@ def train_judge(config: JudgeTraining, workdir_path: str, accept_lost_records: b
       FloatingPointError: a metric is not finite (names step and metric).
     """
     check_workdir(workdir_path, to_dict(config))
+    check_trackers(config.log.trackers)
     run_task(task_of(open_run(config)), workdir_path, accept_lost_records)
 
 

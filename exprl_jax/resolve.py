@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 from exprl_jax.config import (
     COLUMNS,
     TASKS,
+    TRACKERS,
     Annotate,
     AnyConfig,
     Calibrate,
@@ -27,6 +28,7 @@ from exprl_jax.config import (
     RunEvaluation,
     Sampling,
     Source,
+    Tracking,
     column_pairs,
 )
 
@@ -154,6 +156,12 @@ def _check_section(section: Any, path: str) -> None:
         known, names = {"q", "k", "v", "o", "gate", "up", "down"}, section.names
         expected = "some of q,k,v,o,gate,up,down, each once, with commas between"
         _require(len(names) == len(set(names)) and set(names) <= known, f"{path}.targets", section.targets, expected)
+    if isinstance(section, Tracking):
+        names = section.trackers
+        ok = len(names) == len(set(names)) and set(names) <= set(TRACKERS)
+        _require(
+            ok, f"{path}.to", section.to, f"some of {','.join(TRACKERS)}, each once, with commas between; '' for none"
+        )
     if isinstance(section, RunEvaluation):
         expected = f"positive numbers, at most samples = {section.samples}, with commas between; '' for 1 alone"
         ok = not section.k or all(part.isascii() and part.isdigit() for part in section.k.split(","))

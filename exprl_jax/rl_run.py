@@ -247,6 +247,7 @@ def task_of(run: RLRun, *, collect: Callable, learn: Callable, evaluation: Evalu
         all_finite=run.programs.all_finite,
         record_models=functools.partial(record_models, policy=policy, models=run.models),
         export=functools.partial(export_policy, config.lora, policy, run.base),
+        trackers=config.log.trackers,
         evaluation=evaluation,
         headline="reward" if config.task == "rl" else "accuracy",
         watch=config.watch,

@@ -21,6 +21,7 @@ from exprl_jax.layout import check_layout
 from exprl_jax.mesh import DATA, make_mesh
 from exprl_jax.resolve import to_dict
 from exprl_jax.run.loop import run_task
+from exprl_jax.run.trackers import check_trackers
 from exprl_jax.run.workdir import check_workdir
 from exprl_jax.supervised_run import SupervisedRun, open_supervised, task_of
 from exprl_jax.weights.language_model import open_model
@@ -34,6 +35,7 @@ def sft(config: Sft, workdir_path: str, accept_lost_records: bool = False) -> No
       FloatingPointError: a metric is not finite (names step and metric).
     """
     check_workdir(workdir_path, to_dict(config))
+    check_trackers(config.log.trackers)
     run_task(task_of(open_run(config)), workdir_path, accept_lost_records)
 
 

@@ -157,6 +157,7 @@ def task_of(run: SupervisedRun) -> Task:
         all_finite=run.programs.all_finite,
         record_models=functools.partial(record_models, policy=run.policy, models=[run.policy]),
         export=functools.partial(export_policy, run.config.lora, run.policy, run.base),
+        trackers=run.config.log.trackers,
         evaluation=None,
         headline="loss",
         watch=None,

@@ -28,6 +28,7 @@ from exprl_jax.rl_run import RLRun, open_run, task_of
 from exprl_jax.rollout_log import gather_table, sample_rows
 from exprl_jax.run.clock import Clock
 from exprl_jax.run.loop import StepResult, run_task
+from exprl_jax.run.trackers import check_trackers
 from exprl_jax.run.workdir import check_workdir
 from exprl_jax.run_evaluation import evaluation_of
 from exprl_jax.wave import finish_wave, start_wave, wave_requests
@@ -59,6 +60,7 @@ def train(config: Config, workdir_path: str, accept_lost_records: bool = False) 
       FloatingPointError: a metric is not finite (names step and metric).
     """
     check_workdir(workdir_path, to_dict(config))
+    check_trackers(config.log.trackers)
     with contextlib.ExitStack() as stack:
         run = open_run(config, stack)
         steps = {"collect": functools.partial(collect, run), "learn": functools.partial(learn, run)}

@@ -381,7 +381,8 @@ def sft(**changes):
     """Supervised training with the sections of configs/tiny.py."""
     rl = plain()
     shared = {name: rl[name] for name in ("seed", "data", "mesh", "policy", "lora", "optimizer", "checkpoint")}
-    return shared | dict(task="sft", epochs=2, batch=8, microbatch=4, row_tokens=256, logp_chunk=256) | changes
+    own = dict(task="sft", epochs=2, batch=8, microbatch=4, row_tokens=256, logp_chunk=256, log=dict(to=""))
+    return shared | own | changes
 
 
 def evaluate(**changes):
@@ -526,6 +527,7 @@ for record in (node for tree in trees(ROOT / "exprl_jax/config") for node in tre
             elif isinstance(node, ast.Call) and [last_name(x) for x in node.args[:1]] == ["self"]:
                 DERIVED[record.name, "*"].add(method.name)
 DERIVED["Routes", "*"] = DERIVED["_RouteByKind", "*"]  # the record made of it has a key for each kind of problem
+DERIVED["Log", "to"] = DERIVED["Tracking", "to"]  # its heir
 
 
 @pytest.mark.parametrize("record, path", LEAVES, ids=[".".join((record, *path)) for record, path in LEAVES])

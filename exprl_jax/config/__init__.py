@@ -22,6 +22,7 @@ from exprl_jax.config.tasks import (
     Supervised,
 )
 from exprl_jax.config.training import (
+    TRACKERS,
     Checkpoint,
     Distillation,
     Log,
@@ -30,6 +31,7 @@ from exprl_jax.config.training import (
     Probe,
     Rollout,
     RunEvaluation,
+    Tracking,
     Updates,
     Watch,
 )

@@ -17,6 +17,7 @@ from exprl_jax.config.training import (
     Probe,
     Rollout,
     RunEvaluation,
+    Tracking,
     Updates,
     Watch,
 )
@@ -119,6 +120,7 @@ class Sft:
       logp_chunk: rows × tokens whose [.., V] logits exist at once.
       optimizer: AdamW, its schedule and its clip.
       checkpoint: what is saved, and when.
+      log: who is told of the metrics.
     """
 
     task: Literal["sft"]
@@ -134,6 +136,7 @@ class Sft:
     logp_chunk: Count
     optimizer: Optimizer
     checkpoint: Checkpoint
+    log: Tracking
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,6 +160,7 @@ class JudgeTraining:
       logp_chunk: rows × tokens whose [.., V] logits exist at once.
       optimizer: AdamW, its schedule and its clip.
       checkpoint: what is saved, and when.
+      log: who is told of the metrics.
     """
 
     task: Literal["judge"]
@@ -172,6 +176,7 @@ class JudgeTraining:
     logp_chunk: Count
     optimizer: Optimizer
     checkpoint: Checkpoint
+    log: Tracking
 
     @property
     def policy(self) -> Model:

@@ -148,8 +148,28 @@ class RunEvaluation:
         return tuple(sorted({1, *(int(part) for part in self.k.split(",") if self.k)}))
 
 
+TRACKERS = ("tensorboard", "wandb", "trackio")
+
+
 @dataclasses.dataclass(frozen=True)
-class Log:
+class Tracking:
+    """Who is told of a run's metrics.
+
+    Attributes:
+      to: trackers that get the rows of metrics.jsonl, with commas between: `tensorboard`, and `wandb` and `trackio`
+        where their packages are installed; empty for none.
+    """
+
+    to: str
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """Their names."""
+        return tuple(self.to.split(",")) if self.to else ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Log(Tracking):
     """What people read of a step.
 
     Attributes:

@@ -69,6 +69,7 @@ class Task:
       record_models: writes down what the models are, or checks that they are what is written down; every process calls
         it.
       export: writes a model from parameters to a workdir; every process calls it.
+      trackers: names of those that are told of the metrics.
       evaluation: of the policy, inside the run; None where there is none.
       headline: what the number that progress shows is called.
       watch: how the run is watched for a collapse; None where there is nothing to watch.
@@ -88,6 +89,7 @@ class Task:
     all_finite: Callable[[Any], Any]
     record_models: Callable[[Workdir], None]
     export: Callable[[Any, Workdir], None]
+    trackers: Sequence[str]
     evaluation: Evaluation | None
     headline: str
     watch: Watch | None
@@ -135,7 +137,7 @@ def run_task(task: Task, workdir_path: str, accept_lost_records: bool = False) -
         barrier()  # every process watches the same rows
         rows = read_metrics(workdir.metrics)
         watch = RunWatch(task.watch, [row for row in rows if row["step"] > 0]) if task.watch else None
-        with Metrics(workdir) as metrics, Progress(task.steps, done, task.headline) as progress:
+        with Metrics(workdir, task.trackers) as metrics, Progress(task.steps, done, task.headline) as progress:
             clock, skipped, idle, unsaved = Clock(), int(state.skipped), 0, []
             problems = fingerprint(task.problems)
             if task.evaluation is not None and not rows:
@@ -180,7 +182,7 @@ def run_task(task: Task, workdir_path: str, accept_lost_records: bool = False) -
             return
         _refuse_dead(task, state, task.steps)
         task.export(state.params, workdir)
-        _print_summary(workdir, task.checkpoint, best, [] if watch is None else watch.told)
+        _print_summary(task, workdir, best, [] if watch is None else watch.told)
 
 
 def _restore_or_start(
@@ -259,12 +261,13 @@ def _refuse_dead(task: Task, state: TrainState, step: int) -> None:
         )
 
 
-def _print_summary(workdir: Workdir, checkpoint: Checkpoint, best: Best | None, warnings: Sequence[str]) -> None:
+def _print_summary(task: Task, workdir: Workdir, best: Best | None, warnings: Sequence[str]) -> None:
     if jax.process_index() == 0:
-        known = "" if best is None else f"  best         step {best.step}, {checkpoint.best} {best.value:.4g}\n"
+        known = "" if best is None else f"  best         step {best.step}, {task.checkpoint.best} {best.value:.4g}\n"
+        events = f"  TensorBoard  {workdir.tensorboard}\n" if "tensorboard" in task.trackers else ""
         told = "".join(f"  watch        {warning}\n" for warning in warnings)
         print(
             f"done\n{told}  checkpoints  {workdir.checkpoints}\n{known}  metrics      {workdir.metrics}\n"
-            f"  TensorBoard  {workdir.tensorboard}\n  rollouts     {workdir.rollouts}\n  export       {workdir.export}",
+            f"{events}  rollouts     {workdir.rollouts}\n  export       {workdir.export}",
             flush=True,
         )

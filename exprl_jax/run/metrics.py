@@ -1,8 +1,9 @@
-"""What a run says about itself: metrics.jsonl, TensorBoard events, rollout samples, and a line on stderr.
+"""What a run says about itself: metrics.jsonl, what trackers get of it, and rollout samples.
 
 `metrics.jsonl` is the record: one JSON object a step, `{"step": N, "<group>/<name>": number or null, …}`.  null means
 *not defined at this step* (a mean over nothing, for instance); there are no sentinel numbers and no NaN, because a
-metric that is not finite ends the run.  TensorBoard's events are rebuilt from it whenever a run resumes.
+metric that is not finite ends the run.  TensorBoard's events and other trackers' records (`run.trackers`) are made from
+it.
 
 Keys under `time/` hold everything that depends on the clock or on the state of compilation caches.  The rest of a row
 is a pure function of seed and config, so that an interrupted run ends with the same rows as an uninterrupted one.  For
@@ -16,10 +17,7 @@ import json
 import math
 import os
 import pathlib
-import queue
 import re
-import shutil
-import threading
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,24 +26,26 @@ import jax
 from absl import logging
 
 from exprl_jax.files import write_atomically
+from exprl_jax.run.trackers import Trackers
 from exprl_jax.run.workdir import Workdir
 
 Number = int | float | None
 
-_LIMIT_S = 60.0  # for the events that are left at the end: many times what TensorFlow takes to load
-
 
 class Metrics:
-    """Writes rows to metrics.jsonl and to TensorBoard; a context that ends when both are on disk.
+    """Writes rows to metrics.jsonl and to trackers; a context that ends when both have them.
 
     Every process of a multi-host run makes the same calls; process 0 alone writes.
     """
 
-    def __init__(self, workdir: Workdir):
+    def __init__(self, workdir: Workdir, trackers: Sequence[str]):
         """Opens a workdir's record, to go on after its last row; `truncate_after` comes before.
 
+        Args:
+          trackers: names, of `config.training.TRACKERS`.
+
         Raises:
-          ValueError: a line torn by a kill is still there.
+          ValueError: a line torn by a kill is still there, or a tracker cannot start.
         """
         self._writes = jax.process_index() == 0
         if not self._writes:
@@ -55,8 +55,8 @@ class Metrics:
             raise ValueError(f"{workdir.metrics}: its last line is torn; call truncate_after before writing more")
         self._workdir = workdir
         self._last = rows[-1]["step"] if rows else -1
+        self._trackers = Trackers(trackers, workdir, rows)
         self._file = os.open(workdir.metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        self._events = _Events(workdir.tensorboard, rows)
 
     def __enter__(self) -> Metrics:
         return self
@@ -66,9 +66,8 @@ class Metrics:
     ) -> None:
         if self._writes:
             os.close(self._file)
-            failure = self._events.close()
-            if failure is not None:
-                logging.error("TensorBoard events in %s are incomplete: %s", self._workdir.tensorboard, failure)
+            for name, failure in self._trackers.close().items():
+                logging.error("%s lacks rows of %s: %s", name, self._workdir.metrics, failure)
 
     def write(self, step: int, row: Mapping[str, Any]) -> None:
         """Appends one step's row; it is on disk when this returns.
@@ -99,7 +98,7 @@ class Metrics:
                 "free some disk space and start again"
             ) from error
         self._last = step
-        self._events.put(line)
+        self._trackers.put(line)
 
 
 def check_finite(step: int, row: Mapping[str, Number]) -> None:
@@ -147,72 +146,6 @@ def write_rollouts(workdir: Workdir, step: int, rows: Sequence[Mapping[str, Any]
     if jax.process_index() == 0:
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
-
-
-class _Events:
-    """TensorBoard's event files, written by CLU in a thread of their own.
-
-    CLU's writer imports TensorFlow, which is five seconds of Python.  The thread waits with that for the first new row:
-    before it, Python is busy with tracing the programs of the first step, and runs one thread at a time; after it, the
-    devices are busy and Python is not.
-    """
-
-    def __init__(self, folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]):
-        """Starts on an empty folder.
-
-        Args:
-          rows: of an earlier start; their events are made again.
-        """
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-        self._folder = folder
-        self._earlier = rows
-        self._queue: queue.SimpleQueue[Mapping[str, Any] | None] = queue.SimpleQueue()
-        self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._run, name="tensorboard events", daemon=True)
-        self._thread.start()
-
-    def put(self, row: Mapping[str, Any]) -> None:
-        self._queue.put(row)
-
-    def close(self) -> Exception | None:
-        """Waits until everything is written; returns what prevented that."""
-        self._queue.put(None)
-        self._thread.join(_LIMIT_S)
-        if self._thread.is_alive():
-            return TimeoutError(f"they were not written {_LIMIT_S:.0f} s after the end")
-        return self._failure
-
-    def _run(self) -> None:
-        try:
-            row = self._queue.get()
-            if row is None and not self._earlier:
-                return
-            writer = _open_event_writer(self._folder)
-            for earlier in self._earlier:
-                _write_scalars(writer, earlier)
-            while row is not None:
-                _write_scalars(writer, row)
-                writer.flush()
-                row = self._queue.get()
-            writer.close()
-        except Exception as error:
-            self._failure = error  # told when the run ends: it does not depend on its plots
-
-
-def _write_scalars(writer: Any, row: Mapping[str, Any]) -> None:
-    writer.write_scalars(row["step"], {k: v for k, v in row.items() if k != "step" and v is not None})
-
-
-def _open_event_writer(folder: pathlib.Path) -> Any:
-    # TensorFlow greets on stderr unless told not to before its import.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    import tensorflow as tf
-    from clu import metric_writers
-
-    tf.config.set_visible_devices([], "GPU")  # a TensorFlow with GPU support would take the memory that JAX needs
-    return metric_writers.SummaryWriter(str(folder))
 
 
 def _number(value: Any) -> Number:

@@ -9,6 +9,7 @@
     metrics.jsonl     one JSON object a step; see `metrics`
     rollouts/         step_N.jsonl, a sample of the rows of step N
     tensorboard/      event files
+    wandb/            what Weights & Biases keeps; trackers.json what it and Trackio were sent; see `trackers`
     export/           the trained policy as a Hugging Face folder
     lock              held by the training process as long as it lives
 

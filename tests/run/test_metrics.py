@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from exprl_jax.run import clock as clock_room
-from exprl_jax.run import metrics as metrics_room
+from exprl_jax.run import trackers as trackers_room
 from exprl_jax.run.clock import Clock, CompileLedger, Progress
 from exprl_jax.run.metrics import Metrics, read_metrics, truncate_after, write_rollouts
 from exprl_jax.run.workdir import Workdir, open_workdir
@@ -40,7 +40,7 @@ def events_of(workdir: Workdir) -> dict[str, list[tuple[int, float]]]:
 
 
 def test_rows_reach_the_file_and_tensorboard_and_events_are_rebuilt_on_resume(workdir):
-    with Metrics(workdir) as metrics:
+    with Metrics(workdir, ("tensorboard",)) as metrics:
         metrics.write(1, {"reward/mean": jnp.float32(0.5), "judge/auc": None, "rollout/count": np.int64(8)})
         # on disk at once, whatever TensorFlow is doing
         assert read_metrics(workdir.metrics) == [{"step": 1, "reward/mean": 0.5, "judge/auc": None, "rollout/count": 8}]
@@ -52,7 +52,7 @@ def test_rows_reach_the_file_and_tensorboard_and_events_are_rebuilt_on_resume(wo
         "rollout/count": [(1, 8.0), (2, 8.0), (3, 8.0)],
     }
     truncate_after(workdir, 1)
-    with Metrics(workdir) as metrics:
+    with Metrics(workdir, ("tensorboard",)) as metrics:
         metrics.write(2, {"reward/mean": 0.125})
     assert events_of(workdir)["reward/mean"] == [(1, 0.5), (2, 0.125)]
 
@@ -63,7 +63,7 @@ import sys
 from exprl_jax.run.metrics import Metrics
 from exprl_jax.run.workdir import open_workdir
 with open_workdir(sys.argv[1], {}) as workdir:
-    with Metrics(workdir) as metrics:
+    with Metrics(workdir, ("tensorboard",)) as metrics:
         metrics.write(1, {"a": 1.0})
 """
 
@@ -74,9 +74,9 @@ def test_tensorflow_is_not_heard_on_stderr(tmp_path):
 
 
 def test_opening_does_not_wait_for_the_event_writer(workdir, monkeypatch):
-    may_open, open_writer = threading.Event(), metrics_room._open_event_writer
-    monkeypatch.setattr(metrics_room, "_open_event_writer", lambda folder: may_open.wait(60) and open_writer(folder))
-    with Metrics(workdir) as metrics:
+    may_open, open_writer = threading.Event(), trackers_room._open_event_writer
+    monkeypatch.setattr(trackers_room, "_open_event_writer", lambda folder: may_open.wait(60) and open_writer(folder))
+    with Metrics(workdir, ("tensorboard",)) as metrics:
         metrics.write(1, {"a": 1.0})
         assert not list(workdir.tensorboard.iterdir())
         may_open.set()
@@ -86,11 +86,11 @@ def test_opening_does_not_wait_for_the_event_writer(workdir, monkeypatch):
 def test_tensorflow_is_not_loaded_before_the_first_new_row(workdir, monkeypatch):
     """Until then Python traces the first step's programs, and would have to share its time."""
     opened = threading.Event()
-    open_writer = metrics_room._open_event_writer
-    monkeypatch.setattr(metrics_room, "_open_event_writer", lambda folder: opened.set() or open_writer(folder))
+    open_writer = trackers_room._open_event_writer
+    monkeypatch.setattr(trackers_room, "_open_event_writer", lambda folder: opened.set() or open_writer(folder))
     for resumed in (False, True):
         opened.clear()
-        with Metrics(workdir) as metrics:
+        with Metrics(workdir, ("tensorboard",)) as metrics:
             assert not opened.wait(0.2)
             metrics.write(2 if resumed else 1, {"a": 1.0})
             assert opened.wait(60)
@@ -98,23 +98,23 @@ def test_tensorflow_is_not_loaded_before_the_first_new_row(workdir, monkeypatch)
 
 
 def test_the_events_of_a_finished_run_are_made_again_and_of_none_there_are_none(workdir):
-    with Metrics(workdir) as metrics:
+    with Metrics(workdir, ("tensorboard",)) as metrics:
         pass
     assert not list(workdir.tensorboard.iterdir())
-    with Metrics(workdir) as metrics:
+    with Metrics(workdir, ("tensorboard",)) as metrics:
         metrics.write(1, {"a": 1.0})
-    with Metrics(workdir):
+    with Metrics(workdir, ("tensorboard",)):
         pass
     assert events_of(workdir) == {"a": [(1, 1.0)]}
 
 
 def test_an_event_writer_that_hangs_is_told_and_does_not_hold_up_the_end(workdir, monkeypatch, caplog):
     never = threading.Event()
-    monkeypatch.setattr(metrics_room, "_LIMIT_S", 0.2)
-    monkeypatch.setattr(metrics_room, "_open_event_writer", lambda folder: never.wait(60))
-    with Metrics(workdir) as metrics:
+    monkeypatch.setattr(trackers_room, "_LIMIT_S", 0.2)
+    monkeypatch.setattr(trackers_room, "_open_event_writer", lambda folder: never.wait(60))
+    with Metrics(workdir, ("tensorboard",)) as metrics:
         metrics.write(1, {"a": 1.0})
-    assert "are incomplete: they were not written 0 s after the end" in caplog.text
+    assert "tensorboard lacks rows of" in caplog.text and "rows were not written 0 s after the end" in caplog.text
     never.set()
 
 
@@ -122,15 +122,15 @@ def test_a_failure_of_the_event_writer_is_told_and_does_not_end_the_run(workdir,
     def broken(folder):
         raise ImportError("no TensorFlow")
 
-    monkeypatch.setattr(metrics_room, "_open_event_writer", broken)
-    with Metrics(workdir) as metrics:
+    monkeypatch.setattr(trackers_room, "_open_event_writer", broken)
+    with Metrics(workdir, ("tensorboard",)) as metrics:
         metrics.write(1, {"a": 1.0})
-    assert "are incomplete: no TensorFlow" in caplog.text
+    assert "metrics.jsonl: no TensorFlow" in caplog.text
     assert read_metrics(workdir.metrics) == [{"step": 1, "a": 1.0}]
 
 
 def test_a_full_disk_is_one_line(workdir):
-    with Metrics(workdir) as metrics:
+    with Metrics(workdir, ("tensorboard",)) as metrics:
         full = os.open("/dev/full", os.O_WRONLY)
         os.dup2(full, metrics._file)
         os.close(full)
@@ -140,25 +140,25 @@ def test_a_full_disk_is_one_line(workdir):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_metric_that_is_not_finite_stops_the_run_and_is_named(workdir, bad):
-    with Metrics(workdir) as metrics:
+    with Metrics(workdir, ("tensorboard",)) as metrics:
         with pytest.raises(FloatingPointError, match=r"^step 7: loss/kl = (nan|-?inf); "):
             metrics.write(7, {"reward/mean": 1.0, "loss/kl": jnp.float32(bad)})
     assert read_metrics(workdir.metrics) == []
 
 
 def test_steps_go_forward(workdir):
-    with Metrics(workdir) as metrics:
+    with Metrics(workdir, ("tensorboard",)) as metrics:
         metrics.write(2, {})
         with pytest.raises(ValueError, match="expected a step after 2"):
             metrics.write(2, {})
-    with Metrics(workdir) as metrics, pytest.raises(ValueError, match="expected a step after 2"):
+    with Metrics(workdir, ("tensorboard",)) as metrics, pytest.raises(ValueError, match="expected a step after 2"):
         metrics.write(1, {})
 
 
 @pytest.mark.parametrize("torn", [b"", b'{"st', b'{"step": 5, "a": 1.0}', b"\xff\xfe"])
 @pytest.mark.parametrize("resume", [0, 2, 4, 9])
 def test_a_resume_keeps_rows_and_rollouts_up_to_its_checkpoint(workdir, resume, torn):
-    with Metrics(workdir) as metrics:
+    with Metrics(workdir, ("tensorboard",)) as metrics:
         for step in range(1, 5):
             metrics.write(step, {"a": step / 3})
             write_rollouts(workdir, step, [{"response": "é\n"}])
@@ -169,7 +169,7 @@ def test_a_resume_keeps_rows_and_rollouts_up_to_its_checkpoint(workdir, resume, 
     (workdir.rollouts / "notes.txt").write_text("mine")
     if torn:
         with pytest.raises(ValueError, match="torn"):
-            Metrics(workdir)
+            Metrics(workdir, ("tensorboard",))
     truncate_after(workdir, resume)
     assert workdir.metrics.read_bytes() == b"".join(whole[:resume])
     kept = [f"step_{step:06d}.jsonl" for step in range(1, min(resume, 4) + 1)]
