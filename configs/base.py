@@ -58,6 +58,7 @@ def base() -> ConfigDict:
                     budget_key="max_tokens",
                     extra_body="{}",
                 ),
+                rubric="",
                 unit="prefix",
                 readout="text",
                 logits_value="expected",

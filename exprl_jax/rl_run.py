@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ class RLRun:
       kinds: of the problems, in a fixed order.
       frozen: parameters that never change, by the model they are of; equal models share one entry.
       models: all that the run has opened.
+      files: others that the config names and the run has read, by its key and their name.
     """
 
     config: Config
@@ -66,6 +68,7 @@ class RLRun:
     splitter: Splitter
     frozen: Mapping[Model, decoder.Params]
     models: Sequence[LanguageModel]
+    files: Mapping[str, pathlib.Path]
 
     @property
     def base(self) -> Any:
@@ -156,6 +159,7 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
         splitter=Splitter(policy.tokenizer.token_bytes, rule),
         frozen=frozen,
         models=models,
+        files=builder.files,
     )
 
 
@@ -245,7 +249,7 @@ def task_of(run: RLRun, *, collect: Callable, learn: Callable, evaluation: Evalu
         learn=learn,
         updates=config.updates.per_batch,
         all_finite=run.programs.all_finite,
-        record_models=functools.partial(record_models, policy=policy, models=run.models),
+        record_models=functools.partial(record_models, policy=policy, models=run.models, files=run.files),
         export=functools.partial(export_policy, config.lora, policy, run.base),
         trackers=config.log.trackers,
         evaluation=evaluation,

@@ -95,6 +95,7 @@ class Judge:
       backend: `local`, the `model` on this run's mesh, or `openai`, the `endpoint`.
       model: the judge; equal weights to the reference's are one set of buffers.
       endpoint: where an `openai` judge is.
+      rubric: what the judge is asked: empty for the built-in rubric, or a template file of one's own (docs/judges.md).
       unit: what is scored on the route `process`: every `prefix` y_≤t (the paper), or every `step` on its own (the
         released code).
       readout: `text` generates an analysis and parses its last score line; `logits` reads the next-token
@@ -109,6 +110,7 @@ class Judge:
     backend: Literal["local", "openai"]
     model: Model
     endpoint: Endpoint
+    rubric: str
     unit: Literal["prefix", "step"]
     readout: Literal["text", "logits"]
     logits_value: Literal["expected", "argmax"]

@@ -29,6 +29,7 @@ from exprl_jax.files import Ledger
 from exprl_jax.hosts import local_problems, say
 from exprl_jax.mesh import make_mesh
 from exprl_jax.resolve import to_dict
+from exprl_jax.reward.rubric import rubric_files
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.workdir import check_workdir, open_workdir
 from exprl_jax.weights.language_model import open_model
@@ -58,7 +59,8 @@ def calibrate(config: Calibrate, workdir_path: str) -> None:
     models = {name: open_judge_model(judge) for name, judge in config.judges.items()}
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(open_workdir(workdir_path, to_dict(config), folders=()))
-        check_models(workdir, [model for model in (policy, *models.values()) if model is not None])
+        files = {name: path for judge in config.judges.values() for name, path in rubric_files(judge).items()}
+        check_models(workdir, [model for model in (policy, *models.values()) if model is not None], files)
         scores = Ledger(workdir.path / "scores.jsonl", "score", SCORE_KEY, SCORE_FIELDS)
         check_unchanged(scores, judged)
         continuations = Ledger(

@@ -143,7 +143,7 @@ def ask_judge(task: JudgeTask, mesh: Mesh, passes: Sequence[ScoringPass]) -> boo
 
 def _split_prompts(task: JudgeTask, scoring_pass: ScoringPass) -> Prompts:
     render, continuation = task.model.tokenizer.render_split, CONTINUATION[task.judge.readout]
-    chats = scoring_pass.chats(task.judge.readout)
+    chats = scoring_pass.chats(task.judge)
     return {name: render(chat, MARKER, continuation) for name, chat in chats.items()}
 
 
@@ -200,7 +200,7 @@ class EndpointBackend:
     def scorer(self, index: int, passes: Sequence[ScoringPass]) -> tuple[EndpointJudge, Mapping[str, int]]:
         """For one of the passes; of an endpoint, which counts whole prompts, no tokens are shared."""
         judge, config = self.task.judge, self.task.config
-        return EndpointJudge(judge, self.client, passes[index].chats(judge.readout), {}, config.group), {}
+        return EndpointJudge(judge, self.client, passes[index].chats(judge), {}, config.group), {}
 
     def repeat_calls(self) -> tuple[int, list[list[int]]]:
         """Rollouts of a call, and numbers of the answers of each: one answer to many rollouts, kept before the next."""
@@ -209,7 +209,7 @@ class EndpointBackend:
     def repeater(self, first: ScoringPass, traces: Sequence[Trace]) -> Repeater:
         """Asks as the first pass does; the n-th answers have the seed `config.seed` + n."""
         judge, config = self.task.judge, self.task.config
-        chats = first._replace(traces=traces).chats(judge.readout)
+        chats = first._replace(traces=traces).chats(judge)
 
         def repeat(wave: Sequence[Trace], numbers: Sequence[int]) -> list[list[RepeatAnswer]]:
             (number,) = numbers

@@ -7,13 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from exprl_jax.config import Calibrate
+from exprl_jax.config import Calibrate, Judge
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.tokenizer import Message, Tokenizer
 from exprl_jax.evaluation.calibration import derangement
 from exprl_jax.evaluation.fixed_rollouts import FixedRollout
-from exprl_jax.reward.judge_prompts import Readout, Unit, blind_messages, judge_messages, reference_last_messages
+from exprl_jax.reward.judge_prompts import blind_messages, judge_messages, reference_last_messages
 from exprl_jax.reward.judgements import MARKER, needed_reference
+from exprl_jax.reward.rubric import Unit
 from exprl_jax.reward.segments import Splitter, parse_rule
 from exprl_jax.reward.verifiers.verdict import Verdict
 
@@ -57,17 +58,17 @@ class ScoringPass(NamedTuple):
             return "prefixes"
         return self.condition if self.order == "trace_last" else self.order
 
-    def chats(self, readout: Readout) -> dict[str, list[Message]]:
-        """The prompt for each of its problems, by id, with `MARKER` in the trace's place."""
+    def chats(self, judge: Judge) -> dict[str, list[Message]]:
+        """A judge's prompt for each of its problems, by id, with `MARKER` in the trace's place."""
         problems = {trace.rollout.problem.id: trace.rollout.problem for trace in self.traces}
-        return {name: self._chat(problem, readout) for name, problem in problems.items()}
+        return {name: self._chat(problem, judge) for name, problem in problems.items()}
 
-    def _chat(self, problem: Problem, readout: Readout) -> list[Message]:
+    def _chat(self, problem: Problem, judge: Judge) -> list[Message]:
+        asked, readout, rubric = (problem.problem, problem.choices), judge.readout, judge.rubric
         if self.condition == "none":
-            return blind_messages(problem.problem, problem.choices, problem.domain, readout, MARKER)
+            return blind_messages(*asked, problem.domain, readout, MARKER, self.unit, rubric)
         make = judge_messages if self.order == "trace_last" else reference_last_messages
-        reference = self.references[problem.id]
-        return make(problem.problem, problem.choices, reference, problem.domain, self.unit, readout, MARKER)
+        return make(*asked, self.references[problem.id], problem.domain, self.unit, readout, MARKER, rubric)
 
 
 def scoring_passes(rollouts: Sequence[FixedRollout], prefixes: Sequence[Trace], seed: int) -> list[ScoringPass]:

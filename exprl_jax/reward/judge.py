@@ -16,7 +16,7 @@ from exprl_jax.hosts import fetch_rows, largest_over_processes, put_rows
 from exprl_jax.model.decoder import Params
 from exprl_jax.records import Draw, Rows
 from exprl_jax.reward.answers import opened_thought
-from exprl_jax.reward.judge_prompts import CONTINUATION, Unit
+from exprl_jax.reward.judge_prompts import CONTINUATION
 from exprl_jax.reward.judgements import (
     MARKER,
     Answer,
@@ -28,6 +28,7 @@ from exprl_jax.reward.judgements import (
     verdict_messages,
     verdicts_of,
 )
+from exprl_jax.reward.rubric import Unit
 from exprl_jax.reward.verifiers import open_ended
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rollout.call import pad_contexts

@@ -101,10 +101,11 @@ def score_messages(judge_config: schema.Judge, problem: Problem, unit: Unit) -> 
     """The chat that asks for a score against the reference, with `MARKER` in the trace's place.
 
     Raises:
-      ValueError: the problem has no reference.
+      ValueError: the problem has no reference, or the rubric has no such prompt.
     """
     reference, readout = needed_reference(problem), judge_config.readout
-    return judge_messages(problem.problem, problem.choices, reference, problem.domain, unit, readout, MARKER)
+    asked = (problem.problem, problem.choices, reference, problem.domain, unit, readout)
+    return judge_messages(*asked, MARKER, judge_config.rubric)
 
 
 def verdict_messages(judge_config: schema.Judge, problem: Problem) -> list[Message]:

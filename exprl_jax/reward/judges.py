@@ -15,8 +15,9 @@ from exprl_jax.model.decoder import Params
 from exprl_jax.reward.endpoint import ChatClient
 from exprl_jax.reward.endpoint_judge import EndpointJudge
 from exprl_jax.reward.judge import Judge, JudgePrograms, JudgePrompts, NoJudge, score_prompt, verify_prompt
-from exprl_jax.reward.judge_prompts import DIGITS, Unit, digit_token_ids
+from exprl_jax.reward.judge_prompts import DIGITS, digit_token_ids
 from exprl_jax.reward.judgements import score_messages, verdict_messages
+from exprl_jax.reward.rubric import Unit, open_rubric, rubric_files
 from exprl_jax.reward.verifiers import open_ended
 from exprl_jax.rollout.call import padded_width
 from exprl_jax.weights.language_model import LanguageModel, open_model
@@ -29,6 +30,7 @@ class JudgeBuilder:
 
     Attributes:
       models: the model on the mesh that will be asked, if there is one.
+      files: that the prompts are made from, by what names them in the config (`weights.run_models`).
     """
 
     def __init__(
@@ -49,10 +51,14 @@ class JudgeBuilder:
           opened: a model that may have the judge's weights (`open_model`).
 
         Raises:
-          ValueError: a problem to score has no reference, or the model cannot be opened or has too short a context.
+          ValueError: a problem to score has no reference, the rubric has no prompt for it, or the model cannot be
+            opened or has too short a context.
         """
         self._config, self._scored, self._verified, self._unit = judge_config, scored, verified, unit
         self._asked = {p.id for p in (*scored, *verified)}
+        self.files = rubric_files(judge_config) if scored else {}
+        for unit_scored in sorted({unit(p) for p in scored}):
+            open_rubric(judge_config.rubric).turns(unit_scored, judge_config.readout, "")
         self.models: list[LanguageModel] = []
         self._prompts = JudgePrompts({}, {})
         if self._asked and judge_config.backend == "local":
