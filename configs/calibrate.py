@@ -55,10 +55,13 @@ def _calibration(config: ConfigDict, rollouts: str, segments: dict, sampling: di
             seed=config.seed,
             rollouts=rollouts,
             judges={},
+            stored="",
+            references="correct,none,wrong",
+            reference_last=True,
             wave=1,
             group=1,
             repeats={},
-            prefixes=dict(rollouts=0, segments=segments, sampling=sampling),
+            prefixes=dict(rollouts=0, continued=True, segments=segments, sampling=sampling),
             **shared,
         )
     )

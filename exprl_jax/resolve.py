@@ -98,8 +98,8 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if dataclasses.is_dataclass(hint):
         return _build(hint, value, path)
     if typing.get_origin(hint) is dict:
-        if not hasattr(value, "items") or not dict(value.items()):
-            raise ValueError(f"{path}: expected a section with at least one named entry, got {value!r}")
+        if not hasattr(value, "items"):
+            raise ValueError(f"{path}: expected a section with named entries, got {value!r}")
         return {name: _value(typing.get_args(hint)[1], entry, f"{path}.{name}") for name, entry in value.items()}
     if typing.get_origin(hint) is Literal:
         options = typing.get_args(hint)
@@ -174,6 +174,17 @@ def _check_section(section: Any, path: str) -> None:
 
 
 def _check_calibrate(c: Calibrate) -> None:
+    if not c.names:
+        raise ValueError(f"config.judges: expected a section with at least one named entry, got {c.judges!r}")
+    _require(c.stored not in c.judges, "config.stored", c.stored, "a name that is not in config.judges")
+    known = ("correct", "none", "wrong")
+    expected = f"some of {', '.join(known)}, each once, with commas between"
+    right = c.conditions and set(c.conditions) <= set(known) and len(set(c.conditions)) == len(c.conditions)
+    _require(bool(right), "config.references", c.references, expected)
+    if "correct" not in c.conditions:
+        _require(not c.reference_last, "config.reference_last", True, "False without 'correct' in config.references")
+        expected = "0 without 'correct' in config.references"
+        _require(not c.repeats.rollouts, "config.repeats.rollouts", c.repeats.rollouts, expected)
     if c.prefixes.rollouts:
         for name, judge in c.judges.items():
             expected = "'prefix', which the prefix check asks of"

@@ -234,11 +234,14 @@ class Prefixes:
 
     Attributes:
       rollouts: how many rollouts are cut into prefixes, drawn at random; 0 for none.
-      segments: where they are cut.
+      continued: the policy goes on after each prefix, `sampling.samples` times; False where only a truth, or another
+        judge, is to be compared with.
+      segments: where they are cut; with `stored` as the run cut them that wrote the rollouts.
       sampling: how continuations are sampled, `samples` a prefix.
     """
 
     rollouts: CountOrNone
+    continued: bool
     segments: Segments
     sampling: Sampling
 
@@ -253,7 +256,13 @@ class Calibrate:
       rollouts: JSONL files or globs with commas between, of a run (`rollouts/`) or an evaluation (`samples/`).
       data: the problems of the rollouts; an empty `source` where the files hold references and no choices.
       mesh: how devices are divided.
-      judges: the judges, by the names that tables and figures give them.
+      judges: the judges, by the names that tables and figures give them; a local one whose context is too short is
+        left out and named.
+      stored: a name for the judge of the run that wrote the rollouts, whose scores the files hold: it is compared with
+        the others and asked nothing; empty for none.
+      references: what the judges see, of whole rollouts and of prefixes: some of `correct`, `none` and `wrong`
+        (another problem's), with commas between.
+      reference_last: whole rollouts also with the reference after the trace, as in the released templates.
       wave: problems of a call to a judge.
       group: rollouts of a problem in that call.
       repeats: asking a judge about the same rollout several times.
@@ -269,6 +278,9 @@ class Calibrate:
     data: Source
     mesh: Mesh
     judges: dict[str, Judge]
+    stored: str
+    references: str
+    reference_last: bool
     wave: Count
     group: GroupSize
     repeats: Repeats
@@ -276,6 +288,21 @@ class Calibrate:
     policy: Model
     grader: Grader
     code: Code
+
+    @property
+    def conditions(self) -> list[str]:
+        """Which references the judges see."""
+        return list(filter(None, map(str.strip, self.references.split(","))))
+
+    @property
+    def shows_references(self) -> bool:
+        """Whether any judge sees one."""
+        return self.reference_last or self.conditions != ["none"]
+
+    @property
+    def names(self) -> list[str]:
+        """Of all judges, in the order of tables and figures."""
+        return [*filter(None, [self.stored]), *self.judges]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,10 +4,13 @@ The verifier's verdicts, which the rollouts carry, say what is true (paper Table
 asked in several passes:
 
   correct, none, wrong   whole rollouts against the reference, against none, and against another problem's (a
-                         derangement within each domain)
+                         derangement within each domain), as far as `references` names them
   reference_last         the first once more, with the reference after the trace, as the released templates have it
   repeats                some rollouts several times at a temperature: what chance adds to a `text` judge's score
-  prefixes               prefixes of some rollouts, against the success of what the policy writes after them
+  prefixes               prefixes of some rollouts under the same conditions, against the success of what the policy
+                         writes after them
+
+A judge whose scores the rollouts' files hold (`stored`) is compared with the others and asked nothing.
 
 What was asked is on disk in `scores.jsonl` and `continuations.jsonl` before more is asked, and is not asked again.  One
 process; its mesh may have any number of devices.
@@ -23,8 +26,8 @@ from exprl_jax.config import Calibrate
 from exprl_jax.evaluation.calibration_tables import write_calibration
 from exprl_jax.evaluation.continuations import CONTINUATION_FIELDS, CONTINUATION_KEY, continue_prefixes
 from exprl_jax.evaluation.fixed_rollouts import check_unchanged, read_rollouts
-from exprl_jax.evaluation.judging import SCORE_FIELDS, SCORE_KEY, JudgeTask, ask_judge, open_judge_model
-from exprl_jax.evaluation.passes import cut_prefixes, decides, scoring_passes
+from exprl_jax.evaluation.judging import SCORE_FIELDS, SCORE_KEY, JudgeTask, TooShort, ask_judge, open_judge_model
+from exprl_jax.evaluation.passes import cut_prefixes, decides, scoring_passes, stored_scores
 from exprl_jax.files import Ledger
 from exprl_jax.hosts import local_problems, say
 from exprl_jax.mesh import make_mesh
@@ -32,7 +35,7 @@ from exprl_jax.resolve import to_dict
 from exprl_jax.reward.rubric import rubric_files
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.workdir import check_workdir, open_workdir
-from exprl_jax.weights.language_model import open_model
+from exprl_jax.weights.language_model import LanguageModel, open_model
 from exprl_jax.weights.run_models import check_models
 
 
@@ -47,7 +50,7 @@ def calibrate(config: Calibrate, workdir_path: str) -> None:
     check_workdir(workdir_path, to_dict(config))
     mesh = make_mesh(config.mesh)
     local_problems(mesh, config.wave)  # whether waves can be divided over the mesh
-    rollouts = read_rollouts(config.rollouts, config.data, references=True)
+    rollouts = read_rollouts(config.rollouts, config.data, references=config.shows_references)
     judged = [rollout for rollout in rollouts if decides(rollout.problem, rollout.verdict)]
     counts = {"rollouts": len(judged), "left_out": len(rollouts) - len(judged)}
     if not judged:
@@ -55,8 +58,10 @@ def calibrate(config: Calibrate, workdir_path: str) -> None:
     say(f"{len(judged)} rollouts; left out {counts['left_out']} without a verdict (missing or timed out)")
     policy = open_model(config.policy) if config.prefixes.rollouts else None
     prefixes = [] if policy is None else cut_prefixes(config, policy.tokenizer, judged)
-    passes = scoring_passes(judged, prefixes, config.seed)
-    models = {name: open_judge_model(judge) for name, judge in config.judges.items()}
+    stored = stored_scores(config.stored, judged) if config.stored else []
+    passes = scoring_passes(config, judged, prefixes)
+    left_out: dict[str, str] = {}
+    models = _open_models(config, left_out)
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(open_workdir(workdir_path, to_dict(config), folders=()))
         files = {name: path for judge in config.judges.values() for name, path in rubric_files(judge).items()}
@@ -67,11 +72,40 @@ def calibrate(config: Calibrate, workdir_path: str) -> None:
             workdir.path / "continuations.jsonl", "continuation", CONTINUATION_KEY, CONTINUATION_FIELDS
         )
         stop = stack.enter_context(StopRequest())
-        tasks = [JudgeTask(name, judge, models[name], config, scores, stop) for name, judge in config.judges.items()]
-        finished = all(ask_judge(task, mesh, passes) for task in tasks)
-        if policy is not None:
+        finished = True
+        for name, model in models.items():
+            task = JudgeTask(name, config.judges[name], model, config, scores, stop)
+            try:
+                finished = finished and ask_judge(task, mesh, passes)
+            except TooShort as error:
+                _leave_out(config, left_out, name, error)
+        if policy is not None and config.prefixes.continued:
             finished = finished and continue_prefixes(config, policy, mesh, prefixes, continuations, stop)
         if not finished:
             say("stopped; start again with the same command to go on")
             return
-        write_calibration(config, workdir.path, judged, counts, list(scores.rows()), list(continuations.rows()))
+        asked = [*stored, *scores.rows()]
+        write_calibration(config, workdir.path, judged, counts, left_out, asked, list(continuations.rows()))
+
+
+def _open_models(config: Calibrate, left_out: dict[str, str]) -> dict[str, LanguageModel | None]:
+    """The judges' models; a judge whose context is too short is left out."""
+    models = {}
+    for name, judge in config.judges.items():
+        try:
+            models[name] = open_judge_model(judge)
+        except TooShort as error:
+            _leave_out(config, left_out, name, error)
+    return models
+
+
+def _leave_out(config: Calibrate, left_out: dict[str, str], name: str, error: TooShort) -> None:
+    """Names a judge that cannot be asked, and goes on with the others.
+
+    Raises:
+      ValueError: there are none.
+    """
+    left_out[name] = str(error).replace("config.judge.", f"config.judges.{name}.")
+    if len(left_out) == len(config.names):
+        raise ValueError(left_out[name]) from error
+    say(f"{name}: left out: {left_out[name]}")

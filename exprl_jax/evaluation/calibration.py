@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from exprl_jax.reward.judge_prompts import DIGITS
-from exprl_jax.reward.statistics import correlation, mean, midranks
+from exprl_jax.reward.statistics import correlation, mean, spearman
 
 SAYS_CORRECT = 4  # the judge calls a rollout correct at this score and above   (paper Tables 5 and 6)
 
@@ -135,7 +135,7 @@ def likelihood(score_N: Float[np.ndarray, " N"], success_N: Float[np.ndarray, " 
         count_5=tuple(histogram(score_N).tolist()),
         success_5=tuple(mean(success_N[digit_N == digit]) for digit in DIGITS),
         pearson=correlation(score_N, success_N),
-        spearman=correlation(midranks(score_N), midranks(success_N)),
+        spearman=spearman(score_N, success_N),
     )
 
 

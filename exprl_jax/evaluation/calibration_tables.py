@@ -18,6 +18,7 @@ from exprl_jax.config import Calibrate
 from exprl_jax.evaluation import figures
 from exprl_jax.evaluation.calibration import agreement, error_rates, histogram, likelihood, spread
 from exprl_jax.evaluation.fixed_rollouts import FixedRollout
+from exprl_jax.evaluation.judge_comparison import comparisons, render_comparisons
 from exprl_jax.evaluation.passes import CONDITIONS
 from exprl_jax.files import write_atomically
 from exprl_jax.reward.judge_prompts import DIGITS
@@ -74,6 +75,7 @@ def write_calibration(
     folder: pathlib.Path,
     rollouts: Sequence[FixedRollout],
     counts: Mapping[str, int],
+    left_out: Mapping[str, str],
     scores: Sequence[Row],
     continuations: Sequence[Row],
 ) -> None:
@@ -82,16 +84,22 @@ def write_calibration(
     Args:
       rollouts: those with a verdict that decides.
       counts: of rollouts, for `results.json`.
-      scores, continuations: the rows of the two ledgers.
+      left_out: judges that could not be asked, and why.
+      scores: the rows of the ledger, and those of a stored judge.
+      continuations: the rows of the ledger.
     """
-    accuracies = judge_accuracies(list(config.judges), rollouts, scores)
+    names = [name for name in config.names if name not in left_out]
+    accuracies = judge_accuracies(names, rollouts, scores)
+    stored = {config.stored: config.rollouts} if config.stored else {}
     results = {
-        "weights": {
+        "weights": stored
+        | {
             name: judge.model.weights if judge.backend == "local" else judge.endpoint.model
             for name, judge in config.judges.items()
         },
         "readouts": {name: judge.readout for name, judge in config.judges.items()},
         "counts": dict(counts),
+        "left_out": dict(left_out),
         "calibration": [dataclasses.asdict(accuracy) for accuracy in accuracies],
         "histograms": [],
         "orders": [],
@@ -99,19 +107,23 @@ def write_calibration(
         "prefixes": [],
     }
     correct = {rollout.key: rollout.verdict == Verdict.correct for rollout in rollouts}
-    for judge in config.judges:
+    results["compared"] = comparisons(names, scores)
+    for judge in names:
         of_pass = {name: _whole_scores(scores, judge, *name) for name in _PASSES}
         ours, theirs = of_pass["correct", "trace_last"], of_pass["correct", "reference_last"]
         both = [key for key in ours if key in theirs]
         agreed = agreement(np.array([ours[key] for key in both]), np.array([theirs[key] for key in both]))
-        prefixes = likelihood(*prefix_pairs(scores, continuations, judge))
-        results["histograms"] += [
-            {"judge": judge, "condition": condition} | _histograms(of_pass[condition, "trace_last"], correct)
-            for condition in CONDITIONS
-        ]
-        results["orders"].append({"judge": judge} | dataclasses.asdict(agreed))
-        results["repeats"].append({"judge": judge} | dataclasses.asdict(spread(repeated_scores(scores, judge))))
-        results["prefixes"].append({"judge": judge} | dataclasses.asdict(prefixes))
+        of_judge = {"judge": judge}
+        conditions = {row["condition"] for row in scores if row["judge"] == judge}
+        for condition in (name for name in CONDITIONS if name in conditions):
+            of_condition = of_judge | {"condition": condition}
+            counted = _histograms(of_pass[condition, "trace_last"], correct)
+            results["histograms"].append(of_condition | counted)
+            pairs = prefix_pairs(scores, continuations, judge, condition)
+            results["prefixes"].append(of_condition | dataclasses.asdict(likelihood(*pairs)))
+        if config.reference_last:
+            results["orders"].append(of_judge | dataclasses.asdict(agreed))
+        results["repeats"].append(of_judge | dataclasses.asdict(spread(repeated_scores(scores, judge))))
     texts = {
         "results.json": json.dumps(results, indent=1, allow_nan=False) + "\n",
         "calibration.csv": calibration_csv(accuracies),
@@ -134,7 +146,8 @@ def write_calibration(
 def judge_accuracies(
     judges: Sequence[str], rollouts: Sequence[FixedRollout], scores: Sequence[Row]
 ) -> list[JudgeAccuracy]:
-    """One a judge, condition and domain, all domains first; the released order after the conditions."""
+    """One a judge, condition and domain, all domains first; the released order after the conditions.  What a judge was
+    not asked has none."""
     domains = {"all": {rollout.key: rollout for rollout in rollouts}}
     for name in sorted({rollout.problem.domain for rollout in rollouts}):
         domains[name] = {rollout.key: rollout for rollout in rollouts if rollout.problem.domain == name}
@@ -143,6 +156,7 @@ def judge_accuracies(
         for judge in judges
         for condition, order in _PASSES
         for rows in [_whole_rows(scores, judge, condition, order)]
+        if rows
         for domain, of_domain in domains.items()
     ]
 
@@ -184,7 +198,9 @@ def repeated_scores(scores: Sequence[Row], judge: str) -> list[list[float]]:
     return list(of_rollout.values())
 
 
-def prefix_pairs(scores: Sequence[Row], continuations: Sequence[Row], judge: str) -> tuple[np.ndarray, np.ndarray]:
+def prefix_pairs(
+    scores: Sequence[Row], continuations: Sequence[Row], judge: str, condition: str = "correct"
+) -> tuple[np.ndarray, np.ndarray]:
     """Score and success of each prefix that has both, [N] each."""
     correct: dict[tuple[Key, int], int] = {}
     graded: dict[tuple[Key, int], int] = {}
@@ -195,7 +211,8 @@ def prefix_pairs(scores: Sequence[Row], continuations: Sequence[Row], judge: str
     pairs = []
     for row in scores:
         prefix = _key(row), row["segment"]
-        if row["judge"] == judge and row["score"] is not None and graded.get(prefix, 0):
+        asked = (row["judge"], row["condition"]) == (judge, condition)
+        if asked and row["score"] is not None and graded.get(prefix, 0):
             pairs.append((_likert(row["score"]), correct[prefix] / graded[prefix]))
     score_N, success_N = np.array(pairs, np.float64).reshape(-1, 2).T
     return score_N, success_N
@@ -262,7 +279,9 @@ def render_calibration(results: Mapping[str, Any]) -> str:
         [o["judge"], o["n"], percent(o["exact"]), percent(o["within_one"]), hundredths(o["kappa"])]
         for o in results["orders"]
     ]
-    parts.append(align([header, *rows], left=1))
+    if rows:
+        parts.append(align([header, *rows], left=1))
+    parts += render_comparisons(results["compared"])
     if any(r["rollouts"] for r in results["repeats"]):
         header = ["repeated judgements (std, 1 to 5)", "rollouts", "within", "between"]
         rows = [
@@ -270,12 +289,15 @@ def render_calibration(results: Mapping[str, Any]) -> str:
         ]
         parts.append(align([header, *rows], left=1))
     if any(p["n"] for p in results["prefixes"]):
-        header = ["success after a prefix, by score", "n", *DIGITS, "pearson", "spearman"]
+        header = ["success after a prefix, by score", "reference", "n", *DIGITS, "pearson", "spearman"]
         rows = [
-            [p["judge"], p["n"], *map(percent, p["success_5"]), hundredths(p["pearson"]), hundredths(p["spearman"])]
+            [
+                *(p["judge"], p["condition"], p["n"], *map(percent, p["success_5"])),
+                *(hundredths(p["pearson"]), hundredths(p["spearman"])),
+            ]
             for p in results["prefixes"]
         ]
-        parts.append(align([header, *rows], left=1))
+        parts.append(align([header, *rows], left=2))
     return "\n\n".join(parts) + "\n"
 
 
@@ -285,11 +307,12 @@ def render_calibration(results: Mapping[str, Any]) -> str:
 def histogram_figure(histograms: Sequence[Mapping[str, Any]]) -> Figure:
     """Shares of scores 1 to 5 among correct and wrong rollouts: rows are judges, columns conditions (Fig. 11a)."""
     judges = list(dict.fromkeys(counts["judge"] for counts in histograms))
+    conditions = [name for name in CONDITIONS if any(counts["condition"] == name for counts in histograms)]
     figure = figures.new_figure(7.0, 1.75 * len(judges) + 0.7)
-    panels = figure.subplots(len(judges), len(CONDITIONS), squeeze=False, sharey=True)
+    panels = figure.subplots(len(judges), len(conditions), squeeze=False, sharey=True)
     bars = ((-0.2, "correct", figures.GOOD, ""), (0.2, "wrong", figures.BAD, "///"))
     for counts in histograms:
-        panel = panels[judges.index(counts["judge"])][CONDITIONS.index(counts["condition"])]
+        panel = panels[judges.index(counts["judge"])][conditions.index(counts["condition"])]
         for shift, name, colour, hatch in bars:
             share_5 = 100 * np.array(counts[name]) / max(sum(counts[name]), 1)
             style = figures.EDGES | dict(color=colour, hatch=hatch, label=f"{name} rollouts")
@@ -300,7 +323,7 @@ def histogram_figure(histograms: Sequence[Mapping[str, Any]]) -> Figure:
         sizes = f"n = {sum(counts['correct'])} / {sum(counts['wrong'])}"
         panel.text(0.04, 0.96, sizes, transform=panel.transAxes, va="top", fontsize=7)
         figures.plain_axes(panel)
-    for column, condition in enumerate(CONDITIONS):
+    for column, condition in enumerate(conditions):
         panels[0][column].set_title(_TITLES[condition], fontsize=9)
         panels[-1][column].set_xlabel("judge's score", fontsize=8)
     for row, judge in enumerate(judges):
@@ -317,7 +340,7 @@ def prefix_figure(scores: Sequence[Row], continuations: Sequence[Row], prefixes:
     figure = figures.new_figure(0.6 + 2.6 * across, 2.3 * down + 0.5)
     panels = figure.subplots(down, across, squeeze=False, sharey=True).ravel()
     for number, (panel, prefix) in enumerate(zip(panels, prefixes, strict=False)):
-        score_N, success_N = prefix_pairs(scores, continuations, prefix["judge"])
+        score_N, success_N = prefix_pairs(scores, continuations, prefix["judge"], prefix["condition"])
         # Whole scores would hide one another: a fixed shift apart, by the golden ratio.
         shifted_N = score_N + 0.24 * ((np.arange(len(score_N)) * 0.618034) % 1 - 0.5)
         colour = figures.COLOURS[number % len(figures.COLOURS)]
@@ -327,7 +350,12 @@ def prefix_figure(scores: Sequence[Row], continuations: Sequence[Row], prefixes:
         if means:
             marker = figures.MARKERS[number % len(figures.MARKERS)]
             panel.plot(*zip(*means), "-" + marker, color="black", linewidth=1.2, markersize=4.5, label="mean")
-        title = f"{figures.plain_text(prefix['judge'])} (r = {hundredths(prefix['pearson'])}, n = {prefix['n']})"
+        of = (
+            prefix["judge"]
+            if prefix["condition"] == "correct"
+            else f"{prefix['judge']}, {_TITLES[prefix['condition']]}"
+        )
+        title = f"{figures.plain_text(of)} (r = {hundredths(prefix['pearson'])}, n = {prefix['n']})"
         panel.set_title(title, fontsize=9)
         panel.set_xlim(0.6, 5.4)
         panel.set_ylim(-4, 104)

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 from exprl_jax import config
 from exprl_jax.data.problems import Problem, read_problems
 from exprl_jax.files import Ledger, read_rows
+from exprl_jax.reward.routes import ROUTES
 from exprl_jax.reward.verifiers.verdict import Verdict
+from exprl_jax.run.workdir import recorded_config
 
 # The answer may be null (of code, whose tests rows leave out), and so may the reference.
 _FIELDS = {
@@ -27,17 +29,32 @@ _FIELDS = {
 }
 
 
+class StoredSegment(NamedTuple):
+    """A segment as a run wrote it down.
+
+    Attributes:
+      score: its judge's, in [0, 1], of the prefix that ends with it; None where it gave none.
+      judge: what the judge wrote; None for a judge that writes nothing.
+    """
+
+    text: str
+    score: float | None
+    judge: str | None
+
+
 class FixedRollout(NamedTuple):
     """A rollout as it was written.
 
     Attributes:
       number: among the rollouts of its problem, in the order of the files.
+      segments: of a run's rollouts; none of an evaluation's.
     """
 
     problem: Problem
     number: int
     response: str
     verdict: Verdict
+    segments: tuple[StoredSegment, ...] = ()
 
     @property
     def key(self) -> tuple[str, int]:
@@ -69,15 +86,16 @@ def read_rollouts(source: str, data: config.Source, *, references: bool) -> list
     rollouts: list[FixedRollout] = []
     counts: dict[str, int] = {}
     for path in _list_files(source):
+        run = recorded_config(path.parents[1])
         for number, row in enumerate(read_rows(path, _FIELDS, "rollout"), 1):
             try:
                 problem = problems.setdefault(row["id"], _problem_of(row, problems.get(row["id"])))
-                verdict = Verdict(row["verdict"])
+                verdict, segments = Verdict(row["verdict"]), _segments_of(row, run)
             except ValueError as error:
                 raise ValueError(f"{path}, row {number}: not a rollout ({error})") from error
             index = counts.get(problem.id, 0)
             counts[problem.id] = index + 1
-            rollouts.append(FixedRollout(problem, index, row["response"], verdict))
+            rollouts.append(FixedRollout(problem, index, row["response"], verdict, segments))
     if not rollouts:
         raise ValueError(f"rollouts: {source!r} holds none; expected at least one row")
     return rollouts
@@ -106,6 +124,30 @@ def _list_files(source: str) -> list[pathlib.Path]:
             raise ValueError(f"rollouts: {part!r} matches no file; expected JSONL files of a run or an evaluation")
         files += [pathlib.Path(path).resolve() for path in paths]
     return list(dict.fromkeys(files))  # globs may overlap
+
+
+def _segments_of(row: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[StoredSegment, ...]:
+    """The row's segments, if it has them.
+
+    Args:
+      run: the config of the run that wrote the row, as far as it is known: what a verifier gave, and what a judge said
+        of single steps, is no judge's score of a rollout or a prefix.
+
+    Raises:
+      ValueError: one that is none.
+    """
+    route = ROUTES.get(run.get("routes", {}).get(row["kind"], ""))
+    of_steps = route is not None and route.per_segment and run["judge"]["unit"] == "step"
+    judged = route is None or (route.judged and not of_steps)
+    segments = []
+    for segment in row.get("segments") or ():
+        values = [segment.get(name) for name in StoredSegment._fields] if isinstance(segment, Mapping) else [None] * 3
+        text, score, judge = values
+        numeric = score is None or (isinstance(score, int | float) and not isinstance(score, bool) and 0 <= score <= 1)
+        if not isinstance(text, str) or not numeric or not isinstance(judge, str | None):
+            raise ValueError(f"a segment is {segment!r:.60}, expected its text, a score in [0, 1] or null, and judge")
+        segments.append(StoredSegment(text, score if judged else None, judge))
+    return tuple(segments)
 
 
 def _problem_of(row: Mapping[str, Any], known: Problem | None) -> Problem:

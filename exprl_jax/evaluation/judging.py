@@ -98,16 +98,24 @@ class RepeatAnswer(NamedTuple):
     tokens: float
 
 
+class TooShort(ValueError):
+    """A judge's context, or its budget, is too short for what it would be asked."""
+
+
 def open_judge_model(judge: schema.Judge) -> LanguageModel | None:
     """Finds a local judge's files; None for an endpoint.
 
     Raises:
-      ValueError: the model cannot be opened or has too short a context.
+      ValueError: the model cannot be opened.
+      TooShort: it has too short a context.
     """
     if judge.backend != "local":
         return None
     model = open_model(judge.model)
-    check_judge_lengths(judge, model.arch)
+    try:
+        check_judge_lengths(judge, model.arch)
+    except ValueError as error:
+        raise TooShort(str(error)) from error
     return model
 
 
@@ -118,12 +126,13 @@ def ask_judge(task: JudgeTask, mesh: Mesh, passes: Sequence[ScoringPass]) -> boo
       passes: the first is as in training.
 
     Raises:
-      ValueError: no prompt is within a local judge's budget, or too many requests to an endpoint failed.
+      TooShort: no prompt is within a local judge's budget.
+      ValueError: too many requests to an endpoint failed.
     """
     prompts = [] if task.model is None else [_split_prompts(task, scoring_pass) for scoring_pass in passes]
     passes = _within_budget(task, passes, prompts)
     unanswered = [p._replace(traces=[t for t in p.traces if not task.answered(p, t, 0)]) for p in passes]
-    repeated = _draw_repeated(task, passes[0])
+    repeated = _draw_repeated(task, passes[0]) if passes else []
     if prompts:
         repeated = [trace for trace in repeated if _whole_prompt(task, prompts[0], trace)]
     if not repeated and not any(scoring_pass.traces for scoring_pass in unanswered):
@@ -151,7 +160,7 @@ def _within_budget(task: JudgeTask, passes: Sequence[ScoringPass], prompts: Sequ
     """The passes without problems that are over a local judge's budget in any of them: passes stay comparable.
 
     Raises:
-      ValueError: none is left.
+      TooShort: none is left.
     """
     longest: dict[str, int] = {}
     for of_pass in prompts:
@@ -162,7 +171,7 @@ def _within_budget(task: JudgeTask, passes: Sequence[ScoringPass], prompts: Sequ
     if not long:
         return passes
     if len(long) == len(longest):
-        raise ValueError(f"config.{key}: got {budget}, expected at least {min(longest.values())}, the shortest prompt")
+        raise TooShort(f"config.{key}: got {budget}, expected at least {min(longest.values())}, the shortest prompt")
     say(f"{task.name}: left out {len(long)} problems over {key}")
     return [p._replace(traces=[t for t in p.traces if t.rollout.problem.id not in long]) for p in passes]
 

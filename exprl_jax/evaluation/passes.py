@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class ScoringPass(NamedTuple):
     def name(self) -> str:
         """For people."""
         if self.unit != "outcome":
-            return "prefixes"
+            return f"prefixes, {self.condition}"
         return self.condition if self.order == "trace_last" else self.order
 
     def chats(self, judge: Judge) -> dict[str, list[Message]]:
@@ -71,19 +71,27 @@ class ScoringPass(NamedTuple):
         return make(*asked, self.references[problem.id], problem.domain, self.unit, readout, MARKER, rubric)
 
 
-def scoring_passes(rollouts: Sequence[FixedRollout], prefixes: Sequence[Trace], seed: int) -> list[ScoringPass]:
-    """Every pass; the first is as in training.
+def scoring_passes(config: Calibrate, rollouts: Sequence[FixedRollout], prefixes: Sequence[Trace]) -> list[ScoringPass]:
+    """The passes that the config asks for; the first of whole rollouts is as in training, if that is one of them.
 
     Raises:
       ValueError: a problem has no reference, or a domain has too few different problems for wrong ones.
     """
     problems = {rollout.problem.id: rollout.problem for rollout in rollouts}
-    correct = {name: needed_reference(problem) for name, problem in problems.items()}
-    references = {"correct": correct, "none": {}, "wrong": wrong_references(list(problems.values()), seed)}
+    references: dict[str, Mapping[str, str]] = {}
+    for name in config.conditions:
+        if name == "correct":
+            references[name] = {identity: needed_reference(problem) for identity, problem in problems.items()}
+        else:
+            references[name] = wrong_references(list(problems.values()), config.seed) if name == "wrong" else {}
     whole = [Trace(rollout, None, rollout.response, ()) for rollout in rollouts]
-    passes = [ScoringPass(name, "trace_last", "outcome", references[name], whole) for name in CONDITIONS]
-    passes.append(ScoringPass("correct", "reference_last", "outcome", correct, whole))
-    return [*passes, ScoringPass("correct", "trace_last", "prefix", correct, prefixes)] if prefixes else passes
+    asked = sorted(references, key=CONDITIONS.index)
+    passes = [ScoringPass(name, "trace_last", "outcome", references[name], whole) for name in asked]
+    if config.reference_last:
+        passes.append(ScoringPass("correct", "reference_last", "outcome", references["correct"], whole))
+    if prefixes:
+        passes += [ScoringPass(name, "trace_last", "prefix", references[name], prefixes) for name in asked]
+    return passes
 
 
 def wrong_references(problems: Sequence[Problem], seed: int) -> dict[str, str]:
@@ -105,19 +113,20 @@ def wrong_references(problems: Sequence[Problem], seed: int) -> dict[str, str]:
 def cut_prefixes(config: Calibrate, tokenizer: Tokenizer, rollouts: Sequence[FixedRollout]) -> list[Trace]:
     """What precedes each cut of some rollouts; nothing precedes the first segment, and after the last nothing follows.
 
-    Problems that only a judge can verify are left out: their answers are not graded here.
+    Where prefixes are continued, problems that only a judge can verify are left out: their answers are not graded here.
 
     Raises:
       ValueError: the rule cuts none of them.
     """
     prefixes = config.prefixes
-    gradable = [rollout for rollout in rollouts if not rollout.problem.traits.by_judge]
+    gradable = [rollout for rollout in rollouts if not (prefixes.continued and rollout.problem.traits.by_judge)]
     drawn = draw_some(gradable, prefixes.rollouts, config.seed)
     traces = prefixes_of(config, tokenizer, drawn)
     if not traces:
+        cut = "of several segments in the rollouts' files" if config.stored else "that does"
         raise ValueError(
             f"config.prefixes.segments.rule: {prefixes.segments.rule!r} cuts none of the rollouts; expected a rule "
-            "that does"
+            f"{cut}"
         )
     return traces
 
@@ -127,10 +136,43 @@ def prefixes_of(config: Calibrate, tokenizer: Tokenizer, rollouts: Sequence[Fixe
     splitter = Splitter(tokenizer.token_bytes, parse_rule(config.prefixes.segments))
     traces = []
     for rollout in rollouts:
+        if config.stored:
+            traces += [t._replace(ids=tuple(tokenizer.encode(t.text))) for t in stored_prefixes(rollout)]
+            continue
         ids = tokenizer.encode(rollout.response)
         for segment, end in enumerate(splitter.segment_ends(ids)[:-1].tolist()):
             traces.append(Trace(rollout, segment, tokenizer.decode(ids[:end]), tuple(ids[:end])))
     return traces
+
+
+def stored_prefixes(rollout: FixedRollout) -> list[Trace]:
+    """A rollout's prefixes as the run cut them that wrote it, without token ids."""
+    texts = [segment.text for segment in rollout.segments]
+    return [Trace(rollout, n, "".join(texts[: n + 1]), ()) for n in range(len(texts) - 1)]
+
+
+def stored_scores(name: str, rollouts: Sequence[FixedRollout]) -> list[dict[str, Any]]:
+    """What the judge of the run that wrote the rollouts said of them, as rows of a calibration's scores.
+
+    A rollout that was not judged, for its rewards come from a verifier or it never ended, has none.
+
+    Raises:
+      ValueError: none of them was judged.
+    """
+    rows = []
+    for rollout in rollouts:
+        last = len(rollout.segments) - 1
+        for n, segment in enumerate(rollout.segments):
+            if segment.score is not None:
+                row = {"judge": name, "condition": "correct", "order": "trace_last", "repeat": 0}
+                row |= {"id": rollout.problem.id, "rollout": rollout.number, "segment": None if n == last else n}
+                rows.append(row | {"score": segment.score, "text": segment.judge, "tokens": 0, "seconds": 0.0})
+    if not rows:
+        raise ValueError(
+            f"config.stored: got {name!r}, expected '': no rollout of config.rollouts holds a judge's score; name "
+            "files of a run whose judge scores (rollouts/*.jsonl), or leave it empty"
+        )
+    return rows
 
 
 def draw_some(items: Sequence, count: int, seed: int) -> list:

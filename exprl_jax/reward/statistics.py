@@ -180,6 +180,11 @@ def correlation(a_N: np.ndarray, b_N: np.ndarray) -> float | None:
     return float(np.corrcoef(a_N, b_N)[0, 1])
 
 
+def spearman(a_N: np.ndarray, b_N: np.ndarray) -> float | None:
+    """Rank correlation, equal values by their mean rank; None where either is constant or there are fewer than two."""
+    return correlation(midranks(a_N), midranks(b_N))
+
+
 def mean(values: object) -> float | None:
     """In float64; None of nothing."""
     values = np.asarray(values, np.float64)

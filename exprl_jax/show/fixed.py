@@ -32,14 +32,13 @@ def show_calibration(config: Calibrate, count: int) -> Iterator[dict[str, Any]]:
     Raises:
       ValueError: there are not so many problems, or anything that a calibration refuses.
     """
-    rollouts = read_rollouts(config.rollouts, config.data, references=True)
+    rollouts = read_rollouts(config.rollouts, config.data, references=config.shows_references)
     judged = [rollout for rollout in rollouts if decides(rollout.problem, rollout.verdict)]
     chosen = _first_of_each(judged, count, "rollouts with a verdict")
     policy = open_model(config.policy) if config.prefixes.rollouts else None
-    gradable = [rollout for rollout in chosen if not rollout.problem.traits.by_judge]
-    prefixes = [] if policy is None else prefixes_of(config, policy.tokenizer, gradable)
+    prefixes = [] if policy is None else prefixes_of(config, policy.tokenizer, chosen)
     # Wrong references are those of other problems, of all that a calibration has.
-    passes = [_only(chosen, scoring_pass) for scoring_pass in scoring_passes(judged, prefixes, config.seed)]
+    passes = [_only(chosen, scoring_pass) for scoring_pass in scoring_passes(config, judged, prefixes)]
     mesh = make_mesh(config.mesh)
     with tempfile.TemporaryDirectory() as folder, StopRequest() as stop:
         scores = Ledger(pathlib.Path(folder) / "scores.jsonl", "score", SCORE_KEY, SCORE_FIELDS)
@@ -130,7 +129,7 @@ def _judged(
                 if trace.rollout.key != rollout.key or row is None:
                     continue
                 answer = {name: row.get(name) for name in ("segment", "repeat", "score", "text", "cut", "digits")}
-                chat = scoring_pass.chats(task.judge.readout)[rollout.problem.id]
+                chat = scoring_pass.chats(task.judge)[rollout.problem.id]
                 tokenizer = None if task.model is None else task.model.tokenizer
                 question = _question(tokenizer, chat, trace.text, CONTINUATION[task.judge.readout])
                 asked.append({"pass": scoring_pass.name, **answer, "question": question})

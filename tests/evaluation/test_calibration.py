@@ -11,6 +11,7 @@ import re
 
 import numpy as np
 import pytest
+from calibration_runs import REFERENCES, calibration, lines, results, stub_judge, write_rollouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score, confusion_matrix, roc_auc_score
@@ -25,7 +26,6 @@ from exprl_jax.evaluation.fixed_rollouts import FixedRollout, read_rollouts
 from exprl_jax.evaluation.judging import SCORE_KEY
 from exprl_jax.evaluation.passes import decides, wrong_references
 from exprl_jax.files import Ledger
-from exprl_jax.resolve import resolve
 from exprl_jax.reward.judge_prompts import (
     CONTINUATION,
     blind_messages,
@@ -169,56 +169,6 @@ def test_the_blind_prompt_knows_no_reference(domain, readout):
 
 
 # ------------------------------------------------------------------------------------------------ whole runs
-
-
-def write_rollouts(
-    path, *, verdict=lambda i, g: "correct" if (i + g) % 2 else "wrong", reference=True, problems=4, group=3
-):
-    rows = []
-    for i, problem in enumerate(read_jsonl(ROOT / "configs/data/arithmetic.jsonl")[:problems]):
-        for g in range(group):
-            said = {"response": f"Attempt {i}.{g}.\nWe count.\n{problem['reference']}", "verdict": verdict(i, g)}
-            row = problem | {"kind": "math", "sample": g, "length": 9, "ended": True} | said
-            rows.append(row if reference else row | {"reference": None})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def calibration(rollouts, changes=None, judges=None):
-    made = config_dict("calibrate", "tiny").copy_and_resolve_references().unlock()
-    made.rollouts = rollouts
-    made.data.source = str(ROOT / "configs/data/arithmetic.jsonl")
-    made.wave, made.group = 8, 1
-    made.repeats.rollouts = made.prefixes.rollouts = 0
-    made.grader.seconds = 20.0
-    if judges is not None:
-        made.judges = judges
-    for path, value in (changes or {}).items():
-        *sections, leaf = path.split(".")
-        section = made
-        for key in sections:
-            section = section[key]
-        section[leaf] = value
-    return resolve(made)
-
-
-def stub_judge(stub):
-    judge = config_dict("calibrate", "tiny").judges.text.copy_and_resolve_references().unlock()
-    judge.backend = "openai"
-    judge.endpoint.update(base_url=stub.base_url, model="stub", api_key_variable="", concurrency=4, retries=0)
-    return {"stub": judge}
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def lines(folder, **wanted):
-    found = results(folder)["calibration"]
-    return [line for line in found if all(line[name] == value for name, value in wanted.items())]
-
-
-REFERENCES = [row["reference"] for row in read_jsonl(ROOT / "configs/data/arithmetic.jsonl")[:4]]
 
 
 def synthetic(seen, before):
@@ -560,7 +510,7 @@ def test_calibrations_that_cannot_work_are_refused(changes, said):
             "max_context_tokens: got 10, expected at least",
         ),
         ({"prefixes.rollouts": 2, "prefixes.segments.rule": "heading"}, "'heading' cuts none of the rollouts"),
-        ({"judges.text.max_tokens": 4096}, "the judge's context length"),
+        ({"judges.text.max_tokens": 4096, "judges.logits.max_context_tokens": 4096}, "the judge's context length"),
     ],
 )
 def test_runs_that_cannot_work_end_with_a_line(tmp_path, changes, said):
