@@ -59,6 +59,7 @@ def base() -> ConfigDict:
                     extra_body="{}",
                 ),
                 rubric="",
+                checklists="",
                 unit="prefix",
                 readout="text",
                 logits_value="expected",

@@ -166,6 +166,12 @@ def _check_section(section: Any, path: str) -> None:
         expected = f"positive numbers, at most samples = {section.samples}, with commas between; '' for 1 alone"
         ok = not section.k or all(part.isascii() and part.isdigit() for part in section.k.split(","))
         _require(ok and 1 <= section.ks[0] and section.ks[-1] <= section.samples, f"{path}.k", section.k, expected)
+    if isinstance(section, Judge):
+        unused = section.per_problem or not section.checklists
+        _require(unused, f"{path}.checklists", section.checklists, f"'' unless {path}.rubric is 'per_problem'")
+        if section.per_problem and section.backend == "local" and section.readout == "logits":
+            expected = f"a JSONL file: with readout = 'logits' {path} writes nothing, so another judge must write them"
+            _require(bool(section.checklists), f"{path}.checklists", section.checklists, expected)
     if isinstance(section, Judge) and section.backend == "openai":
         endpoint = section.endpoint
         is_url = endpoint.base_url.startswith(("http://", "https://"))
@@ -181,6 +187,12 @@ def _check_calibrate(c: Calibrate) -> None:
     expected = f"some of {', '.join(known)}, each once, with commas between"
     right = c.conditions and set(c.conditions) <= set(known) and len(set(c.conditions)) == len(c.conditions)
     _require(bool(right), "config.references", c.references, expected)
+    for name, judge in c.judges.items():
+        if judge.per_problem:
+            expected = f"False with config.judges.{name}.rubric = 'per_problem', which shows no reference"
+            _require(not c.reference_last, "config.reference_last", True, expected)
+            expected = f"0 with config.judges.{name}.rubric = 'per_problem'"
+            _require(not c.repeats.rollouts, "config.repeats.rollouts", c.repeats.rollouts, expected)
     if "correct" not in c.conditions:
         _require(not c.reference_last, "config.reference_last", True, "False without 'correct' in config.references")
         expected = "0 without 'correct' in config.references"

@@ -28,6 +28,7 @@ from exprl_jax.mesh import DATA, make_mesh
 from exprl_jax.model import decoder
 from exprl_jax.model.lora import adapt
 from exprl_jax.records import TrainState
+from exprl_jax.reward.checklists import ChecklistJudge
 from exprl_jax.reward.judges import AnyJudge, JudgeBuilder
 from exprl_jax.reward.routes import ROUTES, RewardRoute
 from exprl_jax.reward.segments import Splitter, segment_rule
@@ -35,6 +36,7 @@ from exprl_jax.reward.verifiers.grading import Graders, check_answers, open_grad
 from exprl_jax.rollout.call import Prompts, Sampler, make_prompts
 from exprl_jax.run.evaluating import Evaluation
 from exprl_jax.run.loop import Task
+from exprl_jax.run.workdir import Workdir
 from exprl_jax.sizes import Lengths, held_bytes, settle_sizes
 from exprl_jax.weights.adapters import export_policy
 from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
@@ -249,13 +251,20 @@ def task_of(run: RLRun, *, collect: Callable, learn: Callable, evaluation: Evalu
         learn=learn,
         updates=config.updates.per_batch,
         all_finite=run.programs.all_finite,
-        record_models=functools.partial(record_models, policy=policy, models=run.models, files=run.files),
+        record_models=functools.partial(_record, run),
         export=functools.partial(export_policy, config.lora, policy, run.base),
         trackers=config.log.trackers,
         evaluation=evaluation,
         headline="reward" if config.task == "rl" else "accuracy",
         watch=config.watch,
     )
+
+
+def _record(run: RLRun, workdir: Workdir) -> None:
+    """Writes down what the run reads, or checks it, and lets a judge that writes checklists go on with its own."""
+    record_models(workdir, policy=run.policy, models=run.models, files=run.files)
+    if isinstance(run.judge, ChecklistJudge):
+        run.judge.checklists.open(workdir.path)
 
 
 def first_state(run: RLRun) -> TrainState:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from exprl_jax.hosts import gather_rows
+from exprl_jax.reward.checklists import ChecklistJudge
 from exprl_jax.reward.statistics import verdict_indices
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import RLRun
@@ -26,7 +27,7 @@ def _wave_table(run: RLRun, scored: ScoredWave) -> dict[str, np.ndarray]:
     wave, judgements, advantages = scored.wave, scored.judgements, scored.advantages
     # Counts of the whole wave stand in its first problem's row, so that sums over problems are right.
     others = [0] * (len(wave.problems) - 1)
-    return {
+    table = {
         "kind_P": np.array([run.kinds.index(problem.kind) for problem in wave.problems]),
         "length_PG": wave.rollouts.mask_PGR.sum(-1),
         "ended_PG": wave.rollouts.ended_PG,
@@ -43,6 +44,11 @@ def _wave_table(run: RLRun, scored: ScoredWave) -> dict[str, np.ndarray]:
         "counted_PGN": advantages.counted_PGN,
         "live_P": advantages.live_P,
     }
+    if isinstance(run.judge, ChecklistJudge):
+        scored = [run.route(problem).judged for problem in wave.problems]
+        falls_back = [run.judge.falls_back(problem) for problem in wave.problems]
+        table["fallback_P"] = np.where(scored, falls_back, False)
+    return table
 
 
 def sample_rows(run: RLRun, waves: Sequence[ScoredWave], count: int) -> list[dict[str, Any]]:

@@ -95,7 +95,11 @@ class Judge:
       backend: `local`, the `model` on this run's mesh, or `openai`, the `endpoint`.
       model: the judge; equal weights to the reference's are one set of buffers.
       endpoint: where an `openai` judge is.
-      rubric: what the judge is asked: empty for the built-in rubric, or a template file of one's own (docs/judges.md).
+      rubric: what the judge is asked: empty for the built-in rubric, a template file of one's own (docs/judges.md), or
+        `per_problem`: the judge first writes a checklist from each reference, and scores against that: `text` item by
+        item, `logits` in one number.
+      checklists: of `per_problem`: a JSONL file of checklists that another run has written (its `checklists.jsonl`);
+        problems that are not in it are written anew.  Empty for none.
       unit: what is scored on the route `process`: every `prefix` y_≤t (the paper), or every `step` on its own (the
         released code).
       readout: `text` generates an analysis and parses its last score line; `logits` reads the next-token
@@ -111,12 +115,23 @@ class Judge:
     model: Model
     endpoint: Endpoint
     rubric: str
+    checklists: str
     unit: Literal["prefix", "step"]
     readout: Literal["text", "logits"]
     logits_value: Literal["expected", "argmax"]
     max_tokens: Count
     max_context_tokens: Count
     max_trace_tokens: Count
+
+    @property
+    def per_problem(self) -> bool:
+        """Whether each problem has a rubric of its own."""
+        return self.rubric == "per_problem"
+
+    @property
+    def template(self) -> str:
+        """The file that prompts are made from; empty for the built-in one."""
+        return "" if self.per_problem else self.rubric
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,12 +24,13 @@ from exprl_jax.files import Ledger
 from exprl_jax.hosts import say
 from exprl_jax.model.decoder import Params
 from exprl_jax.reward.answers import opened_thought
+from exprl_jax.reward.checklists import ChecklistJudge, ChecklistPrompts
 from exprl_jax.reward.endpoint import ChatClient
 from exprl_jax.reward.endpoint_judge import EndpointJudge
 from exprl_jax.reward.judge import Judge, JudgePrograms, JudgePrompts
 from exprl_jax.reward.judge_prompts import CONTINUATION, normalise, parse_score
 from exprl_jax.reward.judgements import MARKER, Query, fill
-from exprl_jax.reward.judges import check_judge_lengths
+from exprl_jax.reward.judges import check_judge_lengths, open_checklists, with_checklists
 from exprl_jax.rollout.call import padded_width
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
@@ -40,6 +41,7 @@ SCORE_FIELDS = {
     **{"id": str, "rollout": int, "segment": int | None, "fingerprint": str},
     **{"score": int | float | None, "text": str | None, "tokens": int | float, "seconds": int | float},
 }
+AnyScorer = Judge | EndpointJudge | ChecklistJudge
 Prompts = Mapping[str, SplitPrompt]  # by problem id
 
 
@@ -77,6 +79,22 @@ class JudgeTask:
             "segment": trace.segment,
             "fingerprint": trace.rollout.fingerprint,
         }
+
+    def with_checklists(self, scorer: Judge | EndpointJudge, scoring_pass: ScoringPass) -> AnyScorer:
+        """The judge of a pass, with checklists where its rubric is per problem and it sees a reference.
+
+        Raises:
+          ValueError: checklists are missing that the judge cannot write.
+        """
+        if not self.judge.per_problem or scoring_pass.condition == "none":
+            return scorer
+        problems = {t.rollout.problem.id: scoring_pass.shown(t.rollout.problem) for t in scoring_pass.traces}
+        models = [] if self.model is None else [self.model]
+        checklists = open_checklists(self.judge, models, list(problems.values()))
+        checklists.open(self.scores.path.parent)
+        if isinstance(scorer, Judge):
+            return with_checklists(scorer, checklists, list(problems.values()), lambda _: scoring_pass.unit)
+        return ChecklistJudge(scorer, checklists, ChecklistPrompts(self.judge, None, lambda _: scoring_pass.unit))
 
     def answered(self, scoring_pass: ScoringPass, trace: Trace, repeat: int) -> bool:
         """Whether the ledger has the answer."""
@@ -145,6 +163,8 @@ def ask_judge(task: JudgeTask, mesh: Mesh, passes: Sequence[ScoringPass]) -> boo
             params = load_params(task.model, mesh, task.config.seed)
             backend = ModelBackend(task, mesh, params, programs.build_judge(task.judge, mesh, task.model), prompts)
         for index, scoring_pass in enumerate(unanswered):
+            if not scoring_pass.traces:
+                continue
             if not _score_pass(task, scoring_pass, *backend.scorer(index, passes)):
                 return False
         return not repeated or _score_repeats(task, passes[0], repeated, backend)
@@ -206,10 +226,11 @@ class EndpointBackend:
     task: JudgeTask
     client: ChatClient
 
-    def scorer(self, index: int, passes: Sequence[ScoringPass]) -> tuple[EndpointJudge, Mapping[str, int]]:
+    def scorer(self, index: int, passes: Sequence[ScoringPass]) -> tuple[AnyScorer, Mapping[str, int]]:
         """For one of the passes; of an endpoint, which counts whole prompts, no tokens are shared."""
         judge, config = self.task.judge, self.task.config
-        return EndpointJudge(judge, self.client, passes[index].chats(judge), {}, config.group), {}
+        scorer = EndpointJudge(judge, self.client, passes[index].chats(judge), {}, config.group)
+        return self.task.with_checklists(scorer, passes[index]), {}
 
     def repeat_calls(self) -> tuple[int, list[list[int]]]:
         """Rollouts of a call, and numbers of the answers of each: one answer to many rollouts, kept before the next."""
@@ -248,7 +269,7 @@ class ModelBackend:
     programs: JudgePrograms
     prompts: Sequence[Prompts]
 
-    def scorer(self, index: int, passes: Sequence[ScoringPass]) -> tuple[Judge, Mapping[str, int]]:
+    def scorer(self, index: int, passes: Sequence[ScoringPass]) -> tuple[AnyScorer, Mapping[str, int]]:
         """For one of the passes; a problem's head is read once for all its traces in a call."""
         task, config = self.task, self.task.config
         # Passes of one order share their widths, so that they compile once.
@@ -270,6 +291,7 @@ class ModelBackend:
             problems=config.wave,
             group=config.group,
         )
+        scorer = task.with_checklists(scorer, passes[index])
         return scorer, {name: len(prompt.head) for name, prompt in self.prompts[index].items()}
 
     def repeat_calls(self) -> tuple[int, list[list[int]]]:
@@ -307,7 +329,7 @@ def _repeat_name(trace: Trace) -> str:
 
 
 def _score_pass(
-    task: JudgeTask, scoring_pass: ScoringPass, scorer: Judge | EndpointJudge, shared_tokens: Mapping[str, int]
+    task: JudgeTask, scoring_pass: ScoringPass, scorer: AnyScorer, shared_tokens: Mapping[str, int]
 ) -> bool:
     """Scores wave after wave of a pass, as in training.
 
@@ -320,7 +342,7 @@ def _score_pass(
         if task.stop.agreed():
             return False
         start = time.monotonic()
-        problems = [traces[0].rollout.problem for traces in wave]
+        problems = [scoring_pass.shown(traces[0].rollout.problem) for traces in wave]
         queries = [[Query(g, 0, trace.text) for g, trace in enumerate(traces)] for traces in wave]
         empty = wave_size - len(wave)
         judgements = scorer.score([*problems, *[problems[0]] * empty], [*queries, *[[]] * empty], 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -63,8 +64,12 @@ class ScoringPass(NamedTuple):
         problems = {trace.rollout.problem.id: trace.rollout.problem for trace in self.traces}
         return {name: self._chat(problem, judge) for name, problem in problems.items()}
 
+    def shown(self, problem: Problem) -> Problem:
+        """A problem with the reference that the judge sees of it."""
+        return dataclasses.replace(problem, reference=self.references.get(problem.id))
+
     def _chat(self, problem: Problem, judge: Judge) -> list[Message]:
-        asked, readout, rubric = (problem.problem, problem.choices), judge.readout, judge.rubric
+        asked, readout, rubric = (problem.problem, problem.choices), judge.readout, judge.template
         if self.condition == "none":
             return blind_messages(*asked, problem.domain, readout, MARKER, self.unit, rubric)
         make = judge_messages if self.order == "trace_last" else reference_last_messages

@@ -26,6 +26,7 @@ class EndpointJudge:
       score_chats: by problem id, of the problems that will be scored; with a marker in the trace's place.
       verdict_chats: the same, of the problems whose responses will be verified.
       group: rollouts of a problem (G).
+      items: of the checklist that a problem's traces are scored against item by item, by its id; none for others.
     """
 
     config: schema.Judge
@@ -33,6 +34,7 @@ class EndpointJudge:
     score_chats: Mapping[str, Sequence[Message]]
     verdict_chats: Mapping[str, Sequence[Message]]
     group: int
+    items: Mapping[str, int] = dataclasses.field(default_factory=dict)
     on_mesh: ClassVar[bool] = False
 
     def submit(
@@ -54,7 +56,22 @@ class EndpointJudge:
         """
         traces = [[query.trace for query in of_problem] for of_problem in queries]
         answers = self._submit(self.score_chats, problems, traces, "scores")
-        return Pending(lambda: judgements_of(self.config, answers(), queries, self.group, segments))
+        items = [self.items.get(problem.id, 0) for problem in problems]
+        return Pending(lambda: judgements_of(self.config, answers(), queries, self.group, segments, items))
+
+    def write(self, chats: Sequence[Sequence[Message] | None]) -> list[Answer]:
+        """What the judge writes after each chat, by its number; None where nothing is to be written.
+
+        Raises:
+          ValueError: as `submit`.
+        """
+        numbers = [number for number, chat in enumerate(chats) if chat is not None]
+        requests = [chats[number] for number in numbers]
+        replies = self.client.submit(requests, self.config.max_tokens, "checklists").result()
+        return [
+            Answer(number, 0, reply.text if reply.answered else None, None, reply.cut, 0)
+            for number, reply in zip(numbers, replies, strict=True)
+        ]
 
     def score(self, problems: Sequence[Problem], queries: Sequence[Sequence[Query]], segments: int) -> Judgements:
         """The result of `submit`."""

@@ -96,6 +96,7 @@ class Judge(AnswersAtOnce):
       context_width, row_width: slots for the longest prompt head, and for a trace with the closing instruction.
       problems: a wave's problems, over all processes.
       group: queries of one problem scored together (J).
+      items: of the checklist that a problem's traces are scored against item by item, by its id; none for others.
     """
 
     config: schema.Judge
@@ -108,6 +109,7 @@ class Judge(AnswersAtOnce):
     row_width: int
     problems: int
     group: int
+    items: Mapping[str, int] = dataclasses.field(default_factory=dict)
     on_mesh: ClassVar[bool] = True
 
     def score(self, problems: Sequence[Problem], queries: Sequence[Sequence[Query]], segments: int) -> Judgements:
@@ -120,7 +122,16 @@ class Judge(AnswersAtOnce):
         """
         prompts = _prompts_of(self.prompts.score, problems, queries)
         traces = [[query.trace for query in of_problem] for of_problem in queries]
-        return judgements_of(self.config, self._ask(prompts, traces), queries, self.group, segments)
+        items = [self.items.get(problem.id, 0) for problem in problems]
+        return judgements_of(self.config, self._ask(prompts, traces), queries, self.group, segments, items)
+
+    def write(self, prompts: Sequence[SplitPrompt | None]) -> list[Answer]:
+        """What the judge writes after each prompt with nothing in its hole; `text` alone.
+
+        Args:
+          prompts: as many as this process has problems in a wave, with None where nothing is to be written.
+        """
+        return list(self._ask([p or _NOTHING for p in prompts], [[] if p is None else [""] for p in prompts]))
 
     def verify(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> list[list[Verdict]]:
         """Whether each response to an open-ended question arrives at its answer; `missing` where the judge does not

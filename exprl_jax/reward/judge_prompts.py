@@ -31,11 +31,19 @@ CONTINUATION = {"text": "", "logits": "Score: "}
 _UNITS = {"outcome": "attempt", "prefix": "attempt so far", "step": "step"}
 # How to answer (its hole {form}): what the read-outs read.
 _FORM = {
-    "text": (
+    ("text", ""): (
         "Then end with one line that holds nothing but the score, a whole number from 1 to 5, in this form:\n"
         "Score: <1-5>"
     ),
-    "logits": "Answer with the score only: one digit from 1 to 5.",
+    ("logits", ""): "Answer with the score only: one digit from 1 to 5.",
+    ("text", "write"): (
+        "Write the list and nothing else, one item a line with its number before it, in this form:\n"
+        "1. <the first thing to achieve>\n2. <the second>"
+    ),
+    ("text", "checklist"): (
+        "Then end with one line for each item of the checklist, in its order, that holds nothing but the item's number "
+        "and yes or no, in this form:\nItem <number>: <yes|no>"
+    ),
 }
 
 
@@ -105,10 +113,32 @@ def blind_messages(
     return _chat(problem, choices, "", domain, unit, readout, "blind", marker, rubric)
 
 
+def checklist_messages(
+    problem: str,
+    choices: Sequence[tuple[str, str]],
+    items: Sequence[str],
+    domain: str,
+    unit: Unit,
+    readout: Readout,
+    marker: str,
+) -> list[Message]:
+    """`judge_messages` with a checklist in the reference's place: `text` is answered item by item
+    (`checklist.read_items`), `logits` by a digit for the share."""
+    listed = "\n".join(f"{number}. {item}" for number, item in enumerate(items, 1))
+    return _chat(problem, choices, listed, domain, unit, readout, "checklist", marker, "")
+
+
+def write_messages(
+    problem: str, choices: Sequence[tuple[str, str]], reference: str, domain: str, marker: str
+) -> list[Message]:
+    """Asks for a problem's checklist (`checklist.parse_checklist`); nothing goes where the marker stands."""
+    return _chat(problem, choices, _needed(problem, reference), domain, "outcome", "text", "write", marker, "")
+
+
 def _chat(
     problem: str,
     choices: Sequence[tuple[str, str]],
-    reference: str,
+    given: str,
     domain: str,
     unit: Unit,
     readout: Readout,
@@ -123,8 +153,9 @@ def _chat(
         "unit": _UNITS[unit],
         "Unit": _UNITS[unit].capitalize(),
         "problem": stated_problem(problem, choices),
-        "reference": reference.strip(),
-        "form": _FORM[readout],
+        "reference": given.strip(),
+        "checklist": given.strip(),
+        "form": _FORM.get((readout, variant)) or _FORM[readout, ""],
     }
     return open_rubric(rubric).chat(unit, readout, variant, values, marker)
 

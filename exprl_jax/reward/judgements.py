@@ -16,6 +16,7 @@ import numpy as np
 from exprl_jax import config as schema
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.tokenizer import Message
+from exprl_jax.reward.checklist import read_items
 from exprl_jax.reward.judge_prompts import DIGITS, Unit, judge_messages, normalise, parse_score
 from exprl_jax.reward.verifiers.open_ended import parse_verdict, verdict_from_digits, verify_messages
 from exprl_jax.reward.verifiers.verdict import Verdict
@@ -105,7 +106,7 @@ def score_messages(judge_config: schema.Judge, problem: Problem, unit: Unit) -> 
     """
     reference, readout = needed_reference(problem), judge_config.readout
     asked = (problem.problem, problem.choices, reference, problem.domain, unit, readout)
-    return judge_messages(*asked, MARKER, judge_config.rubric)
+    return judge_messages(*asked, MARKER, judge_config.template)
 
 
 def verdict_messages(judge_config: schema.Judge, problem: Problem) -> list[Message]:
@@ -135,7 +136,12 @@ def needed_reference(problem: Problem) -> str:
 
 
 def judgements_of(
-    judge_config: schema.Judge, answers: Iterable[Answer], queries: Sequence[Sequence[Query]], group: int, segments: int
+    judge_config: schema.Judge,
+    answers: Iterable[Answer],
+    queries: Sequence[Sequence[Query]],
+    group: int,
+    segments: int,
+    items: Sequence[int] = (),
 ) -> Judgements:
     """Scores in their rows; a query without an answer did not fit.
 
@@ -143,6 +149,8 @@ def judgements_of(
       answers: to some of the queries.
       queries: of each problem (P); any number.
       group, segments: G and N of the result.
+      items: of each problem's checklist, that `text` is answered by; 0 where a score line answers, as everywhere where
+        it is empty.
     """
     shape = (len(queries), group, segments)
     score, cut = np.zeros(shape), np.zeros(shape, bool)
@@ -159,8 +167,9 @@ def judgements_of(
             text[index] = answer.text
         if answer.probability_5 is not None:
             digits[index] = tuple(map(float, answer.probability_5))
-        if (likert := _likert(judge_config, answer)) is not None:
-            score[index], valid[index] = normalise(likert), True
+        given = _score(judge_config, answer, items[answer.problem] if items else 0)
+        if given is not None:
+            score[index], valid[index] = given, True
     return Judgements(score, valid, asked, cut, text, tokens, digits)
 
 
@@ -173,6 +182,14 @@ def verdicts_of(answers: Iterable[Answer], responses: Sequence[Sequence[Any]]) -
         elif answer.text is not None:
             verdicts[answer.problem][answer.query] = parse_verdict(answer.text, at_end=answer.at_end)
     return verdicts
+
+
+def _score(judge_config: schema.Judge, answer: Answer, items: int) -> float | None:
+    """In [0, 1]; None where the answer gives none."""
+    if items and answer.probability_5 is None:
+        return None if answer.text is None else read_items(answer.text, items, at_end=answer.at_end)
+    likert = _likert(judge_config, answer)
+    return None if likert is None else normalise(likert)
 
 
 def _likert(judge_config: schema.Judge, answer: Answer) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from jax.sharding import Mesh
@@ -10,8 +11,9 @@ from jax.sharding import Mesh
 from exprl_jax import config
 from exprl_jax.architecture import Architecture
 from exprl_jax.data.problems import Problem
-from exprl_jax.data.tokenizer import Tokenizer
+from exprl_jax.data.tokenizer import SplitPrompt, Tokenizer
 from exprl_jax.model.decoder import Params
+from exprl_jax.reward.checklists import ChecklistJudge, ChecklistPrompts, Checklists
 from exprl_jax.reward.endpoint import ChatClient
 from exprl_jax.reward.endpoint_judge import EndpointJudge
 from exprl_jax.reward.judge import Judge, JudgePrograms, JudgePrompts, NoJudge, score_prompt, verify_prompt
@@ -21,8 +23,9 @@ from exprl_jax.reward.rubric import Unit, open_rubric, rubric_files
 from exprl_jax.reward.verifiers import open_ended
 from exprl_jax.rollout.call import padded_width
 from exprl_jax.weights.language_model import LanguageModel, open_model
+from exprl_jax.weights.run_models import fingerprint
 
-AnyJudge = Judge | EndpointJudge | NoJudge
+AnyJudge = Judge | EndpointJudge | NoJudge | ChecklistJudge
 
 
 class JudgeBuilder:
@@ -58,9 +61,10 @@ class JudgeBuilder:
         self._asked = {p.id for p in (*scored, *verified)}
         self.files = rubric_files(judge_config) if scored else {}
         for unit_scored in sorted({unit(p) for p in scored}):
-            open_rubric(judge_config.rubric).turns(unit_scored, judge_config.readout, "")
+            open_rubric(judge_config.template).turns(unit_scored, judge_config.readout, "")
         self.models: list[LanguageModel] = []
         self._prompts = JudgePrompts({}, {})
+        self._written: dict[str, SplitPrompt] = {}
         if self._asked and judge_config.backend == "local":
             self._model = open_model(judge_config.model, opened)
             self.models.append(self._model)
@@ -72,10 +76,20 @@ class JudgeBuilder:
                 {p.id: score_prompt(judge_config, tokenizer, p, unit(p)) for p in scored},
                 {p.id: verify_prompt(judge_config, tokenizer, p) for p in verified},
             )
+        self._checklists = None
+        if scored and judge_config.per_problem:
+            self._checklists = open_checklists(judge_config, self.models, scored)
+            if self.models and judge_config.readout == "text":
+                prompts = ChecklistPrompts(judge_config, self._model.tokenizer, unit)
+                self._written = {p.id: prompts.write(p) for p in scored}
 
     def lengths(self, problems: Sequence[Problem]) -> dict[str, int]:
         """Tokens of the longest prompt of each problem without what is judged; 0 where a local judge is not asked."""
-        return {p.id: max((prompt.frame_tokens for prompt in self._prompts.of(p.id)), default=0) for p in problems}
+        return {p.id: max((prompt.frame_tokens for prompt in self._of(p.id)), default=0) for p in problems}
+
+    def _of(self, name: str) -> list[SplitPrompt]:
+        """All prompts of a problem that are known before the run."""
+        return [*self._prompts.of(name), *([self._written[name]] if name in self._written else [])]
 
     def open(
         self,
@@ -104,7 +118,7 @@ class JudgeBuilder:
         if not kept & self._asked:
             return NoJudge(group)
         if not self.models:
-            return EndpointJudge(
+            judge = EndpointJudge(
                 config=judge_config,
                 client=stack.enter_context(ChatClient(judge_config.endpoint)),
                 score_chats={
@@ -113,8 +127,11 @@ class JudgeBuilder:
                 verdict_chats={p.id: verdict_messages(judge_config, p) for p in self._verified if p.id in kept},
                 group=group,
             )
-        used = [prompt for p in problems for prompt in self._prompts.of(p.id)]
-        return Judge(
+            if self._checklists is None:
+                return judge
+            return ChecklistJudge(judge, self._checklists, ChecklistPrompts(judge_config, None, self._unit))
+        used = [prompt for p in problems for prompt in self._of(p.id)]
+        judge = Judge(
             config=judge_config,
             tokenizer=self._model.tokenizer,
             params=load(self._model),
@@ -126,6 +143,52 @@ class JudgeBuilder:
             problems=wave,
             group=group,
         )
+        if self._checklists is None:
+            return judge
+        return with_checklists(judge, self._checklists, [p for p in self._scored if p.id in kept], self._unit)
+
+
+def open_checklists(
+    judge_config: config.Judge, models: Sequence[LanguageModel], scored: Sequence[Problem]
+) -> Checklists:
+    """The checklists of a judge's problems, as far as they are there.
+
+    Args:
+      models: the judge's on the mesh; none of an endpoint.
+
+    Raises:
+      ValueError: the file cannot be read, or lacks some that a judge which writes nothing needs.
+    """
+    by = [fingerprint(m.source.files) if m.source else m.config.weights for m in models]
+    checklists = Checklists(judge_config.checklists, by[0] if by else judge_config.endpoint.model)
+    if models and judge_config.readout == "logits":
+        missing = [problem.id for problem in scored if not checklists.known(problem)]
+        if missing:
+            raise ValueError(
+                f"config.judge.checklists: {judge_config.checklists} has none of {len(missing)} of {len(scored)} "
+                f"problems, {missing[0]!r} for instance, and a local judge with readout = 'logits' writes none; let "
+                "one with readout = 'text' write them first"
+            )
+    return checklists
+
+
+def with_checklists(
+    judge: Judge, checklists: Checklists, scored: Sequence[Problem], unit: Callable[[Problem], Unit]
+) -> ChecklistJudge:
+    """A judge on the mesh with slots for checklists that are as long as its answers may be."""
+    judge_config = judge.config
+    prompts = ChecklistPrompts(judge_config, judge.tokenizer, unit)
+    # Known ones as they are; of those to come the frame, and the longest list.
+    frames = [prompts.score(problem, checklists.items(problem)) for problem in scored]
+    to_come = 0 if judge_config.readout == "logits" else judge_config.max_tokens
+    longest = min(max(len(prompt.head) for prompt in frames) + to_come, judge_config.max_context_tokens)
+    asking = max(len(prompts.write(problem).head) for problem in scored)
+    head = padded_width(max(judge.context_width, longest, asking))
+    suffix = max(len(prompt.suffix) for prompt in frames)
+    row = padded_width(max(judge.row_width, judge_config.max_trace_tokens + suffix))
+    wide = dataclasses.replace(judge, context_width=head, row_width=row)
+    widths = head, row - judge_config.max_trace_tokens
+    return ChecklistJudge(wide, checklists, ChecklistPrompts(judge_config, judge.tokenizer, unit, widths))
 
 
 def _check_digits(tokenizer: Tokenizer) -> None:

@@ -28,11 +28,14 @@ from exprl_jax.packaged import locate
 
 Unit = Literal["outcome", "prefix", "step"]
 Readout = Literal["text", "logits"]
-# What besides a score against the reference is asked: `blind` and `reference_last` measure the judge.
-Variant = Literal["", "blind", "reference_last"]
+# What besides a score against the reference is asked: `blind` and `reference_last` measure the judge; `write` and
+# `checklist` are of a rubric per problem.
+Variant = Literal["", "blind", "reference_last", "write", "checklist"]
 
 DIGITS = (1, 2, 3, 4, 5)
-HOLES = ("task", "advice", "unit", "Unit", "problem", "reference", "trace", "form")
+HOLES = ("task", "advice", "unit", "Unit", "problem", "reference", "checklist", "trace", "form")
+# Of each variant: what a judge compares with.
+_GIVEN = {"": "reference", "blind": "", "reference_last": "reference", "write": "reference", "checklist": "checklist"}
 _ROLES = ("system", "user")
 _CONDITIONS = (*get_args(Unit), *get_args(Readout), *filter(None, get_args(Variant)))
 _HEADING = re.compile(r"\[([a-z_]+(?: [a-z_]+)*)\]\s*")
@@ -115,13 +118,16 @@ class Rubric:
         where = f"judge.rubric: {self.name}, line {user.line}: [{_title(user)}]"
         if user.holes("trace") != 1 or sum(section.holes("trace") for section in chosen) != 1:
             raise ValueError(f"{where}: expected the hole {{trace}} once, in the user's turn and nowhere else")
-        reference = sum(section.holes("reference") for section in chosen)
-        if variant == "blind" and reference:
-            raise ValueError(f"{where}: expected no hole {{reference}} in a prompt that is blind")
-        needed = [name for name in ("problem", "reference", "form") if variant != "blind" or name != "reference"]
-        for name in needed:
+        given = _GIVEN[variant]
+        for name in ("reference", "checklist"):
+            if name != given and any(section.holes(name) for section in chosen):
+                kind = f"that is {variant}" if variant == "blind" else f"that shows the {given}"
+                raise ValueError(f"{where}: expected no hole {{{name}}} in a prompt {kind}")
+        for name in filter(None, ("problem", given, "form")):
             if not any(section.holes(name) for section in chosen):
                 raise ValueError(f"{where}: the hole {{{name}}} is missing; expected it in the system or user turn")
+        if variant == "write" or (variant == "checklist" and readout == "text"):
+            return chosen  # which are not answered by a digit
         fixed = "\n".join(section.fixed for section in chosen)
         if missing := [digit for digit in DIGITS if not re.search(rf"(?<![\w.]){digit}:", fixed)]:
             raise ValueError(
@@ -133,8 +139,8 @@ class Rubric:
     def _choose(self, role: str, unit: Unit, readout: Readout, variant: Variant) -> Section | None:
         """The section of a turn that names most of what is wanted, and nothing else; None without any."""
         wanted = {unit, readout, variant}
-        # Only the system turn of a prompt without the reference differs from that of one with it.
-        own = variant == "blind" or (variant == "reference_last" and role == "user")
+        # In another order the system's turn is the same.
+        own = bool(variant) and (variant != "reference_last" or role == "user")
         fitting = [
             section
             for section in self.sections
@@ -174,8 +180,11 @@ def rubric_path(name: str) -> pathlib.Path:
 
 
 def rubric_files(judge: Judge) -> dict[str, pathlib.Path]:
-    """The template file that a judge's config names, if it does, by key and name."""
-    return {f"judge.rubric {judge.rubric}": rubric_path(judge.rubric)} if judge.rubric else {}
+    """The files that a judge's prompts are made from and that its config names, by key and name."""
+    files = {f"judge.rubric {judge.template}": rubric_path(judge.template)} if judge.template else {}
+    if judge.per_problem and judge.checklists:
+        files[f"judge.checklists {judge.checklists}"] = pathlib.Path(judge.checklists)
+    return files
 
 
 def open_rubric(name: str) -> Rubric:

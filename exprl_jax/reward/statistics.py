@@ -44,6 +44,10 @@ METRICS: Mapping[str, str] = {
     "judge/parsed": "fraction of them that came back as a score",
     "judge/truncated": "fraction of them whose answer reached its budget or whose trace did not fit",
     **{f"judge/score_{digit}": f"fraction of scores that round to {digit}" for digit in DIGITS},
+    "judge/checklist_fallback": (
+        "fraction of scores that were wanted of problems without a usable checklist, which are scored against their "
+        "reference; null without judge.rubric = 'per_problem'"
+    ),
     "judge/group_spread": "mean over prompts of the standard deviation of their rollouts' rewards",
     "judge/length_correlation": "Pearson correlation of the judge's reward and response length",
     "judge/correct_correlation": "Pearson correlation of the judge's reward and correctness",
@@ -74,7 +78,8 @@ def summarise(
 
     Args:
       rows: of the whole batch: kind_P (index into `kinds`), length_PG, ended_PG, verdict_PG (index into `VERDICTS`),
-        score_PGN, valid_PGN, asked_PGN, cut_PGN, count_PG, advantage_PGN, counted_PGN, live_P, resampled_P.
+        score_PGN, valid_PGN, asked_PGN, cut_PGN, count_PG, advantage_PGN, counted_PGN, live_P, resampled_P; and
+        fallback_P of a judge that has checklists.
       advantage: for what an overlong rollout is worth.
       kinds: of the problems in the data.
     """
@@ -120,11 +125,20 @@ def _summarise(rows: Mapping[str, np.ndarray], advantage: config.Advantage) -> d
         "judge/parsed": mean(valid[asked]),
         "judge/truncated": mean(cut[asked]),
         **{f"judge/score_{digit}": mean(likert == digit) for digit in DIGITS},
+        "judge/checklist_fallback": _fallback(rows),
         "judge/group_spread": mean(spread),
         "judge/length_correlation": correlation(judged[0], judged[1]),
         "judge/correct_correlation": correlation(judged[0], judged[2]),
         "judge/correct_auroc": auroc(judged[0], judged[2]),
     }
+
+
+def _fallback(rows: Mapping[str, np.ndarray]) -> float | None:
+    """Of the scores that were wanted, those of problems without a checklist."""
+    if "fallback_P" not in rows:
+        return None
+    asked_P = rows["asked_PGN"].sum((1, 2))
+    return mean(np.repeat(rows["fallback_P"], asked_P))
 
 
 def rollout_statistics(rows: Mapping[str, np.ndarray]) -> dict[str, float | None]:

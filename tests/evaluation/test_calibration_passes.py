@@ -165,9 +165,46 @@ def test_a_judge_whose_context_is_too_short_is_named_and_the_others_are_asked(tm
     assert all(f"{name}: left out: {reason}" in said.out + said.err for name, reason in left_out.items())
 
 
+def test_a_rubric_per_problem_is_calibrated_with_a_list_from_each_reference(tmp_path):
+    """The right reference's list is fulfilled and another's is not; without a reference there is no list."""
+    rollouts, written = write_rollouts(tmp_path / "r.jsonl"), []
+
+    def answer(seen, before):
+        said = seen.content
+        if "Write the list" in said:
+            number = next(i for i, reference in enumerate(REFERENCES) if f"solution:\n{reference}\n" in said)
+            written.append(number)
+            return Answer(f"1. counts\n2. says {number}")
+        if "Checklist:" not in said:
+            return Answer("Score: 3")
+        right = f"2. says {re.search(r'Attempt ([0-9])[.]', said)[1]}\n" in said
+        return Answer(f"Item 1: yes\nItem 2: {'yes' if right else 'no'}")
+
+    with StubEndpoint(answer) as stub:
+        judges = stub_judge(stub)
+        judges["stub"].rubric = "per_problem"
+        config = calibration(rollouts, {"reference_last": False}, judges)
+        for _ in range(2):
+            calibrate(config, str(tmp_path / "run"))
+    scores = {}
+    for row in read_jsonl(tmp_path / "run/scores.jsonl"):
+        scores.setdefault(row["condition"], set()).add(row["score"])
+    assert scores == {"correct": {1.0}, "none": {0.5}, "wrong": {0.5}}
+    assert sorted(written) == sorted([0, 1, 2, 3] * 2)  # as the right one and as another's
+    assert len(read_jsonl(tmp_path / "run/checklists.jsonl")) == 8
+
+
 @pytest.mark.parametrize(
     "changes, said",
     [
+        (
+            {"judges.text.rubric": "per_problem"},
+            "config.reference_last: got True, expected False with config.judges.text.rubric = 'per_problem'",
+        ),
+        (
+            {"judges.text.rubric": "per_problem", "reference_last": False, "repeats.rollouts": 2},
+            "config.repeats.rollouts: got 2, expected 0 with config.judges.text.rubric = 'per_problem'",
+        ),
         ({"references": ""}, "config.references: got '', expected some of correct, none, wrong, each once"),
         ({"references": "correct,right"}, "config.references: got 'correct,right', expected some of"),
         ({"references": "none,none"}, "config.references: got 'none,none', expected some of"),

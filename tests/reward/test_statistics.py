@@ -43,6 +43,7 @@ def rows(seed=0):
         "advantage_PGN": random.standard_normal((P, G, N)).astype(np.float32),
         "counted_PGN": (np.arange(N) < count[..., None]) & (random.random((P, G, N)) < 0.6),
         "live_P": np.array([True, False, True, True, False, True]),
+        "fallback_P": np.array([True, False, False, True, False, False]),
     }
 
 
@@ -121,6 +122,7 @@ def counted_by_hand(rows, overlong_rule):
         "judge/truncated": mean(rows["cut_PGN"][at] for at in asked),
         # Half-way scores round to the even digit, as Python's round does.
         **{f"judge/score_{digit}": mean(round(x) == digit for x in likert) for digit in range(1, 6)},
+        "judge/checklist_fallback": mean(rows["fallback_P"][p] for p, _, _ in asked),
         "judge/group_spread": mean(spreads),
         "judge/length_correlation": pearson([(r, length) for r, length, _ in judged]),
         "judge/correct_correlation": pearson([(r, right) for r, _, right in judged]),
@@ -158,12 +160,15 @@ def test_what_is_not_defined_is_none():
         "judge/parsed",
         "judge/truncated",
         *(f"judge/score_{digit}" for digit in range(1, 6)),
+        "judge/checklist_fallback",
         "judge/group_spread",
         "judge/length_correlation",
         "judge/correct_correlation",
         "judge/correct_auroc",
     }
     assert got["judge/asked"] == 0.0
+    without = {name: values for name, values in given.items() if name != "fallback_P"}
+    assert summarise(without, rule("mask"), ["math"])["judge/checklist_fallback"] is None
     # The paper's rule: a rollout that never ended has the lowest reward without anybody being asked.
     assert summarise(given | nothing, rule("zero_score"), ["math"])["reward/mean"] == 0.0
 
