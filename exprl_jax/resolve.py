@@ -53,6 +53,8 @@ def resolve(config: Mapping[str, Any]) -> AnyConfig:
     elif isinstance(resolved, JudgeTraining):
         backend = resolved.judge.backend
         _require(backend == "local", "config.judge.backend", backend, "'local': the judge's model is trained here")
+        expected = "'' or a template file: lessons have scores against references, not against checklists"
+        _require(not resolved.judge.per_problem, "config.judge.rubric", resolved.judge.rubric, expected)
     elif isinstance(resolved, Annotate):
         readout = resolved.annotator.readout
         _require(readout == "text", "config.annotator.readout", readout, "'text': an annotation is written")

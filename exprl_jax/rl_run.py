@@ -70,7 +70,7 @@ class RLRun:
     splitter: Splitter
     frozen: Mapping[Model, decoder.Params]
     models: Sequence[LanguageModel]
-    files: Mapping[str, pathlib.Path]
+    files: Mapping[str, Sequence[pathlib.Path]]
 
     @property
     def base(self) -> Any:

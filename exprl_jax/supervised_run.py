@@ -15,13 +15,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from exprl_jax import programs as programs_room
-from exprl_jax.config import Supervised
+from exprl_jax.config import JudgeTraining, Supervised
 from exprl_jax.data.packing import Example, PackedRows, assign_rows, fill_rows
 from exprl_jax.data.problems import batch_indices
 from exprl_jax.hosts import put_microbatches, say
 from exprl_jax.layout import packed_shape
 from exprl_jax.learning.update import over_updates
 from exprl_jax.records import Lesson, TrainState
+from exprl_jax.reward.rubric import rubric_files
 from exprl_jax.run.clock import Clock
 from exprl_jax.run.loop import StepResult, Task
 from exprl_jax.sizes import Lengths, held_bytes, settle_sizes
@@ -155,7 +156,12 @@ def task_of(run: SupervisedRun) -> Task:
         learn=functools.partial(learn, run),
         updates=1,
         all_finite=run.programs.all_finite,
-        record_models=functools.partial(record_models, policy=run.policy, models=[run.policy]),
+        record_models=functools.partial(
+            record_models,
+            policy=run.policy,
+            models=[run.policy],
+            files=rubric_files(run.config.judge) if isinstance(run.config, JudgeTraining) else {},
+        ),
         export=functools.partial(export_policy, run.config.lora, run.policy, run.base),
         trackers=run.config.log.trackers,
         evaluation=None,

@@ -107,7 +107,8 @@ def lesson_prompt(judge_config: schema.Judge, tokenizer: Tokenizer, lesson: Judg
     problem, readout = lesson.problem, judge_config.readout
     if problem.reference is not None:
         return score_prompt(judge_config, tokenizer, problem, lesson.unit)
-    messages = blind_messages(problem.problem, problem.choices, problem.domain, readout, MARKER)
+    asked = (problem.problem, problem.choices, problem.domain, readout)
+    messages = blind_messages(*asked, MARKER, lesson.unit, judge_config.template)
     return tokenizer.render_split(messages, MARKER, CONTINUATION[readout])
 
 

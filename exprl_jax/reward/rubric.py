@@ -179,11 +179,11 @@ def rubric_path(name: str) -> pathlib.Path:
     return pathlib.Path(locate(name)) if name else pathlib.Path(__file__).with_name("rubric.txt")
 
 
-def rubric_files(judge: Judge) -> dict[str, pathlib.Path]:
+def rubric_files(judge: Judge) -> dict[str, Sequence[pathlib.Path]]:
     """The files that a judge's prompts are made from and that its config names, by key and name."""
-    files = {f"judge.rubric {judge.template}": rubric_path(judge.template)} if judge.template else {}
+    files = {f"judge.rubric {judge.template}": [rubric_path(judge.template)]} if judge.template else {}
     if judge.per_problem and judge.checklists:
-        files[f"judge.checklists {judge.checklists}"] = pathlib.Path(judge.checklists)
+        files[f"judge.checklists {judge.checklists}"] = [pathlib.Path(judge.checklists)]
     return files
 
 

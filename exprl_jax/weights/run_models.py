@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import jax
@@ -36,7 +36,7 @@ def record_models(
     *,
     policy: LanguageModel,
     models: Iterable[LanguageModel],
-    files: Mapping[str, pathlib.Path] = MappingProxyType({}),
+    files: Mapping[str, Sequence[pathlib.Path]] = MappingProxyType({}),
 ) -> None:
     """`check_models`, and writes down what the policy is, unless that is done already."""
     check_models(workdir, models, files)
@@ -49,7 +49,9 @@ def record_models(
 
 
 def check_models(
-    workdir: Workdir, models: Iterable[LanguageModel], files: Mapping[str, pathlib.Path] = MappingProxyType({})
+    workdir: Workdir,
+    models: Iterable[LanguageModel],
+    files: Mapping[str, Sequence[pathlib.Path]] = MappingProxyType({}),
 ) -> None:
     """Writes down the models of a new run; compares them with what is written down in one that goes on.
 
@@ -63,7 +65,7 @@ def check_models(
     """
     path = workdir.path / "models.json"
     mine = {model.config.weights: fingerprint(model.source.files) for model in models if model.source is not None}
-    mine |= {name: fingerprint([file]) for name, file in files.items()}
+    mine |= {name: fingerprint(paths) for name, paths in files.items()}
     try:
         if jax.process_index() == 0:
             known = read_json(path) if path.exists() else {}
