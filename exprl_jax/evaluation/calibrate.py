@@ -32,6 +32,7 @@ from exprl_jax.files import Ledger
 from exprl_jax.hosts import local_problems, say
 from exprl_jax.mesh import make_mesh
 from exprl_jax.resolve import to_dict
+from exprl_jax.reward.checklists import check_rubric
 from exprl_jax.reward.rubric import rubric_files
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.workdir import check_workdir, open_workdir
@@ -92,6 +93,7 @@ def _open_models(config: Calibrate, left_out: dict[str, str]) -> dict[str, Langu
     """The judges' models; a judge whose context is too short is left out."""
     models = {}
     for name, judge in config.judges.items():
+        check_rubric(judge)
         try:
             models[name] = open_judge_model(judge)
         except TooShort as error:

@@ -27,7 +27,7 @@ from exprl_jax.reward.endpoint_judge import EndpointJudge
 from exprl_jax.reward.judge import Judge, JudgePrompts
 from exprl_jax.reward.judge_prompts import CONTINUATION, checklist_messages, write_messages
 from exprl_jax.reward.judgements import MARKER, Answer, Judgements, Pending, Query, fill, needed_reference
-from exprl_jax.reward.rubric import Unit
+from exprl_jax.reward.rubric import Unit, open_rubric
 from exprl_jax.reward.verifiers.verdict import Verdict
 
 _KEY = ("problem", "judge", "prompt")
@@ -103,6 +103,16 @@ class Checklists:
             rows.append(source | {"id": problem.id, "text": answer.text, "items": list(items)})
         if self._ledger is not None:
             self._ledger.add(rows)
+
+
+def check_rubric(judge: schema.Judge) -> None:
+    """Reads the files that a judge's prompts are made from.
+
+    Raises:
+      ValueError: one cannot be read, or is none.
+    """
+    open_rubric(judge.template)
+    Checklists(judge.checklists, "")
 
 
 def _checked(path: pathlib.Path, row: Mapping[str, Any]) -> tuple[str, ...]:

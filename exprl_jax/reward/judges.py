@@ -182,9 +182,9 @@ def with_checklists(
     frames = [prompts.score(problem, checklists.items(problem)) for problem in scored]
     to_come = 0 if judge_config.readout == "logits" else judge_config.max_tokens
     longest = min(max(len(prompt.head) for prompt in frames) + to_come, judge_config.max_context_tokens)
-    asking = max(len(prompts.write(problem).head) for problem in scored)
-    head = padded_width(max(judge.context_width, longest, asking))
-    suffix = max(len(prompt.suffix) for prompt in frames)
+    asking = [prompts.write(problem) for problem in scored]
+    head = padded_width(max(judge.context_width, longest, *(len(prompt.head) for prompt in asking)))
+    suffix = max(len(prompt.suffix) for prompt in (*frames, *asking))
     row = padded_width(max(judge.row_width, judge_config.max_trace_tokens + suffix))
     wide = dataclasses.replace(judge, context_width=head, row_width=row)
     widths = head, row - judge_config.max_trace_tokens

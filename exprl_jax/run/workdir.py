@@ -3,6 +3,7 @@
     config.json       the resolved config; its presence is what makes a folder a workdir
     samples/          of an evaluation: <set>.jsonl; see `evaluation.evaluate`
     *.jsonl           scores and continuations of a calibration, annotations of an annotation; see `evaluation`
+    checklists.jsonl  of a judge with a rubric per problem; see `reward.checklists`
     checkpoints/      see `checkpoint`
     model/            the policy's architecture and tokenizer, without which its checkpoints say nothing
     models.json       fingerprints of the models' files; see `weights.run_models`
