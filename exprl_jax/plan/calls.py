@@ -39,6 +39,7 @@ from exprl_jax.programs import (
     shard_state,
 )
 from exprl_jax.records import Context, Draw, Experience, Lesson, Packed, Rows, Teaching, TrainState
+from exprl_jax.reward.checklists import ChecklistPrompts
 from exprl_jax.reward.judge import score_prompt, verify_prompt
 from exprl_jax.reward.judge_prompts import Unit
 from exprl_jax.reward.judges import check_judge_lengths
@@ -271,7 +272,12 @@ def asked_models(config: Calibrate | Annotate) -> dict[str, Model]:
     if isinstance(config, Annotate):
         return {"annotator": config.annotator.model} if config.annotator.backend == "local" else {}
     judges = {f"judge {name}": judge.model for name, judge in config.judges.items() if judge.backend == "local"}
-    return judges | ({POLICY: config.policy} if config.prefixes.rollouts else {})
+    return judges | ({POLICY: config.policy} if _continues(config) else {})
+
+
+def _continues(config: Calibrate) -> bool:
+    """Whether the policy goes on from prefixes; where they are only judged, its tokenizer is all that is read."""
+    return config.prefixes.rollouts > 0 and config.prefixes.continued
 
 
 def _calibrated(config: Calibrate, mesh: Mesh) -> list[Call]:
@@ -280,7 +286,7 @@ def _calibrated(config: Calibrate, mesh: Mesh) -> list[Call]:
     for name, judge in config.judges.items():
         if judge.backend == "local":
             calls += _calibrating(config, mesh, name, judge)
-    if config.prefixes.rollouts:
+    if _continues(config):
         model, sampling = known_model(config.policy), config.prefixes.sampling
         # A prefix is of a rollout, which is taken to be as long as what is written after it may be.
         most = min(config.data.max_prompt_tokens + sampling.max_tokens, model.arch.max_positions - sampling.max_tokens)
@@ -299,7 +305,9 @@ def _calibrating(config: Calibrate, mesh: Mesh, name: str, judge: Judge) -> list
     built, params = build_judge(judge, mesh, model), (f"judge {name}", _parameters(model, mesh))
     settings = *("wave", "group"), *(f"judges.{name}.max_{what}_tokens" for what in ("trace", "context")), "mesh.model"
     units: set[Unit] = {"outcome", "prefix"} if config.prefixes.rollouts else {"outcome"}
-    behind = {"": _judge_suffix(judge, model, units), ", reference last": judge.max_context_tokens}
+    behind = {"": _judge_suffix(judge, model, units)}
+    if config.reference_last:
+        behind[", reference last"] = judge.max_context_tokens
     calls = []
     for order, suffix in behind.items():
         width = padded_width(judge.max_trace_tokens + suffix)
@@ -467,6 +475,10 @@ def _judge_suffix(judge: Judge, model: LanguageModel, units: set[Unit]) -> int:
     problems = [Problem("", "?", "?", "?", domain) for domain, kind in KINDS.items() if kind.domains]
     prompts = [score_prompt(judge, model.tokenizer, problem, unit) for problem in problems for unit in units]
     prompts += [verify_prompt(judge, model.tokenizer, problem) for problem in problems]
+    for unit in units if judge.per_problem else ():
+        checklists = ChecklistPrompts(judge, model.tokenizer, lambda _, unit=unit: unit)
+        prompts += [checklists.score(problem, ("?", "?")) for problem in problems]
+        prompts += [checklists.write(problem) for problem in problems]
     return max(len(prompt.suffix) for prompt in prompts)
 
 
