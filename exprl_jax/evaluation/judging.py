@@ -17,14 +17,15 @@ from jax.sharding import Mesh
 
 from exprl_jax import config as schema
 from exprl_jax import programs
-from exprl_jax.data.tokenizer import SplitPrompt
+from exprl_jax.data.problems import Problem
+from exprl_jax.data.tokenizer import Message, SplitPrompt
 from exprl_jax.evaluation.completions import Completer
 from exprl_jax.evaluation.passes import ScoringPass, Trace, draw_some
 from exprl_jax.files import Ledger
 from exprl_jax.hosts import say
 from exprl_jax.model.decoder import Params
 from exprl_jax.reward.answers import opened_thought
-from exprl_jax.reward.checklists import ChecklistJudge, ChecklistPrompts
+from exprl_jax.reward.checklists import ChecklistJudge, ChecklistPrompts, Checklists
 from exprl_jax.reward.endpoint import ChatClient
 from exprl_jax.reward.endpoint_judge import EndpointJudge
 from exprl_jax.reward.judge import Judge, JudgePrograms, JudgePrompts
@@ -89,12 +90,24 @@ class JudgeTask:
         if not self.judge.per_problem or scoring_pass.condition == "none":
             return scorer
         problems = {t.rollout.problem.id: scoring_pass.shown(t.rollout.problem) for t in scoring_pass.traces}
-        models = [] if self.model is None else [self.model]
-        checklists = open_checklists(self.judge, models, list(problems.values()))
-        checklists.open(self.scores.path.parent)
+        checklists = self.checklists(list(problems.values()))
         if isinstance(scorer, Judge):
             return with_checklists(scorer, checklists, list(problems.values()), lambda _: scoring_pass.unit)
         return ChecklistJudge(scorer, checklists, ChecklistPrompts(self.judge, None, lambda _: scoring_pass.unit))
+
+    def checklists(self, problems: Sequence[Problem]) -> Checklists:
+        """Those of the judge that are there, and where it writes others."""
+        checklists = open_checklists(self.judge, [] if self.model is None else [self.model], problems)
+        checklists.open(self.scores.path.parent)
+        return checklists
+
+    def chat(self, scoring_pass: ScoringPass, problem: Problem) -> list[Message]:
+        """What the judge was asked about a problem's traces, with `MARKER` in the trace's place."""
+        shown = scoring_pass.shown(problem)
+        if self.judge.per_problem and scoring_pass.condition != "none":
+            if items := self.checklists([shown]).items(shown):
+                return ChecklistPrompts(self.judge, None, lambda _: scoring_pass.unit).score(shown, items)
+        return scoring_pass.chats(self.judge)[problem.id]
 
     def answered(self, scoring_pass: ScoringPass, trace: Trace, repeat: int) -> bool:
         """Whether the ledger has the answer."""

@@ -165,8 +165,9 @@ class ChecklistJudge:
 
     def __init__(self, inner: Judge | EndpointJudge, checklists: Checklists, prompts: ChecklistPrompts):
         """Args: inner: scores against references."""
-        self._inner, self.checklists, self._prompts = inner, checklists, prompts
+        self.inner, self.checklists, self._prompts = inner, checklists, prompts
         self._made: dict[str, Any] = {}
+        self._asked: dict[str, Problem] = {}
         self.on_mesh = inner.on_mesh
 
     def submit(
@@ -174,6 +175,7 @@ class ChecklistJudge:
     ) -> Pending[Judgements]:
         """Begins to score every query against its problem's checklist; those that are not there yet are waited for."""
         asked = [problem if of_problem else None for problem, of_problem in zip(problems, queries, strict=True)]
+        self._asked |= {problem.id: problem for problem in asked if problem}
         self._write(asked)
         return self._with_checklists([problem for problem in asked if problem]).submit(problems, queries, segments)
 
@@ -185,19 +187,23 @@ class ChecklistJudge:
         self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]
     ) -> Pending[list[list[Verdict]]]:
         """As the judge without checklists."""
-        return self._inner.submit_verify(problems, responses)
+        return self.inner.submit_verify(problems, responses)
 
     def verify(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> list[list[Verdict]]:
         """As the judge without checklists."""
-        return self._inner.verify(problems, responses)
+        return self.inner.verify(problems, responses)
 
     def report(self) -> dict[str, float]:
         """As the judge without checklists."""
-        return self._inner.report()
+        return self.inner.report()
 
     def falls_back(self, problem: Problem) -> bool:
         """Whether it is scored against its reference, for want of a checklist that can be read and fits."""
         return self._score_prompt(problem) is None
+
+    def asking(self, problem: str) -> Judge | EndpointJudge:
+        """The judge as it was asked about the traces of a problem, by its id."""
+        return self._with_checklists([self._asked[problem]])
 
     def _write(self, problems: Sequence[Problem | None]) -> None:
         """Has the checklists of some problems written that are not known; a problem that stands twice has one."""
@@ -209,7 +215,7 @@ class ChecklistJudge:
         # together.
         if not largest_over_processes(sum(problem is not None for problem in missing)):
             return
-        answers = self._inner.write([None if problem is None else self._prompts.write(problem) for problem in missing])
+        answers = self.inner.write([None if problem is None else self._prompts.write(problem) for problem in missing])
         self.checklists.add([(missing[answer.problem], answer) for answer in answers])
 
     def _score_prompt(self, problem: Problem) -> SplitPrompt | list[Message] | None:
@@ -227,9 +233,9 @@ class ChecklistJudge:
         """The judge that has the problems' checklists in the place of their references, where they have one."""
         made = {problem.id: self._score_prompt(problem) for problem in problems}
         own = {name: prompt for name, prompt in made.items() if prompt is not None}
-        by_item = self._inner.config.readout == "text"
+        by_item = self.inner.config.readout == "text"
         items = {p.id: len(self.checklists.items(p)) for p in problems if p.id in own and by_item}
-        if isinstance(self._inner, Judge):
-            prompts = JudgePrompts({**self._inner.prompts.score, **own}, self._inner.prompts.verify)
-            return dataclasses.replace(self._inner, prompts=prompts, items=items)
-        return dataclasses.replace(self._inner, score_chats={**self._inner.score_chats, **own}, items=items)
+        if isinstance(self.inner, Judge):
+            prompts = JudgePrompts({**self.inner.prompts.score, **own}, self.inner.prompts.verify)
+            return dataclasses.replace(self.inner, prompts=prompts, items=items)
+        return dataclasses.replace(self.inner, score_chats={**self.inner.score_chats, **own}, items=items)

@@ -129,7 +129,7 @@ def _judged(
                 if trace.rollout.key != rollout.key or row is None:
                     continue
                 answer = {name: row.get(name) for name in ("segment", "repeat", "score", "text", "cut", "digits")}
-                chat = scoring_pass.chats(task.judge)[rollout.problem.id]
+                chat = task.chat(scoring_pass, rollout.problem)
                 tokenizer = None if task.model is None else task.model.tokenizer
                 question = _question(tokenizer, chat, trace.text, CONTINUATION[task.judge.readout])
                 asked.append({"pass": scoring_pass.name, **answer, "question": question})

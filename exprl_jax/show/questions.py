@@ -8,6 +8,7 @@ from typing import Any
 
 from exprl_jax import config
 from exprl_jax.data.tokenizer import Message, SplitPrompt, Tokenizer
+from exprl_jax.reward.checklists import ChecklistJudge
 from exprl_jax.reward.endpoint_judge import EndpointJudge
 from exprl_jax.reward.judge import Judge
 from exprl_jax.reward.judgements import MARKER
@@ -27,6 +28,7 @@ def asked_model(judge: config.Judge) -> dict[str, str]:
 
 def score_question(judge: Any, problem: str, trace: str) -> dict[str, Any] | None:
     """The prompt that asks for a score of a trace; None of a judge that takes no prompt."""
+    judge = judge.asking(problem) if isinstance(judge, ChecklistJudge) else judge
     if isinstance(judge, Judge):
         return split_question(judge.tokenizer, judge.prompts.score[problem], trace)
     return chat_question(judge.score_chats[problem], trace) if isinstance(judge, EndpointJudge) else None
@@ -34,6 +36,7 @@ def score_question(judge: Any, problem: str, trace: str) -> dict[str, Any] | Non
 
 def verdict_question(judge: Any, problem: str, response: str) -> dict[str, Any] | None:
     """The prompt that asks whether an open-ended answer is right; None of a judge that takes no prompt."""
+    judge = judge.inner if isinstance(judge, ChecklistJudge) else judge
     if isinstance(judge, Judge):
         return split_question(judge.tokenizer, judge.prompts.verify[problem], response)
     return chat_question(judge.verdict_chats[problem], response) if isinstance(judge, EndpointJudge) else None
