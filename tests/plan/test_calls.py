@@ -104,7 +104,7 @@ def laid_out_alike(given, planned):
     return True
 
 
-@pytest.mark.parametrize("task", ["annotate"])
+@pytest.mark.parametrize("task", [pytest.param("calibrate", marks=SLOW), "annotate"])
 def test_what_asks_about_fixed_rollouts_calls_what_is_described(task, tmp_path):
     lines = read_jsonl(ROOT / "configs/data/arithmetic.jsonl")[:8]
     said = {"kind": "math", "domain": "math", "response": "It is so, or so, or so: 3.", "verdict": "wrong"}
