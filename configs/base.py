@@ -170,10 +170,12 @@ def supervised(config: ConfigDict) -> ConfigDict:
             task="sft",
             seed=config.seed,
             epochs=2,
+            steps=0,
             batch=32,
             microbatch=2,
             row_tokens=20_480,
             logp_chunk=config.updates.logp_chunk,
+            validation=dict(every=0, fraction=0.0, source=""),
             optimizer=optimizer,
             **shared,
         )
@@ -183,7 +185,7 @@ def supervised(config: ConfigDict) -> ConfigDict:
 def lessons(config: ConfigDict) -> ConfigDict:
     """Training a small judge for an RL config; its float32 parameters are trained."""
     shared = {name: config[name].to_dict() for name in ("mesh", "lora", "checkpoint", "judge")}
-    shared["checkpoint"].update(best="loss/total", best_is="lowest")
+    shared["checkpoint"].update(best="validation/loss", best_is="lowest")
     shared["log"] = dict(to=config.log.to)
     shared["judge"]["model"].update(weights="Qwen/Qwen3-0.6B", param_dtype="float32")
     optimizer = config.optimizer.to_dict() | dict(learning_rate=1e-5, b2=0.95, schedule="cosine", warmup=0.1)
@@ -192,11 +194,13 @@ def lessons(config: ConfigDict) -> ConfigDict:
             task="judge",
             seed=config.seed,
             epochs=1,
+            steps=0,
             lessons="data/lessons.jsonl",
             batch=64,
             microbatch=4,
             row_tokens=20_480,
             logp_chunk=config.updates.logp_chunk,
+            validation=dict(every=20, fraction=0.05, source="", wave=4),
             optimizer=optimizer,
             **shared,
         )

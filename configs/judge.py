@@ -24,6 +24,8 @@ def get_config(arm: str = "600m"):
         made.judge.model = config.judge.model
         made.lessons = "configs/data/lessons.jsonl"
         made.update(epochs=1, batch=8, microbatch=8, row_tokens={"smoke": 512, "tiny": 1024}[arm], logp_chunk=512)
+        made.validation.update(every=4, fraction=0.1, wave=8)
+        made.checkpoint.every = 4
         made.optimizer.learning_rate = {"smoke": 2e-5, "tiny": 1e-3}[arm]
     else:
         raise ValueError(f"configs/judge.py:{arm}: expected 600m, text, smoke or tiny")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from exprl_jax.architecture import Architecture
-from exprl_jax.config import Annotate, AnyConfig, Calibrate, Config, Evaluate, Supervised
+from exprl_jax.config import Annotate, AnyConfig, Asking, Config, Evaluate, JudgeTraining, Labelling, Supervised
 
 
 def check_layout(config: AnyConfig, shards: int) -> None:
@@ -17,11 +17,13 @@ def check_layout(config: AnyConfig, shards: int) -> None:
     """
     if isinstance(config, Supervised):
         sizes = {"microbatch": config.microbatch}
+        if isinstance(config, JudgeTraining) and config.validation.every:
+            sizes["validation.wave"] = config.validation.wave
     elif isinstance(config, Evaluate):
         sizes = {"sampling.wave": config.sampling.wave}
-    elif isinstance(config, Annotate):
+    elif isinstance(config, Annotate | Labelling):
         sizes = {"wave": config.wave}
-    elif isinstance(config, Calibrate):
+    elif isinstance(config, Asking):
         sizes = {"wave": config.wave}
         if config.prefixes.rollouts:
             sizes["prefixes.sampling.wave"] = config.prefixes.sampling.wave
@@ -35,7 +37,7 @@ def check_layout(config: AnyConfig, shards: int) -> None:
                 f"{part}"
             )
 
-    if not isinstance(config, Evaluate | Calibrate | Annotate):
+    if not isinstance(config, Evaluate | Asking):
         _check_microbatch(config, shards)
 
 

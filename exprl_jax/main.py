@@ -181,10 +181,14 @@ def _run(config: Any, workdir: str, accept_lost_records: bool) -> None:
         from exprl_jax.evaluation.calibrate import calibrate
 
         calibrate(config, workdir)
-    else:
+    elif config.task == "annotate":
         from exprl_jax.evaluation.annotate import annotate
 
         annotate(config, workdir)
+    else:
+        from exprl_jax.evaluation.label import label
+
+        label(config, workdir)
 
 
 def _reason(error: BaseException) -> str:

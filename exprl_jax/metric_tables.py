@@ -24,13 +24,15 @@ TABLES: Mapping[str, Mapping[str, str]] = {
     "distillation": distillation.METRICS,
     "evaluation": evaluating.METRICS,
     "supervised": supervised.METRICS,
+    "validation": supervised.VALIDATION,
+    "judge_validation": supervised.JUDGE_VALIDATION,
 }
 # Of each task, the tables that its rows of metrics are made of; a later one has the last word.
 _OF_TASK = {
     "rl": ("rollouts", "updates", "evaluation"),
     "distill": ("rollouts", "updates", "evaluation", "distillation"),
-    "sft": ("supervised",),
-    "judge": ("supervised",),
+    "sft": ("supervised", "validation"),
+    "judge": ("supervised", "validation", "judge_validation"),
 }
 _BLOCK = re.compile(r"(?<=<!-- metrics: )(\w+)( -->\n).*?(?=<!-- end -->)", re.DOTALL)
 

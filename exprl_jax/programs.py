@@ -15,8 +15,8 @@ from jax.sharding import Mesh
 from exprl_jax.architecture import Architecture
 from exprl_jax.config import Config, Judge, JudgeTraining, Lora, Model, Supervised
 from exprl_jax.learning.distillation import distill_step
-from exprl_jax.learning.logprobs import token_logprobs
-from exprl_jax.learning.supervised import sft_step, towards_next_digit
+from exprl_jax.learning.logprobs import token_logprobs, top_tokens
+from exprl_jax.learning.supervised import is_right, sft_step, towards_next_digit, validate
 from exprl_jax.learning.update import all_finite, learning_rate, make_optimizer, train_step
 from exprl_jax.mesh import Placement, microbatches_sharding, replicated, rows_sharding
 from exprl_jax.model.decoder import Params, Transformer, logits
@@ -71,6 +71,7 @@ class SftPrograms:
       abstract, shardings: shapes and dtypes of the state, and where each of its arrays lies.
       init_state: params → TrainState.
       sft_step: TrainState (donated), base, Lesson → TrainState, metrics.
+      validate: params, base, Lesson → sums over its tokens (`supervised.validate`).
       all_finite: params → whether no parameter is infinite or NaN.
     """
 
@@ -78,6 +79,7 @@ class SftPrograms:
     shardings: TrainState
     init_state: Callable
     sft_step: Callable
+    validate: Callable
     all_finite: Callable
 
 
@@ -156,14 +158,18 @@ def build_teacher(config: Config, mesh: Mesh, policy: LanguageModel) -> TeacherP
 def build_sft(config: Supervised, mesh: Mesh, policy: LanguageModel, updates: int) -> SftPrograms:
     """The programs of a supervised run of so many updates."""
     optimizer, rate = make_optimizer(config.optimizer, updates), learning_rate(config.optimizer, updates)
-    # A digit between two teaches both; other targets are one token.
+    # A score between two digits teaches both; other targets are one token.
     taught_by_digits = isinstance(config, JudgeTraining) and config.judge.readout == "logits"
-    logp = functools.partial(
-        lesson_logp_and_entropy,
-        policy.on(mesh),
-        chunk=config.logp_chunk,
-        digit_ids=digit_token_ids(policy.tokenizer) if taught_by_digits else (),
-    )
+    digit_ids = digit_token_ids(policy.tokenizer) if taught_by_digits else ()
+    logp = functools.partial(lesson_logp_and_entropy, policy.on(mesh), chunk=config.logp_chunk, digit_ids=digit_ids)
+
+    def measures(params, part):
+        hidden, table = packed_states(policy.on(mesh), params, part.packed)
+        top = top_tokens(hidden, table, config.logp_chunk)
+        return logp(params, part)[0], is_right(top, part.packed.target_BT, part.share_MBT, digit_ids)
+
+    def validating(params, base, lesson):
+        return validate(adapt(config.lora, base, params), lesson, measures_fn=measures)
 
     def updating(state, base, lesson):
         return sft_step(
@@ -183,6 +189,7 @@ def build_sft(config: Supervised, mesh: Mesh, policy: LanguageModel, updates: in
         shardings=shardings,
         init_state=_jit("init_state", initialise, shardings),
         sft_step=_jit("sft_step", updating, (shardings, replicated(mesh)), donate_argnums=0),
+        validate=_jit("validate", validating, replicated(mesh)),
         all_finite=_jit("all_finite", all_finite, replicated(mesh)),
     )
 

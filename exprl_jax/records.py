@@ -118,7 +118,8 @@ class Packed:
 
     A row is cut into segments, runs of slots.  A segment is a sequence, or, where several sequences of a row begin
     alike, what they share (a prompt without its last token) and then each one's own tokens, which see the shared ones
-    too.
+    too: those that stand before the position at which their own segment begins, for sequences may share different
+    lengths of one text (`data.packing` draws both).
 
     Attributes:
       tokens_BT: int32, what is fed.

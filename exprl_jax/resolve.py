@@ -29,6 +29,7 @@ from exprl_jax.config import (
     Sampling,
     Source,
     Tracking,
+    Validation,
     column_pairs,
 )
 
@@ -174,6 +175,11 @@ def _check_section(section: Any, path: str) -> None:
         if section.per_problem and section.backend == "local" and section.readout == "logits":
             expected = f"a JSONL file: with readout = 'logits' {path} writes nothing, so another judge must write them"
             _require(bool(section.checklists), f"{path}.checklists", section.checklists, expected)
+    if isinstance(section, Validation):
+        given = bool(section.source) + (section.fraction > 0)
+        _require(given < 2, f"{path}.source", section.source, f"'' beside {path}.fraction = {section.fraction}")
+        expected = "a positive number where examples are held back, and 0 where none are"
+        _require(bool(given) == (section.every > 0), f"{path}.every", section.every, expected)
     if isinstance(section, Judge) and section.backend == "openai":
         endpoint = section.endpoint
         is_url = endpoint.base_url.startswith(("http://", "https://"))

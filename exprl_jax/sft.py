@@ -9,11 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from exprl_jax.config import Sft
-from exprl_jax.data.packing import Example
-from exprl_jax.data.problems import Problem
+from exprl_jax.data.packing import Branches, Example
+from exprl_jax.data.problems import Problem, read_problems
 from exprl_jax.data.tokenizer import Tokenizer
 from exprl_jax.data.training import policy_prompts, read_training_problems, within_budget
 from exprl_jax.hosts import say
@@ -23,7 +21,7 @@ from exprl_jax.resolve import to_dict
 from exprl_jax.run.loop import run_task
 from exprl_jax.run.trackers import check_trackers
 from exprl_jax.run.workdir import check_workdir
-from exprl_jax.supervised_run import SupervisedRun, open_supervised, task_of
+from exprl_jax.supervised_run import Examples, SupervisedRun, hold_back, open_supervised, task_of
 from exprl_jax.weights.language_model import open_model
 
 
@@ -49,16 +47,31 @@ def open_run(config: Sft) -> SupervisedRun:
     check_layout(config, mesh.shape[DATA])
     policy = open_model(config.policy)
     say(f"policy {config.policy.weights}")
-    problems = read_training_problems(config.data, references=True)
-    prompts = policy_prompts(config, policy.tokenizer, problems)
+    examples = _examples(config, policy.tokenizer, read_training_problems(config.data, references=True))
+    if config.validation.source:
+        others = read_problems(config.validation.source, split=config.data.split)
+        held_back = _examples(config, policy.tokenizer, others)
+        hold_back(config, [p.problem for p in examples.items], [p.problem for p in held_back.items])
+    else:
+        trained, held = hold_back(config, [p.problem for p in examples.items], [])
+        examples, held_back = examples.take(trained), examples.take(held)
+    return open_supervised(config, mesh, policy, examples, held_back)
+
+
+def _examples(config: Sft, tokenizer: Tokenizer, problems: list[Problem]) -> Examples:
+    """The examples of the problems that are within the budgets; says how many are not.
+
+    Raises:
+      ValueError: none is left.
+    """
+    prompts = policy_prompts(config, tokenizer, problems)
     lengths = {name: len(prompt) for name, prompt in prompts.items()}
     problems = within_budget("data.max_prompt_tokens", config.data.max_prompt_tokens, problems, lengths)
-    examples = {p.id: make_example(policy.tokenizer, prompts[p.id], p) for p in problems}
+    examples = {p.id: make_example(tokenizer, prompts[p.id], p) for p in problems}
     lengths = {name: len(example.prompt) + len(example.response) for name, example in examples.items()}
     if config.row_tokens:
         problems = within_budget("row_tokens", config.row_tokens, problems, lengths)
-    kept = [examples[p.id] for p in problems]
-    return open_supervised(config, mesh, policy, problems, kept, np.zeros(len(kept), np.float32))
+    return Examples(problems, [Branches([examples[p.id]], [0]) for p in problems], [[0.0]] * len(problems))
 
 
 def make_example(tokenizer: Tokenizer, prompt: Sequence[int], problem: Problem) -> Example:

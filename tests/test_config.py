@@ -38,13 +38,14 @@ ARMS = {
     "calibrate": ("4b", "smoke", "tiny"),
     "evaluate": ("4b", "8b", "smoke", "tiny"),
     "judge": ("600m", "text", "smoke", "tiny"),
+    "label": ("8b", "prefix", "smoke", "tiny"),
     "one_chip": ("large", "small"),
     "smoke": ("outcome", "process", "stage2"),
     "stage1": ("outcome", "process"),
     "stage2": ("released", "text"),
     "tiny": ("outcome", "process", "mixed", "text", "sparse", "stage2", "distill", "sft", "lora"),
 }
-KNOWN = "'rl', 'distill', 'sft', 'judge', 'evaluate', 'calibrate', 'annotate'"
+KNOWN = "'rl', 'distill', 'sft', 'judge', 'evaluate', 'calibrate', 'annotate', 'label'"
 COMMITTED = [(name, arm) for name, arms in ARMS.items() for arm in arms] + [(f"paper.{name}", None) for name in PAPER]
 
 
@@ -381,7 +382,8 @@ def sft(**changes):
     """Supervised training with the sections of configs/tiny.py."""
     rl = plain()
     shared = {name: rl[name] for name in ("seed", "data", "mesh", "policy", "lora", "optimizer", "checkpoint")}
-    own = dict(task="sft", epochs=2, batch=8, microbatch=4, row_tokens=256, logp_chunk=256, log=dict(to=""))
+    own = dict(task="sft", epochs=2, steps=0, batch=8, microbatch=4, row_tokens=256, logp_chunk=256)
+    own |= dict(log=dict(to=""), validation=dict(every=0, fraction=0.0, source=""))
     return shared | own | changes
 
 
@@ -409,7 +411,7 @@ def test_the_task_names_the_record():
         (lambda: {"task": "sftt"}, f"config.task: got 'sftt', expected one of {KNOWN}"),
         (lambda: {"task": None}, f"config.task: got None, expected one of {KNOWN}"),
         (lambda: {"seed": 1}, "config key config.task is missing; add it to the config file"),
-        (lambda: sft(rollout={}), "unknown config key config.rollout; its keys are task, seed, epochs, data"),
+        (lambda: sft(rollout={}), "unknown config key config.rollout; its keys are task, seed, epochs, steps, data"),
         (lambda: evaluate(label=3), "config.label: got 3 of type int, expected str"),
         (lambda: sft(epochs=0), "config.epochs: got 0, expected a positive number"),
         (lambda: sft(batch=-1), "config.batch: got -1, expected a positive number"),
@@ -427,6 +429,21 @@ def test_the_task_names_the_record():
 )
 def test_what_other_tasks_cannot_have_is_refused(values, said):
     assert refused(values()).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"every": 0}, "config.validation.every: got 0, expected a positive number where examples are held back, and"),
+        ({"fraction": 0.0}, "config.validation.every: got 4, expected a positive number where examples are held back"),
+        ({"source": "a.jsonl"}, "config.validation.source: got 'a.jsonl', expected '' beside config.validation.frac"),
+        ({"fraction": 1.0}, "config.validation.fraction: got 1.0, expected a number in [0, 1)"),
+        ({"wave": 0}, "config.validation.wave: got 0, expected a positive number"),
+    ],
+)
+def test_a_validation_holds_something_back_when_it_is_made(changes, said):
+    values = to_dict(changed({}, "judge", "tiny"))
+    assert refused(values | {"validation": values["validation"] | changes}).startswith(said)
 
 
 def test_a_judge_that_is_trained_is_local():

@@ -106,17 +106,20 @@ def test_a_narrow_terminal_is_filled_and_no_more(monkeypatch):
     "topic, told",
     [
         ("rollout", ["rollout (rl, distill):", "rollout.group rollouts a problem (G). (int)"]),
-        ("judge.endpoint", ["judge.endpoint (rl, distill, judge, evaluate):", "judge.endpoint.retries how often"]),
+        (
+            "judge.endpoint",
+            ["judge.endpoint (rl, distill, judge, evaluate, label):", "judge.endpoint.retries how often"],
+        ),
         ("judge.model", ["judge.model.execution.remat what the backward pass"]),
         (
             "routes.math",
             ["routes.math (rl, distill): route of math problems. One of `process`, `outcome`, `verifier`."],
         ),
-        ("sft", ["epochs passes over the data. (int)", "data.held_out sources"]),
+        ("sft", ["epochs passes over the data, where `steps` is 0. (int)", "data.held_out sources"]),
         ("data", ["data (sft): problems whose references are trained on.", "data.held_out sources"]),
         ("judges.4B.readout", ["judges.<name>.readout (calibrate): `text` generates"]),
         ("judges", ["judges.<name>.max_tokens"]),
-        ("group", ["group (calibrate):", "other keys of that name: rollout.group, sampling.group"]),
+        ("group", ["group (calibrate, label):", "other keys of that name: rollout.group, sampling.group"]),
     ],
 )
 def test_a_topic_is_a_section_a_key_or_a_task(topic, told):

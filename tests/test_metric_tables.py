@@ -23,7 +23,8 @@ def test_the_page_is_current():
         ("Reinforcement learning", {**statistics.METRICS, **update.METRICS}),
         ("Self-distillation", distillation.METRICS),
         ("Evaluation inside a run", evaluating.METRICS),
-        ("SFT", supervised.METRICS),
+        ("SFT", {**supervised.METRICS, **supervised.VALIDATION}),
+        ("Judges' training", supervised.JUDGE_VALIDATION),
     ],
 )
 def test_every_metric_is_explained_under_its_heading_and_none_is_invented(heading, explained):
@@ -61,4 +62,5 @@ def test_a_page_without_each_table_once_is_refused(tmp_path, page, capsys):
 def test_the_tasks_metrics_are_those_of_their_tables():
     assert set(explanations("rl")) == {*statistics.METRICS, *update.METRICS, *evaluating.METRICS}
     assert explanations("distill")["loss/total"] == distillation.METRICS["loss/total"]
-    assert explanations("sft") == dict(TABLES["supervised"]) and explanations("evaluate") == {}
+    assert explanations("sft") == {**TABLES["supervised"], **TABLES["validation"]} and explanations("evaluate") == {}
+    assert explanations("judge") == {**explanations("sft"), **TABLES["judge_validation"]}

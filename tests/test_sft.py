@@ -24,12 +24,15 @@ from tiny_runs import (
 )
 
 from exprl_jax import sft, supervised_run
+from exprl_jax.data.packing import Branches, pack_branches
 from exprl_jax.data.problems import Problem, batch_indices, read_problems
 from exprl_jax.data.prompts import PromptStyle, policy_prompt
 from exprl_jax.data.tokenizer import load_tokenizer
+from exprl_jax.layout import packed_shape
 from exprl_jax.learning import supervised
 from exprl_jax.resolve import resolve
 from exprl_jax.run import loop
+from tests.oracles.tiny_decoder import forward_logits
 
 ARITHMETIC = str(ROOT / "configs/data/arithmetic.jsonl")
 # Four updates; a rate at which each of them shows.
@@ -48,6 +51,11 @@ def run(config, folder):
 @functools.cache
 def opened():
     return sft.open_run(tiny())
+
+
+def examples_of(run):
+    """What it trains on, in the order of its problems."""
+    return [branches.examples[0] for branches in run.examples.branches]
 
 
 def steps_of(run, count, state=None):
@@ -73,7 +81,7 @@ def test_the_loss_falls(whole):
     assert set(made[0]) == {"step", "data/epoch", "update/skipped_total", "update/padding", *supervised.METRICS}
     assert losses[0] == pytest.approx(np.log(opened().policy.arch.vocab_size), abs=0.2)
     counted = sum(row["update/tokens"] for row in made)
-    assert counted == sum(len(example.response) for example in opened().examples)
+    assert counted == sum(len(example.response) for example in examples_of(opened()))
 
 
 def test_a_run_stopped_at_a_step_goes_on_as_if_it_had_not(whole, tmp_path, monkeypatch, capfd):
@@ -108,9 +116,11 @@ def test_the_mesh_changes_nothing(data, model, whole, monkeypatch):
 def packed(step, **changes):
     """(the step's examples, how they are packed)."""
     run = opened()
-    indices, _ = batch_indices(len(run.examples), run.config.batch, run.config.seed, step)
-    examples = [run.examples[i] for i in indices]
-    return examples, supervised_run.pack(dataclasses.replace(run.config, **changes), examples)
+    examples = examples_of(run)
+    indices, _ = batch_indices(len(examples), run.config.batch, run.config.seed, step)
+    examples = [examples[i] for i in indices]
+    shape = packed_shape(dataclasses.replace(run.config, **changes))
+    return examples, pack_branches([Branches([example], [0]) for example in examples], shape, True)
 
 
 def test_one_program_serves_every_batch(monkeypatch):
@@ -150,9 +160,67 @@ def test_every_epoch_has_every_example_once():
     run = sft.open_run(tiny({"epochs": 2}))
     assert run.steps == 8
     for epoch in range(2):
-        seen = [batch_indices(len(run.examples), 16, run.config.seed, 4 * epoch + step) for step in range(4)]
+        seen = [batch_indices(len(run.examples.items), 16, run.config.seed, 4 * epoch + step) for step in range(4)]
         assert sorted(i for indices, _ in seen for i in indices) == list(range(64))
         assert {at for _, at in seen} == {epoch}
+
+
+# Validation.
+
+
+def test_steps_take_the_place_of_epochs():
+    run = sft.open_run(tiny({"steps": 7}))
+    assert run.steps == 7  # nearly two passes
+    made, _ = steps_of(sft.open_run(tiny({"steps": 5})), 5)
+    assert [row["data/epoch"] for row in made] == [0, 0, 0, 0, 1]
+
+
+def test_what_is_held_back_is_not_trained_on_and_is_the_same_in_every_start():
+    held = {"validation.every": 2, "validation.fraction": 0.25}
+    runs = [sft.open_run(tiny(held | {"seed": seed})) for seed in (1, 1, 2)]
+    trained = [[p.id for p in run.examples.items] for run in runs]
+    held_back = [[p.id for p in run.held_back.items] for run in runs]
+    assert [len(ids) for ids in held_back] == [16, 16, 16] and held_back[0] == held_back[1] != held_back[2]
+    for ours, theirs in zip(trained, held_back):
+        assert sorted(ours + theirs) == sorted(p.id for p in opened().examples.items)
+
+
+def test_a_validation_is_the_loss_of_what_was_held_back_and_the_tokens_that_are_most_likely(monkeypatch):
+    """Each example alone through the plain forward; batches of the held-back are of different sizes."""
+    run = sft.open_run(tiny({"validation.every": 2, "validation.fraction": 0.3, "steps": 3}))
+    made, state = steps_of(run, 3)
+    assert [row["validation/loss"] is None for row in made] == [True, False, False]  # every second, and the last
+    assert set(made[0]) >= set(supervised.VALIDATION)
+    losses, right = [], []
+    forward = jax.jit(lambda tokens: forward_logits(state.params, run.policy.arch, run.policy.execution, tokens))
+    held_back = [branches.examples[0] for branches in run.held_back.branches]
+    longest = max(len(x.prompt) + len(x.response) for x in held_back)
+    for example in held_back:
+        whole = [*example.prompt, *example.response]
+        logits = np.asarray(forward(np.array([whole + [0] * (longest - len(whole))])), np.float64)[0]
+        for i, token in enumerate(example.response, len(example.prompt) - 1):
+            losses.append(np.log(np.exp(logits[i] - logits[i].max()).sum()) + logits[i].max() - logits[i][token])
+            right.append(logits[i].argmax() == token)
+    assert len(held_back) == 19 and 0.05 < np.mean(right) < 0.95
+    assert made[2]["validation/loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+    assert made[2]["validation/accuracy"] == pytest.approx(np.mean(right), abs=1e-6)
+
+
+def test_the_best_checkpoint_may_be_that_of_the_lowest_validation_loss(tmp_path, capfd):
+    changes = {"validation.every": 1, "validation.fraction": 0.2, "batch": 8, "steps": 3}
+    changes |= {"checkpoint.best": "validation/loss", "checkpoint.best_is": "lowest", "checkpoint.every": 1}
+    made = rows(run(tiny(changes), tmp_path / "run"))
+    losses = [row["validation/loss"] for row in made]
+    best = f"best         step {1 + int(np.argmin(losses))}, validation/loss {min(losses):.4g}"
+    assert best in capfd.readouterr().out
+
+
+def test_another_source_is_looked_at_in_place_of_a_fraction(tmp_path):
+    other = [{"problem": f"{n} + 4?", "reference": f"{n + 4}", "answer": f"{n + 4}"} for n in range(3)]
+    path = tmp_path / "other.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in other))
+    run = sft.open_run(tiny({"validation.every": 2, "validation.source": str(path)}))
+    assert len(run.examples.items) == 64 and [p.problem for p in run.held_back.items] == [x["problem"] for x in other]
 
 
 # Examples.
@@ -161,8 +229,7 @@ def test_every_epoch_has_every_example_once():
 def test_an_example_is_the_policys_prompt_and_the_reference_and_an_end():
     tokenizer = load_tokenizer("byte")
     problems = read_problems(ARITHMETIC)
-    assert len(opened().examples) == len(problems)
-    for problem, example in zip(problems, opened().examples):
+    for problem, example in zip(problems, examples_of(opened()), strict=True):
         assert list(example.prompt) == policy_prompt(tokenizer, problem.question, PromptStyle())
         assert tokenizer.decode(example.response) == problem.reference
         assert example.response[-1] == tokenizer.eos_ids[0] and tokenizer.eos_ids[0] not in example.response[:-1]
@@ -181,11 +248,11 @@ def test_what_does_not_fit_is_dropped_and_counted(capfd):
     def length(example):
         return len(example.prompt) + len(example.response)
 
-    lengths = sorted(map(length, opened().examples))
+    lengths = sorted(map(length, examples_of(opened())))
     limit = lengths[40]
     run = sft.open_run(tiny({"row_tokens": limit}))
     kept = sum(length <= limit for length in lengths)
-    assert sorted(map(length, run.examples)) == lengths[:kept] and kept < 64
+    assert sorted(map(length, examples_of(run))) == lengths[:kept] and kept < 64
     assert f"{kept} problems; dropped {64 - kept} over config.row_tokens = {limit}" in capfd.readouterr().err
 
 
@@ -203,6 +270,11 @@ def test_what_does_not_fit_is_dropped_and_counted(capfd):
         ({"row_tokens": 20}, "config.row_tokens: no problem is left"),
         ({"data.max_prompt_tokens": 20}, "config.data.max_prompt_tokens: no problem is left"),
         ({"data.held_out": ARITHMETIC}, "training problems are held out"),
+        (
+            {"validation.every": 1, "validation.source": ARITHMETIC},
+            "config.validation.source: 64 of 64 training examples are of problems that it holds, the first of 'Zoe",
+        ),
+        ({"validation.every": 1, "validation.fraction": 0.9}, "config.batch: got 16, expected at most 6"),
     ],
 )
 def test_refuses(changes, message):
@@ -219,7 +291,7 @@ def test_refuses_examples_beyond_the_models_context(tmp_path):
 
 
 def test_held_out_problems_can_be_allowed():
-    assert len(sft.open_run(tiny({"data.held_out": ARITHMETIC, "data.allow_held_out": True})).problems) == 64
+    assert len(sft.open_run(tiny({"data.held_out": ARITHMETIC, "data.allow_held_out": True})).examples.items) == 64
 
 
 def test_the_released_settings():

@@ -134,8 +134,8 @@ def seen_by(packed: Packed, row: int, slot: int) -> list[int]:
         np.asarray(x).reshape(-1, x.shape[-1])[row]
         for x in (packed.tokens_BT, packed.segment_BT, packed.shared_BT, packed.position_BT)
     )
-    visible = (segment == segment[slot]) | (segment == shared[slot])
-    visible &= position <= position[slot]
+    own, slots = segment == segment[slot], np.arange(len(segment))
+    visible = (own & (slots <= slot)) | ((segment == shared[slot]) & (position < position[own].min()))
     order = np.argsort(position[visible], kind="stable")
     assert (position[visible][order] == np.arange(len(order))).all()
     return tokens[visible][order].tolist()

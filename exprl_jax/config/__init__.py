@@ -12,10 +12,12 @@ from exprl_jax.config.tasks import (
     TASKS,
     Annotate,
     AnyConfig,
+    Asking,
     Calibrate,
     Config,
     Evaluate,
     JudgeTraining,
+    Labelling,
     Prefixes,
     Repeats,
     Sft,
@@ -25,6 +27,7 @@ from exprl_jax.config.training import (
     TRACKERS,
     Checkpoint,
     Distillation,
+    JudgeValidation,
     Log,
     Loss,
     Optimizer,
@@ -33,6 +36,7 @@ from exprl_jax.config.training import (
     RunEvaluation,
     Tracking,
     Updates,
+    Validation,
     Watch,
 )
 from exprl_jax.config.values import (

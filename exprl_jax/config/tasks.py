@@ -11,6 +11,7 @@ from exprl_jax.config.rewards import Advantage, Code, Grader, Judge, Routes, Seg
 from exprl_jax.config.training import (
     Checkpoint,
     Distillation,
+    JudgeValidation,
     Log,
     Loss,
     Optimizer,
@@ -19,6 +20,7 @@ from exprl_jax.config.training import (
     RunEvaluation,
     Tracking,
     Updates,
+    Validation,
     Watch,
 )
 from exprl_jax.config.values import Count, CountOrNone, GroupSize, NotNegative, Seed
@@ -108,7 +110,8 @@ class Sft:
     Attributes:
       task: `sft`.
       seed: all randomness derives from it.
-      epochs: passes over the data.
+      epochs: passes over the data, where `steps` is 0.
+      steps: updates; 0 for as many as `epochs` passes take.
       data: problems whose references are trained on.
       mesh: how devices are divided.
       policy: the model that is trained.
@@ -118,6 +121,7 @@ class Sft:
         and memory.
       row_tokens: width of a packed row; longer examples are dropped and counted.  0: chosen so that all fit.
       logp_chunk: rows × tokens whose [.., V] logits exist at once.
+      validation: examples that are held back, and when they are looked at.
       optimizer: AdamW, its schedule and its clip.
       checkpoint: what is saved, and when.
       log: who is told of the metrics.
@@ -126,6 +130,7 @@ class Sft:
     task: Literal["sft"]
     seed: Seed
     epochs: Count
+    steps: CountOrNone
     data: Data
     mesh: Mesh
     policy: Model
@@ -134,6 +139,7 @@ class Sft:
     microbatch: CountOrNone
     row_tokens: CountOrNone
     logp_chunk: Count
+    validation: Validation
     optimizer: Optimizer
     checkpoint: Checkpoint
     log: Tracking
@@ -146,9 +152,11 @@ class JudgeTraining:
     Attributes:
       task: `judge`.
       seed: all randomness derives from it.
-      epochs: passes over the lessons.
+      epochs: passes over the lessons, where `steps` is 0.
+      steps: updates; 0 for as many as `epochs` passes take.
       lessons: JSONL or parquet paths and globs with commas between; a row has `problem`, `reference` (null for a judge
-        without), `trace`, `unit` (`outcome`, `prefix` or `step`), a `score` in [0, 1], a `judgement` or both.
+        without), `trace`, `unit` (`outcome`, `prefix` or `step`), a `score` in [0, 1], a `judgement` or both;
+        or, in place of `trace` and these two, `segments`, each with them.
       judge: the judge as runs will ask it; its `model` is what is trained.  Lessons beyond its budgets are dropped and
         counted.
       mesh: how devices are divided.
@@ -158,6 +166,7 @@ class JudgeTraining:
         and memory.
       row_tokens: width of a packed row; longer lessons are dropped and counted.  0: chosen so that all fit.
       logp_chunk: rows × tokens whose [.., V] logits exist at once.
+      validation: lessons that are held back, and when they are looked at.
       optimizer: AdamW, its schedule and its clip.
       checkpoint: what is saved, and when.
       log: who is told of the metrics.
@@ -166,6 +175,7 @@ class JudgeTraining:
     task: Literal["judge"]
     seed: Seed
     epochs: Count
+    steps: CountOrNone
     lessons: str
     judge: Judge
     mesh: Mesh
@@ -174,6 +184,7 @@ class JudgeTraining:
     microbatch: CountOrNone
     row_tokens: CountOrNone
     logp_chunk: Count
+    validation: JudgeValidation
     optimizer: Optimizer
     checkpoint: Checkpoint
     log: Tracking
@@ -330,6 +341,39 @@ class Annotate:
     wave: Count
 
 
+@dataclasses.dataclass(frozen=True)
+class Labelling:
+    """Lessons for a judge, out of fixed rollouts and what another judge says of them.
+
+    Attributes:
+      task: `label`.
+      seed: all randomness derives from it.
+      rollouts: JSONL files or globs with commas between, of a run (`rollouts/`) or an evaluation (`samples/`).
+      data: the problems of the rollouts; an empty `source` where the files hold references and no choices.
+      count: rollouts that are made lessons of, drawn at random; 0 for all.
+      unit: what is judged: a whole rollout (`outcome`), each beginning of one (`prefix`), or each `step`.
+      segments: where a rollout is cut for the latter two.
+      policy: whose tokens the rollouts are cut between, as in its run; nothing but its tokenizer is read.
+      mesh: how devices are divided.
+      judge: says what the texts are worth; any backend.
+      wave: problems of a call to the judge.
+      group: rollouts of a problem in that call.
+    """
+
+    task: Literal["label"]
+    seed: Seed
+    rollouts: str
+    data: Source
+    count: CountOrNone
+    unit: Literal["outcome", "prefix", "step"]
+    segments: Segments
+    policy: Model
+    mesh: Mesh
+    judge: Judge
+    wave: Count
+    group: GroupSize
+
+
 TASKS = {
     "rl": Config,
     "distill": Config,
@@ -338,6 +382,9 @@ TASKS = {
     "evaluate": Evaluate,
     "calibrate": Calibrate,
     "annotate": Annotate,
+    "label": Labelling,
 }
 Supervised = Sft | JudgeTraining
-AnyConfig = Config | Supervised | Evaluate | Calibrate | Annotate
+# What asks models about fixed rollouts.
+Asking = Calibrate | Annotate | Labelling
+AnyConfig = Config | Supervised | Evaluate | Calibrate | Annotate | Labelling

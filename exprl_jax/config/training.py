@@ -105,6 +105,32 @@ class Optimizer:
 
 
 @dataclasses.dataclass(frozen=True)
+class Validation:
+    """Examples that are not trained on, by which a supervised run is watched.
+
+    Attributes:
+      every: updates between validations, of which the last update has one too; 0 for none.
+      fraction: of the problems, drawn at random, whose examples are held back for it.
+      source: examples for it, in place of a fraction, written as those that are trained on; empty for none.
+    """
+
+    every: CountOrNone
+    fraction: Fraction
+    source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeValidation(Validation):
+    """Lessons that are not trained on: the judge that is being trained is asked about their texts, as in a run.
+
+    Attributes:
+      wave: lessons that it is asked about at a time.
+    """
+
+    wave: Count
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """What is saved, and when.
 

@@ -11,6 +11,16 @@ Two rollouts a b c and d e of one prompt p q r, and one x y of another, u v, in 
 
 The prompt's last token opens every rollout's own segment, for it predicts the rollout's first.  A rollout's last token
 is a target only: nothing follows it, so it is never fed.
+
+Sequences may also branch from different points of what they share.  Scores S of the prefixes a, a b and a b c of a text
+after the prompt p, each asked for by the question ?:
+
+                 ┌ shared      ┐┌ of a ┐┌ of a b ┐┌ of a b c
+    tokens       p   a   b   c   ?       ?         ?   .   .
+    target       .   .   .   .   S       S         S   .   .
+    segment      1   1   1   1   2       3         4   0   0
+    position     0   1   2   3   2       3         4   .   .    a slot sees what of the shared segment stands before the
+    sees         p   pa  pab …   pa?     pab?      pabc?        position at which its own segment begins
 """
 
 from __future__ import annotations
@@ -33,6 +43,24 @@ class Example(NamedTuple):
 
     prompt: Sequence[int]
     response: Sequence[int]
+
+
+class Branches(NamedTuple):
+    """Examples that begin alike.
+
+    Attributes:
+      examples: at least one.
+      shared: of each, how many of its first tokens it has in common with the one that has most; less than its prompt.
+    """
+
+    examples: Sequence[Example]
+    shared: Sequence[int]
+
+    @property
+    def tokens(self) -> int:
+        """Of all of them, what they share counted once."""
+        own = sum(len(x.prompt) - n + len(x.response) for x, n in zip(self.examples, self.shared))
+        return max(self.shared) + own
 
 
 class PackedRows(NamedTuple):
@@ -116,15 +144,49 @@ def _first_fit(order, shared_N, own_N, group_N, row_tokens):
     return rows_N
 
 
+def pack_branches(batch: Sequence[Branches], shape: tuple[int, int, int], share: bool) -> PackedRows:
+    """All examples of a batch in rows, those of one element in one row (`share`), or each as if it stood alone.
+
+    Args:
+      shape: [M, B, T]; with room for a row an element, or an example.
+    """
+    examples = [example for element in batch for example in element.examples]
+    group_N = np.repeat(np.arange(len(batch)), [len(element.examples) for element in batch])
+    if share:
+        shared_N = [count for element in batch for count in element.shared]
+        # An example's last token is never fed.
+        fed = [element.tokens - len(element.examples) for element in batch]
+        row_N = assign_rows(np.zeros(len(batch)), fed, np.arange(len(batch)), shape[-1])[group_N]
+    else:
+        shared_N = np.zeros(len(examples), np.int64)
+        fed = [len(example.prompt) + len(example.response) - 1 for example in examples]
+        row_N = assign_rows(shared_N, fed, np.arange(len(examples)), shape[-1])
+    return fill_branches(examples, group_N, row_N, shape, shared_N)
+
+
 def fill_rows(
     examples: Sequence[Example], group_N: Sequence[int], row_N: np.ndarray, shape: tuple[int, int, int], share: bool
+) -> PackedRows:
+    """`fill_branches` where examples of one group have one prompt, which without its last token stands once a row
+    (`share`), or with every example."""
+    shared_N = [max(0, len(example.prompt) - 1) * share for example in examples]
+    return fill_branches(examples, group_N, row_N, shape, shared_N)
+
+
+def fill_branches(
+    examples: Sequence[Example],
+    group_N: Sequence[int],
+    row_N: np.ndarray,
+    shape: tuple[int, int, int],
+    shared_N: Sequence[int],
 ) -> PackedRows:
     """Host arrays [M, B, T] that hold every example whole; rows that are not needed stay empty.
 
     Args:
-      group_N: examples of one group have one prompt.
+      group_N: examples of one group begin alike.
       row_N: as of `assign_rows`.
-      share: a prompt without its last token stands once a row, for all of its group there.
+      shared_N: how many of its prompt's tokens, less than all, an example has in common with the one of its group that
+        has most; those of the latter stand once a row, for all of the group there.
 
     Raises:
       ValueError: an example without a prompt or response, or more rows than there are.
@@ -137,6 +199,10 @@ def fill_rows(
     tokens, target, segment, common, position = (np.zeros((M * B, T), np.int32) for _ in range(5))
     used, count, first_N = np.zeros(M * B, np.int64), np.zeros(M * B, np.int32), np.zeros(len(examples), np.int64)
     contexts: dict[tuple[int, int], int] = {}
+    longest: dict[tuple[int, int], int] = {}  # of each group in each row, the example that shares most
+    for i, key in enumerate(zip(group_N, row_N)):
+        if key not in longest or shared_N[i] > shared_N[longest[key]]:
+            longest[key] = i
 
     def put(row, fed, at, sees=0):
         """Appends a segment that starts at position `at`; returns (its slots, its id)."""
@@ -148,17 +214,14 @@ def fill_rows(
         return slots, int(count[row])
 
     for i, (example, group, row) in enumerate(zip(examples, group_N, row_N, strict=True)):
-        context, written = len(example.prompt) - 1, np.asarray(example.response, np.int32)
-        # What is fed: the prompt's last token and all of the response but its last.
-        start = np.concatenate([np.asarray(example.prompt[-1:], np.int32), written[:-1]])
-        if share and context:
-            if (group, row) not in contexts:
-                contexts[group, row] = put(row, example.prompt[:-1], 0)[1]
-            first_N[i] = put(row, start, context, contexts[group, row])[0].start
-        else:
-            first_N[i] = (
-                put(row, np.concatenate([np.asarray(example.prompt[:-1], np.int32), start]), 0)[0].start + context
-            )
+        shared, written = int(shared_N[i]), np.asarray(example.response, np.int32)
+        if shared and (group, row) not in contexts:
+            first = longest[group, row]
+            contexts[group, row] = put(row, examples[first].prompt[: shared_N[first]], 0)[1]
+        # What is fed: all of the prompt that is its own, and all of the response but its last.
+        own = np.concatenate([np.asarray(example.prompt[shared:], np.int32), written[:-1]])
+        slots, _ = put(row, own, shared, contexts[group, row] if shared else 0)
+        first_N[i] = slots.start + len(example.prompt) - 1 - shared
         target[row, first_N[i] : first_N[i] + len(written)] = written
     arrays = (x.reshape(M, B, T) for x in (tokens, target, segment, common, position))
     return PackedRows(Packed(*arrays), np.asarray(row_N), first_N)

@@ -217,7 +217,7 @@ def _without_config(workdir: Mapping[str, Any]) -> dict[str, Any]:
 def _about(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """What the runs are, a row a property that any of them has."""
     planned = [_leaf(run["config"], "steps") for run in runs]
-    steps = [f"{run['steps'][-1]}" + (f" of {of}" if of is not None else "") for run, of in zip(runs, planned)]
+    steps = [f"{run['steps'][-1]}" + (f" of {of}" if of else "") for run, of in zip(runs, planned)]
     rows = [{"key": "steps", "values": steps}]
     for key, paths in _ABOUT.items():
         leaves = [[_leaf(run["config"], path) for path in paths] for run in runs]

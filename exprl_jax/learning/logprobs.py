@@ -51,6 +51,18 @@ def token_logprobs(
     return jnp.where(known, logp_BT, jnp.nan), entropy_BT
 
 
+def top_tokens(hidden_BTD: Float[Array, "B T D"], table_DV: Float[Array, "D V"], chunk: int) -> Int[Array, "B T"]:
+    """The most likely token at each slot, sliced as in `token_logprobs`; the first where several are."""
+    table = table_DV.astype(hidden_BTD.dtype)
+
+    def top(_, hidden):
+        logits = jnp.einsum("btd,dv->btv", hidden, table, preferred_element_type=jnp.float32)
+        return None, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+    cut, join = _cutting(hidden_BTD, chunk)
+    return join(jax.lax.scan(top, None, cut(hidden_BTD))[1])
+
+
 def reverse_kl(
     hidden_BTD: Float[Array, "B T D"],
     table_DV: Float[Array, "D V"],

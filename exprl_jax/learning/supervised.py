@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float32, Int
+from jaxtyping import Array, Bool, Float32, Int
 
 from exprl_jax.learning.update import APPLIED, accumulate, apply_gradient
 from exprl_jax.records import Lesson, TrainState
@@ -22,6 +23,28 @@ METRICS: Mapping[str, str] = {
     "update/learning_rate": "learning rate of the update",
 }
 """Every key of `sft_step`'s metrics and what it is the value of, for the update's whole batch."""
+
+VALIDATION: Mapping[str, str] = {
+    "validation/loss": "loss/total of the held-back examples after the update; null at updates without a validation",
+    "validation/accuracy": (
+        "fraction of their response tokens that are the most likely one; of a judge's score between two digits, "
+        "either digit counts"
+    ),
+}
+"""Every key that a validation adds to a row."""
+
+JUDGE_VALIDATION: Mapping[str, str] = {
+    "validation/spearman": (
+        "rank correlation of the scores that the judge gives the held-back texts, asked as in a run, and those that "
+        "they should get; null where either are all equal"
+    ),
+    "validation/misplaced": (
+        "mean of the false positive and the false negative rate of saying 4 or more; null where the lessons hold only "
+        "one kind"
+    ),
+    "validation/parsed": "fraction of the held-back texts that got a score",
+}
+"""Every key that a judge's training adds to a validation."""
 
 
 def sft_step(
@@ -67,6 +90,36 @@ def sft_step(
         "update/tokens": tokens.astype(jnp.float32),
         "update/learning_rate": jnp.asarray(rate(made), jnp.float32),
     }
+
+
+def validate(params: Any, lesson: Lesson, *, measures_fn: Callable) -> dict[str, Float32[Array, ""]]:
+    """Sums over a batch of examples that nothing is learned from.
+
+    Args:
+      measures_fn: (params, a microbatch of the lesson) → (log π of each slot's target, whether it is the most likely
+        token).
+
+    Returns:
+      `loss`, `right` and `tokens`: the sums of −log π, of the tokens that are most likely, and of all, over the mask.
+    """
+    slots = lesson.replace(used=jnp.zeros(lesson.mask_MBT.shape[0]))
+
+    def add(m, sums):
+        part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, m, keepdims=False), slots)
+        logp, right = measures_fn(params, part)
+        return sums + jnp.stack([jnp.where(part.mask_MBT, x, 0.0).sum() for x in (-logp, right, jnp.ones_like(logp))])
+
+    sums = jax.lax.fori_loop(0, lesson.used, add, jnp.zeros(3, jnp.float32))
+    return dict(zip(("loss", "right", "tokens"), sums))
+
+
+def is_right(
+    top_BT: Int[Array, "B T"], target_BT: Int[Array, "B T"], share_BT: Float32[Array, "B T"], digit_ids: tuple[int, ...]
+) -> Bool[Array, "B T"]:
+    """Whether the most likely token is the target, or, where a score lies between two digits, the next digit."""
+    ids = jnp.asarray(digit_ids, jnp.int32)
+    next_BT = (jnp.roll(target_BT[..., None] == ids, 1, axis=-1) * ids).sum(-1)
+    return (top_BT == target_BT) | ((share_BT > 0) & (top_BT == next_BT))
 
 
 def towards_next_digit(

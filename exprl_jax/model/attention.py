@@ -87,9 +87,9 @@ def attend(
     if placement.has_cudnn(q_PGTHE.dtype, E) and (C, S) == (0, T):
         k, v = (jnp.swapaxes(x.reshape(P * G, -1, S, E), 1, 2) for x in (own.k, own.v))
         segment_BT = (slot_T >= start_PG[..., None]).reshape(P * G, T).astype(jnp.int32)
-        return attend_packed(q_PGTHE.reshape(P * G, T, H, E), k, v, segment_BT, segment_BT, placement).reshape(
-            q_PGTHE.shape
-        )
+        position_BT = jnp.broadcast_to(jnp.arange(T), segment_BT.shape)
+        q = q_PGTHE.reshape(P * G, T, H, E)
+        return attend_packed(q, k, v, segment_BT, segment_BT, position_BT, placement).reshape(q_PGTHE.shape)
     return _in_chunks(
         lambda q, slot_T: _attend_rows(q, context, length_P, own, start_PG, slot_T[0, 0]),
         (q_PGTHE, slot_T[None, None]),
@@ -105,32 +105,37 @@ def attend_packed(
     v_BTKE: Float[Array, "B T K E"],
     segment_BT: Int[Array, "B T"],
     shared_BT: Int[Array, "B T"],
+    position_BT: Int[Array, "B T"],
     placement: Placement = ONE_DEVICE,
 ) -> Float[Array, "B T H E"]:
     """Softmax attention within packed rows: a token sees earlier slots of its own segment and of the one it shares.
 
         segment              1 1 1 2 2 3 3 0      shared of segments 2 and 3: 1   (see `data.packing`)
+        position             0 1 2 3 4 2 3 .
         query of slot 4      ✓ ✓ ✓ ✓ ✓
-        query of slot 6      ✓ ✓ ✓     ✓ ✓
+        query of slot 6      ✓ ✓       ✓ ✓        its segment branches off at position 2
 
     Args:
       q_BTHE, k_BTKE, v_BTKE: rotated queries and keys, and values.
       segment_BT: a segment is a run of slots with one id, unique in its row.
       shared_BT: id of another segment of the row that a slot sees too; its own where there is none.  The splash kernel
         knows only segments, and does not read this.
+      position_BT: in each slot's sequence, one more from slot to slot of a segment; of the shared segment a slot sees
+        what stands before the first position of its own.
     """
     if placement.on_tpu:
         swap = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
         return swap(_splash(swap(q_BTHE), swap(k_BTKE), swap(v_BTKE), segment_BT, segment_BT, placement))
     _, T, H, E = q_BTHE.shape
     slot_BT = jnp.broadcast_to(jnp.arange(T), segment_BT.shape)
-    queries = [x[:, None] for x in (q_BTHE, segment_BT, shared_BT, slot_BT)]
+    branch_BT = first_positions(segment_BT, position_BT)
+    queries = [x[:, None] for x in (q_BTHE, segment_BT, shared_BT, branch_BT, slot_BT)]
     attention, heads = _attend_seen, H
     if placement.has_cudnn(q_BTHE.dtype, E):
         attention, heads = functools.partial(_cudnn, placement=placement), 1
 
     def some(q, *where):
-        seen_BTS = _seen(segment_BT, *(x[:, 0] for x in where))
+        seen_BTS = _seen(segment_BT, position_BT, *(x[:, 0] for x in where))
         return attention(q[:, 0], k_BTKE, v_BTKE, seen_BTS)[:, None]
 
     out = _in_chunks(some, queries, heads, T, placement)
@@ -182,10 +187,19 @@ def _attend_rows(q, context: KV, length_P, own: KV, start_PG, slot_T):
     return jnp.moveaxis(out.astype(q.dtype), 4, 2).reshape(P, G, T, H, E)
 
 
-def _seen(segment_BS, segment_BT, shared_BT, slot_BT):
+def first_positions(segment_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The position of the first slot of each slot's segment."""
+    slot_T = jnp.arange(segment_BT.shape[1])
+    begins = segment_BT != jnp.roll(segment_BT, 1, axis=1)
+    first_BT = jax.lax.cummax(jnp.where(begins | (slot_T == 0), slot_T, 0), axis=1)
+    return position_BT - (slot_T - first_BT)
+
+
+def _seen(segment_BS, position_BS, segment_BT, shared_BT, branch_BT, slot_BT):
     """[B, T, S]: what packed queries see."""
     slot_S = jnp.arange(segment_BS.shape[1])
-    seen = (segment_BS[:, None] == segment_BT[..., None]) | (segment_BS[:, None] == shared_BT[..., None])
+    common = (segment_BS[:, None] == shared_BT[..., None]) & (position_BS[:, None] < branch_BT[..., None])
+    seen = (segment_BS[:, None] == segment_BT[..., None]) | common
     seen &= slot_S <= slot_BT[..., None]
     # What pads the last chunk stands for slot 0 of a segment that may not be that slot's: it sees it all the same.
     return seen | (slot_S == slot_BT[..., None])

@@ -177,7 +177,7 @@ class PagedAttention:
 
 @dataclasses.dataclass(frozen=True)
 class PackedAttention:
-    """Packed rows on themselves.  `view` is (segment_BT, shared_BT)."""
+    """Packed rows on themselves.  `view` is (segment_BT, shared_BT, position_BT)."""
 
     placement: Placement
 
@@ -210,7 +210,7 @@ class Transformer:
         """Random parameters: kernels and embeddings normal with deviation 0.02, norms 1, biases 0."""
         zeros_111, zeros_11 = jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
         decoder = Decoder(self.arch, self.execution, ONE_DEVICE, PackedAttention(ONE_DEVICE))
-        params = decoder.init(key, zeros_111, zeros_111, self._no_past(), (), (zeros_11, zeros_11))["params"]
+        params = decoder.init(key, zeros_111, zeros_111, self._no_past(), (), (zeros_11,) * 3)["params"]
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
     def abstract_params(self, dtype: str) -> Params:
@@ -266,7 +266,7 @@ class Transformer:
         tokens, positions, view = (
             packed.tokens_BT[:, None],
             packed.position_BT[:, None],
-            (packed.segment_BT, packed.shared_BT),
+            (packed.segment_BT, packed.shared_BT, packed.position_BT),
         )
         hidden = self._apply(params, PackedAttention(self.placement), tokens, positions, self._no_past(), (), view)[0]
         return hidden[:, 0]

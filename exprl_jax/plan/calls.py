@@ -18,7 +18,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from exprl_jax.config import Annotate, Calibrate, Config, Evaluate, Judge, JudgeTraining, Model, Supervised
+from exprl_jax.config import (
+    Annotate,
+    AnyConfig,
+    Asking,
+    Calibrate,
+    Config,
+    Evaluate,
+    Judge,
+    JudgeTraining,
+    Labelling,
+    Model,
+    Supervised,
+)
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.kinds import KINDS
@@ -50,7 +62,7 @@ from exprl_jax.rollout.sampler import CHUNK
 from exprl_jax.sizes import TRAINING, Lengths, choose_sizes, sizes_of
 from exprl_jax.weights.language_model import PUBLISHED, LanguageModel, open_model
 
-Planned = Config | Supervised | Evaluate | Calibrate | Annotate
+Planned = AnyConfig
 POLICY, ADAM, BATCH, KEYS, COPY, GRADIENT = "policy", "Adam", "batch", "KV", "working copy", "gradient"
 _STARTING = ("mesh.data", "mesh.model")
 _SAMPLING = ("rollout.wave", "mesh.model", "policy.execution.kv_dtype")
@@ -116,7 +128,7 @@ def calls_of(config: Planned, mesh: Mesh | AbstractMesh) -> list[Call]:
       ValueError: a config that does not fit the mesh or its models.
     """
     tasks = {"rl": _reinforced, "distill": _distilled, "sft": _supervised, "judge": _supervised, "evaluate": _evaluated}
-    tasks |= {"calibrate": _calibrated, "annotate": _annotated}
+    tasks |= {"calibrate": _calibrated, "annotate": _annotated, "label": _labelled}
     config = planned_sizes(config, mesh)
     check_layout(config, mesh.shape[DATA])
     calls, resident = tasks[config.task](config, mesh), residents(config, mesh)
@@ -152,7 +164,7 @@ def residents(config: Planned, mesh: Mesh | AbstractMesh) -> dict[str, int]:
     """Bytes a device that a run keeps throughout a step, by owner."""
     if config.task == "evaluate":
         return {POLICY: tree_bytes(_parameters(known_model(config.policy), mesh))}
-    if isinstance(config, Calibrate | Annotate):  # one model after another is loaded, asked and let go
+    if isinstance(config, Asking):  # one model after another is loaded, asked and let go
         return {}
     frozen = {role: tree_bytes(_parameters(known_model(m), mesh)) for m, role in frozen_models(config).items()}
     return owned_bytes(POLICY, _state(config, mesh)) | frozen
@@ -258,7 +270,13 @@ def _supervised(config: Supervised, mesh: Mesh) -> list[Call]:
     learn = _update(policy, programs.sft_step, "sft_step", shape, [(BATCH, lesson)])
     model = "judge.model" if isinstance(config, JudgeTraining) else "policy"
     settings = tuple(f"{model}{key}" if key.startswith(".") else key for key in _SUPERVISING)
-    return [*_start(policy, programs), dataclasses.replace(learn, settings=settings)]
+    calls = [*_start(policy, programs), dataclasses.replace(learn, settings=settings)]
+    if config.validation.every:
+        # How many batches are held back, only the data says.
+        arguments = (POLICY, policy.state.params), policy.base, (BATCH, lesson)
+        cost = _reading(policy, policy.acting[1], shape)
+        calls.append(Call("validate", "validate", programs.validate, arguments, 1, cost, settings, shape[0]))
+    return calls
 
 
 def _evaluated(config: Evaluate, mesh: Mesh) -> list[Call]:
@@ -267,8 +285,10 @@ def _evaluated(config: Evaluate, mesh: Mesh) -> list[Call]:
     return _sampling(config, mesh, acting)
 
 
-def asked_models(config: Calibrate | Annotate) -> dict[str, Model]:
+def asked_models(config: Asking) -> dict[str, Model]:
     """The models that are asked on the mesh, by what they serve as."""
+    if isinstance(config, Labelling):
+        return {"judge": config.judge.model} if config.judge.backend == "local" else {}
     if isinstance(config, Annotate):
         return {"annotator": config.annotator.model} if config.annotator.backend == "local" else {}
     judges = {f"judge {name}": judge.model for name, judge in config.judges.items() if judge.backend == "local"}
@@ -319,6 +339,22 @@ def _calibrating(config: Calibrate, mesh: Mesh, name: str, judge: Judge) -> list
         given = model, config.wave, config.repeats.count, most, answer
         calls += _completing(mesh, params, *given, f"{name}, repeats", ("repeats.count", *settings))
     return calls
+
+
+def _labelled(config: Labelling, mesh: Mesh) -> list[Call]:
+    """A step is a wave; how often its rows are asked about depends on how rollouts are cut."""
+    judge = config.judge
+    if judge.backend != "local":
+        return []
+    model, answer = known_model(judge.model), judge.max_tokens if judge.readout == "text" else 0
+    check_judge_lengths(judge, model.arch)
+    built, params = build_judge(judge, mesh, model), ("judge", _parameters(model, mesh))
+    width = padded_width(judge.max_trace_tokens + _judge_suffix(judge, model, {config.unit}))
+    rows = _Rows(config.wave, config.group, padded_width(judge.max_context_tokens), width, answer)
+    programs = {"judge_prefill": built.prefill, "judge": built.judge}
+    settings = "wave", "group", "judge.max_trace_tokens", "judge.max_context_tokens", "mesh.model"
+    times = 1, 1 if config.unit == "outcome" else config.segments.max_segments
+    return _asking(model, mesh, params, rows, programs, "judge", times, settings)
 
 
 def _annotated(config: Annotate, mesh: Mesh) -> list[Call]:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
-from exprl_jax.config import Annotate, Calibrate, Evaluate, JudgeTraining, Model, Supervised
+from exprl_jax.config import Annotate, Asking, Evaluate, JudgeTraining, Labelling, Model, Supervised
 from exprl_jax.layout import packed_shape
 from exprl_jax.mesh import DATA, MODEL, fit_mesh
 from exprl_jax.plan.calls import (
@@ -46,7 +46,7 @@ def describe(config: Planned) -> str:
     data, tensor = fit_mesh(config.mesh)
     mesh = AbstractMesh((data, tensor), (DATA, MODEL))
     config, calls = planned_sizes(config, mesh), calls_of(config, mesh)
-    fixed = isinstance(config, Calibrate | Annotate)
+    fixed = isinstance(config, Asking)
     models = asked_models(config) if fixed else {POLICY: config.policy}
     distinct = dict.fromkeys(models.values())
     derived = {
@@ -64,14 +64,15 @@ def describe(config: Planned) -> str:
     )
 
 
-def _asked(config: Calibrate | Annotate) -> dict[str, Any]:
+def _asked(config: Asking) -> dict[str, Any]:
     """Of what asks models about fixed rollouts."""
     if isinstance(config, Annotate):
         at_once = {"rollouts a call": config.wave}
         asked = {"annotator": config.annotator}
     else:
         at_once = {"rows a call": config.wave * config.group}
-        asked = {f"judge {name}": judge for name, judge in config.judges.items()}
+        labelling = isinstance(config, Labelling)
+        asked = {"judge": config.judge} if labelling else {f"judge {n}": judge for n, judge in config.judges.items()}
     elsewhere = [role for role, judge in asked.items() if judge.backend != "local"]
     return at_once | ({"not on this mesh": ", ".join(elsewhere)} if elsewhere else {})
 

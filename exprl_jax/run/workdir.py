@@ -53,6 +53,7 @@ NEUTRAL_KEYS = (
     "log.*",
     "probe.*",
     "watch.*",
+    "validation.every",
     "label",
     # Where it is computed, and in how large parts.
     "mesh.*",
@@ -61,6 +62,7 @@ NEUTRAL_KEYS = (
     "sampling.wave",
     "*.sampling.wave",
     "wave",
+    "validation.wave",
     "updates.microbatch",
     "updates.logp_chunk",
     "microbatch",
@@ -256,7 +258,8 @@ def _read_config(path: pathlib.Path) -> dict[str, Any]:
 
 def _refuse_other_config(folder: pathlib.Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
     steps = _steps_taken(folder)
-    if "steps" in ours and ours["steps"] < steps:
+    # 0 stands for as many as the epochs of a supervised run have.
+    if ours.get("steps") and ours["steps"] < steps:
         raise ValueError(
             f"--workdir {folder}: its run has taken {steps} steps, expected config.steps of at least that, got "
             f"{ours['steps']}"

@@ -27,14 +27,16 @@ def show_examples(config: Sft, count: int) -> Iterator[dict[str, Any]]:
     run = sft.open_run(config)
     tokenizer = run.policy.tokenizer
     for i in _first(run, count):
-        example = run.examples[i]
+        (example,) = run.examples.branches[i].examples
         policy = policy_record(config.policy.weights, written(tokenizer, example.prompt), len(example.prompt))
-        record = problem_record("sft", run.items[i], policy) | {"prompt_pieces": tokenizer.spell(example.prompt)}
+        record = problem_record("sft", run.examples.items[i], policy) | {
+            "prompt_pieces": tokenizer.spell(example.prompt)
+        }
         yield record | _target(tokenizer, example)
 
 
 def show_lessons(config: JudgeTraining, count: int) -> Iterator[dict[str, Any]]:
-    """The first lessons of a run's first batch.
+    """The first lessons of a run's first batch; of one with several scores, the last.
 
     Raises:
       ValueError: a batch has fewer lessons, or anything that a run refuses.
@@ -43,18 +45,19 @@ def show_lessons(config: JudgeTraining, count: int) -> Iterator[dict[str, Any]]:
     run = judge_training.open_run(config)
     tokenizer = run.policy.tokenizer
     for i in _first(run, count):
-        lesson = run.items[i]
-        question = split_question(tokenizer, lesson_prompt(config.judge, tokenizer, lesson), lesson.trace)
+        lesson, branches, shares = (x[i] for x in run.examples)
+        label = lesson.labels[-1]
+        question = split_question(tokenizer, lesson_prompt(config.judge, tokenizer, lesson), label.trace)
         record = {"task": "judge", **describe_problem(lesson.problem), "choices": list(lesson.problem.choices)}
-        record |= {"where": lesson.where, "score": lesson.score, "judgement": lesson.judgement}
+        record |= {"where": lesson.where, "score": label.score, "judgement": label.judgement}
         record["judge"] = asked_model(config.judge) | {"asks": lesson.unit, "question": question}
-        record["share"] = round(float(run.share_N[i]), 6)
-        yield record | _target(tokenizer, run.examples[i])
+        record["share"] = round(float(shares[-1]), 6)
+        yield record | _target(tokenizer, branches.examples[-1])
 
 
 def _first(run: SupervisedRun, count: int) -> list[int]:
     """The first examples of the first batch."""
-    indices, _ = batch_indices(len(run.examples), run.config.batch, run.config.seed, 0)
+    indices, _ = batch_indices(len(run.examples.items), run.config.batch, run.config.seed, 0)
     return indices[:count].tolist()
 
 

@@ -38,6 +38,11 @@ def show(config: Any, count: int, as_json: bool) -> None:
     """
     if jax.process_count() > 1:
         raise ValueError("--show runs in one process; start it without --coordinator and --distributed")
+    if config.task not in RECORDS:
+        known = ", ".join(RECORDS)
+        raise ValueError(
+            f"config.task: got {config.task!r}, of which --show has nothing to show; expected one of {known}"
+        )
     stream, config = sys.stdout, pin_checkpoints(config, {})
     for place, record in enumerate(RECORDS[config.task](config, count), 1):
         if as_json:

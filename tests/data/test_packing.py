@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_runs import seen_by
 
 from configs.base import base
-from exprl_jax.data.packing import Example, assign_rows, fill_rows
+from exprl_jax.data.packing import Example, assign_rows, fill_branches, fill_rows
 
 CHECKED = settings(derandomize=True, max_examples=60, deadline=None)
 # Groups: (prompt's tokens, tokens of each response).
@@ -208,3 +209,28 @@ def test_at_most_a_tenth_of_an_updates_slots_is_padding(group, median):
     for seed, (_, rows) in enumerate(found):
         # Keeping a group together costs some rows where responses are long, and saves some where they are short.
         assert padding(seed, group, median, share=True)[1] <= 1.06 * rows, seed
+
+
+def test_branches():
+    """Three questions about the beginnings of one text, and one that shares nothing: each sees its own prompt."""
+    text, ask = (1, 2, 3, 4, 5), (8, 9)
+    examples = [Example((*text[:n], *ask), (70 + n,)) for n in (2, 5, 4)] + [Example((6, 9), (71, 72))]
+    filled = fill_branches(examples, [0, 0, 0, 1], np.zeros(4, np.int64), (1, 1, 16), [2, 5, 4, 0])
+    packed = filled.packed
+    np.testing.assert_array_equal(packed.tokens_BT[0, 0], [1, 2, 3, 4, 5, 8, 9, 8, 9, 8, 9, 6, 9, 71, 0, 0])
+    np.testing.assert_array_equal(packed.segment_BT[0, 0], [1, 1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5, 0, 0])
+    np.testing.assert_array_equal(packed.shared_BT[0, 0], [1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 5, 5, 5, 0, 0])
+    np.testing.assert_array_equal(packed.position_BT[0, 0], [0, 1, 2, 3, 4, 2, 3, 5, 6, 4, 5, 0, 1, 2, 0, 0])
+    np.testing.assert_array_equal(packed.target_BT[0, 0], [0, 0, 0, 0, 0, 0, 72, 0, 75, 0, 74, 0, 71, 72, 0, 0])
+    assert filled.first_N.tolist() == [6, 8, 10, 12]
+    for example, first in zip(examples, filled.first_N):
+        assert seen_by(packed, 0, int(first)) == list(example.prompt)
+
+
+def test_a_group_in_two_rows_shares_what_is_longest_in_each():
+    text = (1, 2, 3, 4, 5)
+    examples = [Example((*text[:n], 9), (70 + n,)) for n in (5, 2, 3)]
+    filled = fill_branches(examples, [0, 0, 0], np.array([0, 1, 1]), (1, 2, 8), [5, 2, 3])
+    np.testing.assert_array_equal(filled.packed.tokens_BT[0], [[1, 2, 3, 4, 5, 9, 0, 0], [1, 2, 3, 9, 9, 0, 0, 0]])
+    for example, row, first in zip(examples, filled.row_N, filled.first_N):
+        assert seen_by(filled.packed, int(row), int(first)) == list(example.prompt)

@@ -201,28 +201,41 @@ def test_what_no_real_query_may_see_has_no_influence(place):
 
 
 class Cut:
-    """Rows cut into segments: [(length, id of the segment it sees too or 0)] of each row, the rest padding."""
+    """Rows cut into segments: (length, id of the segment it sees too or 0, how much of that it sees, if not all) of
+    each of a row, the rest padding."""
 
     def __init__(self, rows, tokens):
-        self.segment_BT, self.shared_BT = np.zeros((2, len(rows), tokens), np.int32)
+        self.segment_BT, self.shared_BT, self.position_BT = np.zeros((3, len(rows), tokens), np.int32)
+        self.branches = [[] for _ in rows]
         for b, row in enumerate(rows):
             at = 0
-            for number, (length, sees) in enumerate(row, start=1):
+            for number, (length, sees, *some) in enumerate(row, start=1):
+                branch = some[0] if some else row[sees - 1][0] if sees else 0
+                self.branches[b].append(branch)
                 self.segment_BT[b, at : at + length] = number
                 self.shared_BT[b, at : at + length] = sees or number
+                self.position_BT[b, at : at + length] = branch + np.arange(length)
                 at += length
 
     def seen(self):
         B, T = self.segment_BT.shape
         seen = np.zeros((B, T, T), bool)
         for b, t in np.ndindex(B, T):
-            for s in range(t + 1):
-                sight = self.segment_BT[b, t], self.shared_BT[b, t]
-                seen[b, t, s] = sight[0] > 0 and self.segment_BT[b, s] in sight
+            own, shared = self.segment_BT[b, t], self.shared_BT[b, t]
+            for s in range(t + 1) if own else ():
+                if self.segment_BT[b, s] == own:
+                    seen[b, t, s] = True
+                elif self.segment_BT[b, s] == shared:
+                    first = np.flatnonzero(self.segment_BT[b] == shared)[0]
+                    seen[b, t, s] = s - first < self.branches[b][own - 1]
         return seen
 
 
 SHARED = Cut([[(4, 0), (2, 1), (3, 1)], [(3, 0), (2, 0), (1, 2), (3, 1)], [(9, 0)], []], 11)
+# Segments that see all of the first, two of its slots, one, and none of them.
+BRANCHES = Cut(
+    [[(5, 0), (2, 1), (1, 1, 2), (2, 1, 1)], [(4, 0), (3, 1, 3), (2, 0), (1, 3, 1)], [(6, 0), (2, 1, 5)]], 11
+)
 APART = Cut([[(4, 0), (2, 0), (5, 0)], [(1, 0), (6, 0)], [(9, 0)], []], 11)
 LONG = Cut([[(130, 0), (3, 0), (150, 0)], [(299, 0)]], 300)
 
@@ -236,14 +249,22 @@ def packed_of(cut, heads, key_heads, size, place):
     expected = with_gradients(functools.partial(softmax_attention, seen=seen), given, weight)
 
     def function(q, k, v):
-        return attend_packed(q, k, v, jnp.asarray(cut.segment_BT), jnp.asarray(cut.shared_BT), place)
+        where = (jnp.asarray(x) for x in (cut.segment_BT, cut.shared_BT, cut.position_BT))
+        return attend_packed(q, k, v, *where, place)
 
     return function, given, weight, expected, real
 
 
 @pytest.mark.parametrize(
     "cut, heads, chunk",
-    [(SHARED, (4, 2, 6), 11), (SHARED, (4, 2, 6), 4), (SHARED, (3, 1, 5), 1), (APART, (3, 3, 7), 5)],
+    [
+        (SHARED, (4, 2, 6), 11),
+        (SHARED, (4, 2, 6), 4),
+        (SHARED, (3, 1, 5), 1),
+        (APART, (3, 3, 7), 5),
+        (BRANCHES, (4, 2, 6), 11),
+        (BRANCHES, (3, 1, 5), 3),
+    ],
 )
 def test_packed_rows_attend_by_definition(cut, heads, chunk, monkeypatch):
     B, T = cut.segment_BT.shape
@@ -288,7 +309,7 @@ def test_packed_rows_lower_to_cudnns_kernels(tokens, monkeypatch):
     segment = jax.ShapeDtypeStruct((2, tokens), jnp.int32)
 
     def loss(q, k, v, segment, shared):
-        return attend_packed(q, k, v, segment, shared, CUDNN).astype(jnp.float32).sum()
+        return attend_packed(q, k, v, segment, shared, segment, CUDNN).astype(jnp.float32).sum()
 
     traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(q, k, k, segment, segment)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -338,7 +359,7 @@ def test_no_more_scores_exist_at_once_than_said(monkeypatch):
     T, H, E = 256, 2, 4
     q, segment = jnp.ones((1, T, H, E)), jnp.ones((1, T), jnp.int32)
     monkeypatch.setattr(attention, "SCORES", 16 * H * T)
-    packed = jax.make_jaxpr(jax.grad(lambda x: attend_packed(x, x, x, segment, segment).sum()))(q)
+    packed = jax.make_jaxpr(jax.grad(lambda x: attend_packed(x, x, x, segment, segment, segment).sum()))(q)
     row, start = q[:, None], jnp.zeros((1, 1), jnp.int32)
 
     def of_rows(x):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from exprl_jax import config, hosts, mesh
-from exprl_jax.data.packing import Example, fill_rows
+from exprl_jax.data.packing import Example, fill_branches, fill_rows
 from exprl_jax.mesh import ONE_DEVICE, Placement
 from exprl_jax.model import attention
 from exprl_jax.model.cache import empty_context
@@ -165,6 +165,38 @@ def of_responses(share, scan=False, remat="none", way=Placement):
 )
 def test_prompts_shared_and_repeated_are_a_row_each(share, scan, remat, way):
     (got, gradient), (expected, expected_gradient) = of_responses(share, scan, remat, way), of_responses(None, scan)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    assert_gradients_equal(dict(gradient), dict(expected_gradient))
+
+
+def branches():
+    """(examples, group of each, tokens that each shares): questions about beginnings of two texts, and one alone."""
+    random, drawn, group_N, shared_N = np.random.default_rng(14), [], [], []
+    for g, (tokens, cuts) in enumerate([(9, (9, 2, 5, 8)), (6, (3, 6)), (4, (0,))]):
+        text, ask = random.integers(0, QWEN3.vocab_size, tokens), random.integers(0, QWEN3.vocab_size, 3)
+        for cut in cuts:
+            answer = random.integers(0, QWEN3.vocab_size, 2)
+            drawn.append(Example(np.concatenate([text[:cut], ask]), answer))
+            group_N.append(g)
+            shared_N.append(cut)
+    return drawn, group_N, shared_N
+
+
+@pytest.mark.parametrize("scan, remat", [(False, "none"), (True, "full")])
+def test_branches_of_a_text_are_a_row_each(scan, remat):
+    """Hidden states of the answers' slots, and the gradient of a smooth function of them."""
+    (drawn, group_N, shared_N), how = branches(), execution(scan, remat)
+    apart = fill_rows(drawn, group_N, np.arange(len(drawn)), (1, len(drawn), 14), False)
+    together = fill_branches(drawn, group_N, np.array([0] * 4 + [1] * 3), (1, 2, 32), shared_N)
+    results = []
+    for filled in (apart, together):
+        rows = jax.tree.map(lambda x: jnp.asarray(x[0]), filled.packed)
+        row, slot = np.repeat(filled.row_N, 2), (filled.first_N[:, None] + np.arange(2)).reshape(-1)
+        weight = np.random.default_rng(15).standard_normal((len(slot), QWEN3.width)).astype(np.float32)
+        transformer = Transformer(QWEN3, how)
+        hidden_fn = lambda params: transformer.packed_hidden_states(params, rows)[row, slot]  # noqa: B023, E731
+        results.append(value_and_gradient(hidden_fn, random_params(QWEN3, how), weight))
+    (expected, expected_gradient), (got, gradient) = results
     np.testing.assert_allclose(got, expected, atol=1e-5)
     assert_gradients_equal(dict(gradient), dict(expected_gradient))
 
