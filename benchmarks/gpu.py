@@ -89,7 +89,7 @@ def decoding(name: str, arch: Architecture, problems: int, new: int, bandwidth: 
         np.int32(0),
         np.arange(problems, dtype=np.uint32),
         np.full((problems, GROUP), 0.8, np.float32),
-        np.ones((problems, GROUP), bool),
+        np.full((problems, GROUP), new, np.int32),
     )
     context, rows, draw = put_rows(mesh, (context, rows, draw), problems)
     prefix = sampler.prefill(params, context)

@@ -112,14 +112,14 @@ def sampling(model: LanguageModel, mesh, params, peer, problems: int):
         np.int32(0),
         np.arange(problems, dtype=np.uint32),
         np.full((problems, GROUP), 0.8, np.float32),
-        np.ones((problems, GROUP), bool),
+        np.full((problems, GROUP), RESPONSE, np.int32),
     )
     rows = Rows(last, np.zeros((problems, GROUP), np.int32))
     context, rows, draw = put_rows(mesh, (context, rows, draw), problems)
     inputs = torch.from_numpy(np.repeat(tokens_PT, GROUP, axis=0))
 
     def ours():
-        rollouts = jax.block_until_ready(bound.sample(params, bound.prefill(params, context), rows, draw))
+        rollouts, _ = jax.block_until_ready(bound.sample(params, bound.prefill(params, context), rows, draw))
         assert bool(rollouts.mask_PGR.all())
 
     def theirs():

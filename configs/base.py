@@ -67,7 +67,16 @@ def base() -> ConfigDict:
                 max_context_tokens=20_480,
                 max_trace_tokens=16_640,
             ),
-            rollout=dict(prompts=36, group=10, max_tokens=16_384, temperature=0.8, wave=4, max_resample=0),
+            rollout=dict(
+                prompts=36,
+                group=10,
+                max_tokens=16_384,
+                temperature=0.8,
+                wave=4,
+                slots=0,
+                expected_tokens=0,
+                max_resample=0,
+            ),
             segments=dict(rule="heading", max_segments=32),
             advantage=dict(
                 estimator="delta_norm",

@@ -37,6 +37,7 @@ from exprl_jax.reward.verifiers.grading import submit_owned
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import RLRun, check_enough, open_run, settle_run_sizes, task_of
 from exprl_jax.rollout.call import Prompts, make_prompts
+from exprl_jax.rollout.usage import usage_metrics
 from exprl_jax.rollout_log import rollout_row
 from exprl_jax.run.clock import Clock
 from exprl_jax.run.loop import StepResult, run_task
@@ -167,6 +168,7 @@ def learn(distilled: DistillRun, state: TrainState, collected: Collected, clock:
         verdicts = [group for grading in collected.gradings for group in grading()]
     table = _gather_table(collected, verdicts)
     tokens = int(table["length_PG"].sum())
+    row |= usage_metrics([usage for wave in collected.waves for usage in wave.usage])
     row |= rollout_statistics(table) | {"update/padding": mean_padding([collected.update])}
     row |= run.graders.throughput.report() | {"data/epoch": collected.epoch}
     samples = _sample_rows(run, collected.waves, verdicts)

@@ -182,6 +182,11 @@ class Placement:
         """The axis that problems are sharded over, as a forward sees it."""
         return None if self.mesh is None or self.mapped else DATA
 
+    @property
+    def shards(self) -> int:
+        """Parts that the problems are divided into."""
+        return 1 if self.mesh is None else self.mesh.shape[DATA]
+
     def axis_of(self, size: int) -> str | None:
         """`model`, if it divides a dimension of this size."""
         return MODEL if self.mesh is not None and size % self.mesh.shape[MODEL] == 0 else None

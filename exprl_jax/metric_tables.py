@@ -15,11 +15,13 @@ from collections.abc import Mapping
 from exprl_jax.files import write_atomically
 from exprl_jax.learning import distillation, supervised, update
 from exprl_jax.reward import statistics
+from exprl_jax.rollout import usage
 from exprl_jax.run import evaluating
 from exprl_jax.text_tables import markdown
 
 TABLES: Mapping[str, Mapping[str, str]] = {
     "rollouts": statistics.METRICS,
+    "sampling": usage.METRICS,
     "updates": update.METRICS,
     "distillation": distillation.METRICS,
     "evaluation": evaluating.METRICS,
@@ -29,8 +31,8 @@ TABLES: Mapping[str, Mapping[str, str]] = {
 }
 # Of each task, the tables that its rows of metrics are made of; a later one has the last word.
 _OF_TASK = {
-    "rl": ("rollouts", "updates", "evaluation"),
-    "distill": ("rollouts", "updates", "evaluation", "distillation"),
+    "rl": ("rollouts", "sampling", "updates", "evaluation"),
+    "distill": ("rollouts", "sampling", "updates", "evaluation", "distillation"),
     "sft": ("supervised", "validation"),
     "judge": ("supervised", "validation", "judge_validation"),
 }

@@ -107,10 +107,18 @@ def build(config: Config, mesh: Mesh, policy: LanguageModel) -> Programs:
     )
 
 
-def build_sampler(model: LanguageModel, mesh: Mesh, *, max_tokens: int, wave: int) -> Sampler:
-    """The programs `prefill` (params, Context → Prefix) and `sample` (params, Prefix, Rows, Draw → Rollouts)."""
-    prefill, sampling = _prefill(model, mesh), _sample(model, mesh, max_tokens)
-    return Sampler(_jit("prefill", prefill), _jit("sample", sampling, rows_sharding(mesh)), mesh, wave)
+def build_sampler(
+    model: LanguageModel, mesh: Mesh, *, max_tokens: int, wave: int, slots: int = 0, expected_tokens: int = 0
+) -> Sampler:
+    """The programs `prefill` (params, Context → Prefix) and `sample` (params, Prefix, Rows, Draw → Rollouts, Usage).
+
+    Args:
+      wave: problems of a call.
+      slots, expected_tokens: as `rollout.sampler.sample` takes them.
+    """
+    sampling = _sample(model, mesh, max_tokens, slots=slots, expected_tokens=expected_tokens)
+    sampling = _jit("sample", sampling, (rows_sharding(mesh), replicated(mesh)))
+    return Sampler(_jit("prefill", _prefill(model, mesh)), sampling, mesh, wave, max_tokens)
 
 
 def build_judge(judge_config: Judge, mesh: Mesh, judge: LanguageModel) -> JudgePrograms:
@@ -118,7 +126,11 @@ def build_judge(judge_config: Judge, mesh: Mesh, judge: LanguageModel) -> JudgeP
     if judge_config.readout == "logits":
         judging = functools.partial(score, judge.on(mesh), digit_ids=digit_token_ids(judge.tokenizer))
     else:
-        judging = _sample(judge, mesh, judge_config.max_tokens)
+        sampling = _sample(judge, mesh, judge_config.max_tokens)
+
+        def judging(*arguments):
+            return sampling(*arguments)[0]
+
     return JudgePrograms(_jit("judge_prefill", _prefill(judge, mesh)), _jit("judge", judging, rows_sharding(mesh)))
 
 
@@ -199,9 +211,11 @@ def _prefill(model: LanguageModel, mesh: Mesh) -> Callable:
     return lambda params, context: transformer.prefill(attached(params), context)
 
 
-def _sample(model: LanguageModel, mesh: Mesh, max_tokens: int) -> Callable:
+def _sample(model: LanguageModel, mesh: Mesh, max_tokens: int, **slots: int) -> Callable:
     tokenizer = model.tokenizer
-    sampling = functools.partial(sample, max_tokens=max_tokens, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id)
+    sampling = functools.partial(
+        sample, max_tokens=max_tokens, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, **slots
+    )
     return lambda params, prefix, rows, draw: sampling(model.on(mesh), attached(params), prefix, rows, draw)
 
 

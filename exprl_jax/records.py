@@ -7,6 +7,7 @@
     N  segments of one rollout              L  layers                    E  head size
                                             V  vocabulary
     M  microbatches of an update            W  a teacher's model width
+    A  decode slots
 
 A name such as `tokens_PGR` carries its dimensions as a suffix.  Masks are bool and True means "counted".
 
@@ -83,14 +84,14 @@ class Draw:
       step: int32 scalar, the RL step.
       problem_P: uint32, the problem's identity; with the index within the group it is the row's.
       temperature_PG: float32; 0 means greedy.
-      live_PG: bool, rows to sample; the others only fill the batch and stay empty.
+      budget_PG: int32, tokens to sample at most; rows with 0 only fill the batch and stay empty.
     """
 
     seed: Array
     step: Array
     problem_P: Array
     temperature_PG: Array
-    live_PG: Array
+    budget_PG: Array
 
 
 @flax.struct.dataclass
@@ -109,6 +110,26 @@ class Rollouts:
     mask_PGR: Array
     logp_PGR: Array
     ended_PG: Array
+
+
+@flax.struct.dataclass
+class Usage:
+    """What a sampling call did, over all data shards: scalars.
+
+    Attributes:
+      steps: int32, tokens that each decode slot was fed; empty slots are fed padding.
+      slots: int32, rows decoded at a time.
+      busy: int32, tokens fed to slots with a row that had not ended.
+      restarts: int32, rows that gave their pages back and began anew later.
+      pages: float32, the fraction of the rows' pages that was in use, summed over steps; None where rows have theirs
+        from the start.
+    """
+
+    steps: Array
+    slots: Array
+    busy: Array
+    restarts: Array
+    pages: Array | None
 
 
 @flax.struct.dataclass

@@ -230,6 +230,9 @@ def _check_rl(c: Config) -> None:
     require(c.loss.clip_low <= 1, "loss.clip_low", "at most 1")
     require(c.loss.dual_clip == 0 or c.loss.dual_clip > 1, "loss.dual_clip", "more than 1, or 0 for none")
     require(prompts % c.rollout.wave == 0, "rollout.wave", whole_batch)
+    expected, most = c.rollout.expected_tokens, f"at most rollout.max_tokens = {c.rollout.max_tokens}"
+    require(expected <= c.rollout.max_tokens, "rollout.expected_tokens", most)
+    require(expected == 0 or c.rollout.slots > 0, "rollout.expected_tokens", "0 with rollout.slots = 0")
     require(prompts % c.updates.per_batch == 0, "updates.per_batch", whole_batch)
     longest = c.data.max_prompt_tokens + c.rollout.max_tokens
     require(

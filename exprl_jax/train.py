@@ -25,6 +25,7 @@ from exprl_jax.resolve import to_dict
 from exprl_jax.reward.probe import probe_batch
 from exprl_jax.reward.statistics import summarise
 from exprl_jax.rl_run import RLRun, open_run, task_of
+from exprl_jax.rollout.usage import usage_metrics
 from exprl_jax.rollout_log import gather_table, sample_rows
 from exprl_jax.run.clock import Clock
 from exprl_jax.run.loop import StepResult, run_task
@@ -77,6 +78,7 @@ def collect(run: RLRun, state: TrainState, step: int, clock: Clock) -> Collected
     waves = [finish_wave(run, policy, wave, clock) for wave in pending]
     table = gather_table(run, waves)
     row = summarise(table, config.advantage, run.kinds) | {"data/epoch": epoch}
+    row |= usage_metrics([usage for scored in waves for usage in scored.wave.usage])
     if step == 0:
         probe_batch(row, config)
 

@@ -20,7 +20,7 @@ from exprl_jax.data.problems import Problem
 from exprl_jax.hosts import agree_rows, largest_over_processes, local_problems, owned_problems
 from exprl_jax.learning.advantages import SegmentAdvantages, assign_advantages
 from exprl_jax.model import decoder
-from exprl_jax.records import Rollouts
+from exprl_jax.records import Rollouts, Usage
 from exprl_jax.reward.judgements import Judgements, Pending, Query
 from exprl_jax.reward.statistics import VERDICTS, verdict_indices
 from exprl_jax.reward.verifiers.grading import submit_owned
@@ -54,12 +54,14 @@ class Wave:
       problems: in row order.
       ends: exclusive token ends of each rollout's segments, by problem and index within the group.
       responses: text of each rollout.
+      usage: of each call that sampled it, over all processes.
     """
 
     problems: Sequence[Problem]
     rollouts: Rollouts
     ends: Sequence[Sequence[np.ndarray]]
     responses: Sequence[Sequence[str]]
+    usage: Sequence[Usage] = ()
 
     @property
     def count_PG(self) -> np.ndarray:
@@ -144,7 +146,7 @@ def finish_wave(run: RLRun, policy: decoder.Params, pending: PendingWave, clock:
 def sample_wave(run: RLRun, policy: decoder.Params, request: WaveRequest) -> Wave:
     """G rollouts of each problem from the bare prompt, with their text, cut where the judge is to score."""
     rollout = run.config.rollout
-    rollouts = run.sampler(
+    rollouts, usage = run.sampler(
         policy,
         run.prompts,
         request.problems,
@@ -160,7 +162,7 @@ def sample_wave(run: RLRun, policy: decoder.Params, request: WaveRequest) -> Wav
         [run.splitter.segment_ends(row) if run.route(problem).per_segment else _whole(row) for row in group]
         for problem, group in zip(request.problems, ids)
     ]
-    return Wave(request.problems, rollouts, ends, responses)
+    return Wave(request.problems, rollouts, ends, responses, [usage])
 
 
 def judge_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Pending[Judgements]:
@@ -254,6 +256,7 @@ def replace_groups(old: ScoredWave, new: ScoredWave, replaced_P: np.ndarray) -> 
             rollouts=jax.tree.map(arrays, old.wave.rollouts, new.wave.rollouts),
             ends=lists(old.wave.ends, new.wave.ends),
             responses=lists(old.wave.responses, new.wave.responses),
+            usage=[*old.wave.usage, *new.wave.usage],
         ),
         judgements=Judgements(
             **judgements,

@@ -40,7 +40,7 @@ LONG = """
     evaluate
     extending families folder gguf_file gpu_benchmark grader_agreement hlo judge judge_training leaks logprobs lora
     lora_run losses
-    main mesh notebook package packed paged probe processes resume rl_run run_models sampler sandbox scoring sft
+    main mesh notebook package packed paged probe processes resume rl_run run_models sampler sandbox scoring sft slots
     supervised tpu_scripts train update wave
 """.split()
 

@@ -236,6 +236,8 @@ NOT_NEGATIVE = [
     "rollout.max_resample",
     "updates.row_tokens",
     "updates.microbatch",
+    "rollout.slots",
+    "rollout.expected_tokens",
     "judge.endpoint.retries",
 ]
 
@@ -293,6 +295,11 @@ DISTILL = {"task": "distill", "loss.kl_coef": 0.0}
         ({"reference.weights": ""}, "reference.weights: got '', expected a model"),
         ({"judge.model.weights": ""}, "judge.model.weights: got '', expected a model"),
         ({"rollout.wave": 3}, "rollout.wave: got 3, expected a divisor of rollout.prompts = 8"),
+        ({"rollout.expected_tokens": 9}, "rollout.expected_tokens: got 9, expected 0 with rollout.slots = 0"),
+        (
+            {"rollout.expected_tokens": 25, "rollout.slots": 2},
+            "rollout.expected_tokens: got 25, expected at most rollout.max_tokens = 24",
+        ),
         ({"updates.per_batch": 3}, "updates.per_batch: got 3, expected a divisor of rollout.prompts = 8"),
         (
             {"updates.row_tokens": 535},

@@ -45,11 +45,7 @@ def test_sampling_lowers_for_cuda(kv_dtype):
 
     context, rows = Context(shape(P, C), shape(P)), Rows(shape(P, G, 1), shape(P, G))
     draw = Draw(
-        shape(dtype=jnp.uint32),
-        shape(),
-        shape(P, dtype=jnp.uint32),
-        shape(P, G, dtype=jnp.float32),
-        shape(P, G, dtype=bool),
+        shape(dtype=jnp.uint32), shape(), shape(P, dtype=jnp.uint32), shape(P, G, dtype=jnp.float32), shape(P, G)
     )
     text = jax.jit(sampled).trace(params, context, rows, draw).lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.while" in text and "tpu_custom_call" not in text

@@ -14,8 +14,8 @@ from exprl_jax.records import Context, Draw
 def test_rows_come_back_as_they_went(data, model):
     mesh, random = make_mesh(Mesh(data, model)), np.random.default_rng(0)
     context = Context(random.integers(0, 9, (8, 3), dtype=np.int32), np.arange(8, dtype=np.int32))
-    temperature_PG, live_PG = random.random((8, 2)).astype(np.float32), np.ones((8, 2), bool)
-    draw = Draw(np.uint32(7), np.int32(3), np.arange(8, dtype=np.uint32), temperature_PG, live_PG)
+    temperature_PG, budget_PG = random.random((8, 2)).astype(np.float32), np.ones((8, 2), np.int32)
+    draw = Draw(np.uint32(7), np.int32(3), np.arange(8, dtype=np.uint32), temperature_PG, budget_PG)
     placed_context, placed_draw = put_rows(mesh, (context, draw), 8)
     assert placed_context.tokens_PC.addressable_shards[0].data.shape == (8 // data, 3)
     assert placed_draw.seed.sharding == replicated(mesh) and placed_draw.seed == 7

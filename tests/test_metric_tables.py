@@ -8,6 +8,7 @@ from tiny_runs import ROOT
 from exprl_jax.learning import distillation, supervised, update
 from exprl_jax.metric_tables import TABLES, explanations, main, rewrite
 from exprl_jax.reward import statistics
+from exprl_jax.rollout import usage
 from exprl_jax.run import evaluating
 
 PAGE = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
@@ -20,7 +21,7 @@ def test_the_page_is_current():
 @pytest.mark.parametrize(
     "heading, explained",
     [
-        ("Reinforcement learning", {**statistics.METRICS, **update.METRICS}),
+        ("Reinforcement learning", {**statistics.METRICS, **usage.METRICS, **update.METRICS}),
         ("Self-distillation", distillation.METRICS),
         ("Evaluation inside a run", evaluating.METRICS),
         ("SFT", {**supervised.METRICS, **supervised.VALIDATION}),
@@ -55,12 +56,12 @@ def test_a_page_without_each_table_once_is_refused(tmp_path, page, capsys):
     path = tmp_path / "page.md"
     path.write_text(page, encoding="utf-8")
     assert main([str(path)]) == 1 and path.read_text(encoding="utf-8") == page
-    assert "expected each of rollouts, updates" in capsys.readouterr().err
+    assert "expected each of rollouts, sampling, updates" in capsys.readouterr().err
     assert main([str(tmp_path / "none.md")]) == 1 and main([]) == 2
 
 
 def test_the_tasks_metrics_are_those_of_their_tables():
-    assert set(explanations("rl")) == {*statistics.METRICS, *update.METRICS, *evaluating.METRICS}
+    assert set(explanations("rl")) == {*statistics.METRICS, *usage.METRICS, *update.METRICS, *evaluating.METRICS}
     assert explanations("distill")["loss/total"] == distillation.METRICS["loss/total"]
     assert explanations("sft") == {**TABLES["supervised"], **TABLES["validation"]} and explanations("evaluate") == {}
     assert explanations("judge") == {**explanations("sft"), **TABLES["judge_validation"]}

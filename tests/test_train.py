@@ -36,6 +36,7 @@ from exprl_jax.model.decoder import Transformer
 from exprl_jax.reward import statistics
 from exprl_jax.reward.segments import segment_rule
 from exprl_jax.rl_run import first_state
+from exprl_jax.rollout import usage
 from exprl_jax.run import loop
 from exprl_jax.run.clock import CompileLedger
 from exprl_jax.weights.folder import export_folder
@@ -185,7 +186,7 @@ def test_a_run_leaves_every_promised_file(arm):
 
 def test_a_row_holds_every_documented_metric_and_no_other(arm):
     documented = {"step", "data/epoch", "update/skipped_total", "update/without_advantage", "update/padding"}
-    documented |= {*statistics.METRICS, *update.METRICS}
+    documented |= {*statistics.METRICS, *usage.METRICS, *update.METRICS}
     if {sample["kind"] for sample in read_jsonl(arm.folder / "rollouts" / "step_000001.jsonl")} > {"math"}:
         kinds = ("choice", "code", "math", "science")
         documented |= {f"{name}/{kind}" for name in statistics.BY_KIND for kind in kinds}

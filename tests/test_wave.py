@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 from tiny_runs import LONG, tiny
 
+from exprl_jax import programs
 from exprl_jax.kinds import KINDS
 from exprl_jax.reward.judge import Judgements
 from exprl_jax.reward.routes import ROUTES
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import open_run
+from exprl_jax.rollout.usage import usage_metrics
 from exprl_jax.run.clock import Clock
-from exprl_jax.wave import Wave, WaveRequest, add_verdict_rewards, finish_wave, start_wave, verify_wave
+from exprl_jax.wave import Wave, WaveRequest, add_verdict_rewards, finish_wave, sample_wave, start_wave, verify_wave
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,30 @@ def test_an_attempt_has_random_numbers_of_its_own_and_the_first_those_of_a_run_w
     assert (ours != theirs).any((-1, -2)).all()
     # Every rollout of the group is new, also its first token for most of them.
     assert (ours[..., 0] != theirs[..., 0]).mean() > 0.5
+
+
+def test_decode_slots_change_no_rollout_and_are_counted():
+    """Two slots for a wave's 16 rows on each of two devices, and pages for half of what they may need."""
+    config = tiny("outcome", {"rollout.prompts": 8, "mesh.data": 2, "mesh.model": 4})
+    with contextlib.ExitStack() as stack:
+        run = open_run(config, stack)
+        policy, problems = run.frozen[config.reference], run.problems[: config.rollout.wave]
+        request = WaveRequest(problems, np.arange(len(problems)), 0, 0, np.ones(len(problems), bool))
+        sizes = dict(max_tokens=config.rollout.max_tokens, wave=config.rollout.wave)
+        waves = []
+        for slots in ({}, {"slots": 2}, {"slots": 2, "expected_tokens": 12}):
+            sampler = programs.build_sampler(run.policy, run.mesh, **sizes, **slots)
+            waves.append(sample_wave(dataclasses.replace(run, sampler=sampler), policy, request))
+    for wave in waves[1:]:
+        np.testing.assert_array_equal(wave.rollouts.tokens_PGR, waves[0].rollouts.tokens_PGR)
+        np.testing.assert_allclose(wave.rollouts.logp_PGR, waves[0].rollouts.logp_PGR, atol=1e-5)
+    together, queued, paged = (usage_metrics(wave.usage) for wave in waves)
+    lengths = waves[0].rollouts.mask_PGR.sum(-1)
+    assert together["rollout/occupancy"] == lengths.mean() / lengths.max()
+    assert together["rollout/pages"] is None and queued["rollout/pages"] is None and 0 < paged["rollout/pages"] <= 1
+    assert waves[1].usage[0].busy == lengths.sum() and waves[1].usage[0].slots == 4
+    assert usage_metrics([*waves[1].usage] * 2) == queued
+    assert usage_metrics([])["rollout/occupancy"] is None
 
 
 def test_open_ended_groups_that_are_left_alone_are_not_verified_again():

@@ -22,6 +22,7 @@ from exprl_jax.distill import distill
 from exprl_jax.records import Packed, Rollouts, TrainState
 from exprl_jax.resolve import resolve
 from exprl_jax.rl_run import RLRun, open_run
+from exprl_jax.rollout import usage
 from exprl_jax.run.clock import Clock
 from exprl_jax.run.loop import StepResult
 from exprl_jax.train import train
@@ -152,10 +153,15 @@ def read_jsonl(path) -> list[dict]:
     return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
 
 
+# They depend on mesh, wave and slots.
+DIVIDED = usage.METRICS
+
+
 def rows(folder, clock: bool = False) -> list[dict]:
-    """A run's metrics rows; what depends on the clock is left out unless asked for."""
+    """A run's metrics rows; what depends on the clock, or on how a step is divided, is left out unless asked for."""
     lines = (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if clock or not k.startswith("time/")} for line in lines]
+    left_out = () if clock else ("time/", *DIVIDED)
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(left_out)} for line in lines]
 
 
 def parameters(folder) -> dict[str, np.ndarray]:

@@ -17,7 +17,12 @@ class Rollout:
       group: rollouts a problem (G).
       max_tokens: longest response (R); a rollout that reaches it without EOS is overlong.
       temperature: the policy's; every log-probability in training is of logits / temperature.
-      wave: problems sampled and judged at a time; bounds the KV cache.
+      wave: problems sampled and judged at a time; without `slots` it bounds the KV cache.
+      slots: rows that a data shard decodes at a time; a row that ends gives its slot to the next one of the wave, and
+        the KV cache is bounded by slots.  0 decodes all rows of a wave together, until the longest has ended.
+      expected_tokens: of a response; the slots share pages of KV for slots · expected_tokens.  Longer responses take
+        pages that others do not need, and where none is left the youngest begin anew later, to the same tokens.  0
+        keeps pages for max_tokens of each slot.
       max_resample: how often a group without any advantage is sampled again, on any route.
     """
 
@@ -26,6 +31,8 @@ class Rollout:
     max_tokens: Count
     temperature: NotNegative
     wave: Count
+    slots: CountOrNone
+    expected_tokens: CountOrNone
     max_resample: CountOrNone
 
 

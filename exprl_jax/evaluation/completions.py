@@ -53,7 +53,7 @@ class Completer:
         size = self._sampler.wave
         # Of a problem the sampler reads the identity alone.
         problems = [Problem(name, "", None, "", "math") for name in [*names, *[names[0]] * (size - len(names))]]
-        rollouts = self._sampler(
+        rollouts, _ = self._sampler(
             self._params,
             self._prompts,
             problems,

@@ -101,7 +101,7 @@ def start_wave(bench: Bench, params: Params, wave: SampleWave, step: int, attemp
     mesh, size = bench.sampler.mesh, bench.sampler.wave
     index_P = local_problems(mesh, size)
     problems, live_P = [wave.problems[i] for i in index_P], wave.live_P[index_P]
-    rollouts = bench.sampler(
+    rollouts, _ = bench.sampler(
         params,
         bench.prompts,
         problems,

@@ -60,7 +60,7 @@ def attend(
     length_P: Int[Array, " P"],
     own: KV,
     start_PG: Int[Array, "P G"],
-    slot: Int[Array, ""] | int,
+    slot: Int[Array, ""] | Int[Array, "P G"] | int,
     placement: Placement = ONE_DEVICE,
 ) -> Float[Array, "P G T H E"]:
     """Softmax attention over two sets of keys: the problem's context and the row's own slots.
@@ -77,22 +77,23 @@ def attend(
       context: rotated keys and values, [P, K, C, E]; the first `length_P` slots are real.
       own: rotated keys and values, [P, G, K, S, E], the queries' own included.
       start_PG: first real own slot.
-      slot: own slot of the first query; 0 on TPU, where rows with a past have pages (`model.paged`).
+      slot: own slot of the first query, of all rows or of each; 0 on TPU, where rows with a past have pages
+        (`model.paged`).
     """
     if placement.on_tpu:
         return _splash_rows(q_PGTHE, context, length_P, own, start_PG, placement)
     P, G, T, H, E = q_PGTHE.shape
     C, S = context.k.shape[2], own.k.shape[3]
-    slot_T = slot + jnp.arange(T)
+    slot_PGT = jnp.atleast_2d(slot)[..., None] + jnp.arange(T)  # [1, 1, T] where all rows have one
     if placement.has_cudnn(q_PGTHE.dtype, E) and (C, S) == (0, T):
         k, v = (jnp.swapaxes(x.reshape(P * G, -1, S, E), 1, 2) for x in (own.k, own.v))
-        segment_BT = (slot_T >= start_PG[..., None]).reshape(P * G, T).astype(jnp.int32)
+        segment_BT = (slot_PGT >= start_PG[..., None]).reshape(P * G, T).astype(jnp.int32)
         position_BT = jnp.broadcast_to(jnp.arange(T), segment_BT.shape)
         q = q_PGTHE.reshape(P * G, T, H, E)
         return attend_packed(q, k, v, segment_BT, segment_BT, position_BT, placement).reshape(q_PGTHE.shape)
     return _in_chunks(
-        lambda q, slot_T: _attend_rows(q, context, length_P, own, start_PG, slot_T[0, 0]),
-        (q_PGTHE, slot_T[None, None]),
+        lambda q, slot_PGT: _attend_rows(q, context, length_P, own, start_PG, slot_PGT),
+        (q_PGTHE, slot_PGT),
         H,
         C + S,
         placement,
@@ -164,7 +165,7 @@ def _in_chunks(function, queries, heads, keys, placement):
     return out.reshape(*out.shape[:2], -1, *out.shape[4:])[:, :, :T]
 
 
-def _attend_rows(q, context: KV, length_P, own: KV, start_PG, slot_T):
+def _attend_rows(q, context: KV, length_P, own: KV, start_PG, slot_PGT):
     P, G, T, H, E = q.shape
     K, C, S = own.k.shape[2], context.k.shape[2], own.k.shape[3]
     q = q.reshape(P, G, T, K, H // K, E) * jnp.asarray(E**-0.5, q.dtype)
@@ -174,9 +175,9 @@ def _attend_rows(q, context: KV, length_P, own: KV, start_PG, slot_T):
 
     real_PC = jnp.arange(C) < length_P[:, None]
     slot_S = jnp.arange(S)
-    past_PGTS = (slot_S >= start_PG[..., None, None]) & (slot_S <= slot_T[:, None])
+    past_PGTS = (slot_S >= start_PG[..., None, None]) & (slot_S <= slot_PGT[..., None])
     # Padding queries (slots before `start`) would see nothing, and a softmax over nothing is NaN: they see themselves.
-    past_PGTS |= slot_S == slot_T[:, None]
+    past_PGTS |= slot_S == slot_PGT[..., None]
     score_context = jnp.where(real_PC[:, None, None, None, None], score_context, -jnp.inf)
     score_own = jnp.where(past_PGTS[:, :, None, None], score_own, -jnp.inf)
 

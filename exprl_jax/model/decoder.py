@@ -152,13 +152,21 @@ class Attention(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class RowAttention:
-    """Rows on their context and their own slots.  `past` is (context KV, own KV), `view` (length_P, start_PG, slot)."""
+    """Rows on their context and their own slots.  `past` is (context KV, own KV), `view` (length_P, start_PG, slot,
+    problem_P); with the last, the context's number among its shard's, contexts are read by any of the P."""
 
     placement: Placement
 
     def __call__(self, q, k, v, memory, layer_input, view):
-        (_, (context, cache)), (length_P, start_PG, slot) = layer_input, view
-        own = _write(cache, KV(jnp.swapaxes(k, 2, 3), jnp.swapaxes(v, 2, 3)), slot)
+        (_, (context, cache)), (length_P, start_PG, slot, problem_P) = layer_input, view
+        new = KV(jnp.swapaxes(k, 2, 3), jnp.swapaxes(v, 2, 3))
+        if problem_P is None:
+            own = _write(cache, new, slot)
+        else:
+            data, heads = self.placement.data, self.placement.axis_of(k.shape[3])
+            contexts, rows = (data, heads), (data, None, heads)
+            context = self.placement.split(_take, (contexts, (data,)), contexts)(context, problem_P)
+            own = self.placement.split(_write_each, (rows, rows, (data,)), rows)(cache, new, slot)
         return attention.attend(q, context, length_P, own, start_PG, slot, self.placement), memory, own
 
 
@@ -191,6 +199,16 @@ def _write(cache: KV, new: KV, slot) -> KV:
         return new
     start = (0, 0, 0, slot, 0)
     return KV(jax.lax.dynamic_update_slice(cache.k, new.k, start), jax.lax.dynamic_update_slice(cache.v, new.v, start))
+
+
+def _take(context: KV, problem_P) -> KV:
+    return jax.tree.map(lambda x: x[problem_P], context)
+
+
+def _write_each(cache: KV, new: KV, slot_PG) -> KV:
+    """Of each row at its own slot."""
+    write = jax.vmap(jax.vmap(lambda x, y, slot: jax.lax.dynamic_update_slice(x, y, (0, slot, 0))))
+    return KV(write(cache.k, new.k, slot_PG), write(cache.v, new.v, slot_PG))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +265,7 @@ class Transformer:
         none_P = jnp.zeros((P,), jnp.int32)
         past = self._both(empty_context(self.arch, self.execution, P), empty_cache(self.arch, self.execution, P, 1, 0))
         positions_P1C = jnp.broadcast_to(jnp.arange(C), (P, 1, C))
-        view = none_P, none_P[:, None], 0
+        view = none_P, none_P[:, None], 0, None
         _, _, own = self._apply(
             params, RowAttention(self.placement), context.tokens_PC[:, None], positions_P1C, past, (), view
         )
@@ -258,7 +276,7 @@ class Transformer:
         P, G, T = rows.tokens_PGT.shape
         past = self._both(prefix.layers, empty_cache(self.arch, self.execution, P, G, 0))
         positions_PGT = _positions(prefix.length_P, rows.start_PG, 0, T)
-        view = prefix.length_P, rows.start_PG, 0
+        view = prefix.length_P, rows.start_PG, 0, None
         return self._apply(params, RowAttention(self.placement), rows.tokens_PGT, positions_PGT, past, (), view)[0]
 
     def packed_hidden_states(self, params: Params, packed: Packed) -> Float[Array, "B T D"]:
@@ -278,6 +296,18 @@ class Transformer:
             return paged.open_pages(self.arch, self.execution, self.placement, prefix, start_PG, tokens)
         return empty_cache(self.arch, self.execution, *start_PG.shape, slots)
 
+    def open_slots(self, prefix: Prefix, slots: int, tokens: int, pages: int) -> Any:
+        """Room for rows that take turns in decode slots, their contexts at hand.
+
+        Args:
+          slots: of a data shard.
+          tokens: a row's own, at most.
+          pages: of a data shard, for its rows to share; 0 keeps `tokens` for each slot.
+        """
+        if pages:
+            return paged.open_pool(self.arch, self.execution, self.placement, prefix, slots, tokens, pages)
+        return empty_cache(self.arch, self.execution, slots * self.placement.shards, 1, tokens)
+
     def continue_rows(
         self,
         params: Params,
@@ -285,15 +315,22 @@ class Transformer:
         cache: Any,
         tokens_PGT: Int[Array, "P G T"],
         start_PG: Int[Array, "P G"],
-        slot: Int[Array, ""] | int,
+        slot: Int[Array, ""] | Int[Array, "P G"] | int,
+        problem_P: Int[Array, " P"] | None = None,
     ) -> tuple[Float[Array, "P G T D"], Any]:
-        """Feeds T more tokens a row at cache slots slot … slot + T − 1; returns their hidden states and the cache."""
+        """Feeds T more tokens a row at cache slots slot … slot + T − 1; returns their hidden states and the cache.
+
+        Args:
+          prefix: of each of the P; with `problem_P`, its lengths are, and its keys and values are of all problems.
+          slot: of all rows, or of each.
+          problem_P: which of its shard's contexts is read by each of the P, where that is not the index itself.
+        """
         positions_PGT = _positions(prefix.length_P, start_PG, slot, tokens_PGT.shape[2])
         if isinstance(cache, paged.PagedCache):
             on_pages = PagedAttention(self.execution, self.placement)
             hidden, cache, _ = self._apply(params, on_pages, tokens_PGT, positions_PGT, self._no_past(), cache, slot)
             return hidden, cache
-        past, view = self._both(prefix.layers, cache), (prefix.length_P, start_PG, slot)
+        past, view = self._both(prefix.layers, cache), (prefix.length_P, start_PG, slot, problem_P)
         hidden, _, cache = self._apply(params, RowAttention(self.placement), tokens_PGT, positions_PGT, past, (), view)
         return hidden, cache
 
@@ -319,7 +356,7 @@ class Transformer:
 
 def _positions(length_P: Array, start_PG: Array, slot: Any, tokens: int) -> Array:
     """Of each row's tokens, counted on after its context's; 0 for padding before its start."""
-    own = slot + jnp.arange(tokens) - start_PG[..., None]
+    own = jnp.asarray(slot)[..., None] + jnp.arange(tokens) - start_PG[..., None]
     return jnp.maximum(length_P[:, None, None] + own, 0)
 
 

@@ -29,7 +29,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import ragged_paged_attention
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from exprl_jax.architecture import Architecture
 from exprl_jax.config import Execution
@@ -53,11 +53,16 @@ class Pages:
       table_PGn: int32, numbers of pages, without the layer.
       length_P: int32, tokens of the context.
       start_PG: int32, first real slot of each row.
+      problem_P: int32, the context's number among its shard's; None where it is the index itself.
+      owner_N: int32, of each page that is no context's, its slot, or the number of slots where it is free; None where
+        every row has its pages from the start.
     """
 
     table_PGn: Array
     length_P: Array
     start_PG: Array
+    problem_P: Array | None = None
+    owner_N: Array | None = None
 
 
 @flax.struct.dataclass
@@ -90,22 +95,11 @@ def open_pages(
     slots: int,
 ) -> PagedCache:
     """A pool that holds the contexts, with room for `slots` tokens of each row."""
-    k, v = (
-        getattr(prefix.layers, name)
-        if execution.scan_layers
-        else jnp.stack([getattr(layer, name) for layer in prefix.layers])
-        for name in ("k", "v")
-    )
-    heads = placement.axis_of(arch.kv_heads)
-    scales = jnp.ones((), jnp.float32), jnp.ones((), jnp.float32)
-    if execution.kv_dtype == "int8":
-        scales = _int8_steps(k, v, prefix.length_P)
-    scales = [jnp.broadcast_to(x, (*k.shape[:3], arch.head_size)) for x in scales]
+    k, v, scales = _keys_values_scales(arch, execution, prefix)
 
     def fill(k_LPKCE, v_LPKCE, k_scale, v_scale, length_P, start_PG):
         (L, P, _, C, _), G = k_LPKCE.shape, start_PG.shape[1]
-        # A row's own pages hold up to PAGE − 1 tokens of its context's tail besides its `slots`.
-        shared, own = C // PAGE, -(-(PAGE - 1 + slots) // PAGE)
+        shared, own = C // PAGE, own_pages(slots)
         k, v = (jnp.moveaxis(x, 2, 3) for x in (k_LPKCE, v_LPKCE))
         kv = _combine(k, v, k_scale[:, :, None], v_scale[:, :, None], execution, placement)
         full_P, pages = length_P // PAGE, P * (shared + G * own)
@@ -131,15 +125,147 @@ def open_pages(
         table = jnp.where(past_context < 0, context_page, own_page + jnp.clip(past_context, 0, own - 1))
         return pool, table.astype(jnp.int32)
 
+    data, heads = placement.data, placement.axis_of(arch.kv_heads)
     # Contexts and scales are sharded alike: problems over `data`, heads over `model`.
-    cache, scale = (None, placement.data, heads), (None, placement.data, heads)
-    fill = placement.split(
-        fill,
-        (cache, cache, scale, scale, (placement.data,), (placement.data,)),
-        ((placement.data, None, heads), (placement.data,)),
-    )
+    fill = placement.split(fill, ((None, data, heads),) * 4 + ((data,),) * 2, ((data, None, heads), (data,)))
     pool, table = fill(k, v, *scales, prefix.length_P, start_PG)
     return PagedCache(pool, Pages(table, prefix.length_P, start_PG), *scales)
+
+
+def open_pool(
+    arch: Architecture, execution: Execution, placement: Placement, prefix: Prefix, slots: int, tokens: int, pages: int
+) -> PagedCache:
+    """A pool that holds the contexts, whole, and pages that rows in slots take as they need them (`hand_out_pages`).
+
+    Args:
+      slots: of a data shard.
+      tokens: a row's own, at most.
+      pages: of a data shard for the rows; at least those of one row (`own_pages`).
+    """
+    k, v, scales = _keys_values_scales(arch, execution, prefix)
+
+    def fill(k_LPKCE, v_LPKCE, k_scale, v_scale):
+        L, P, _, C, _ = k_LPKCE.shape
+        shared = -(-C // PAGE)
+        kv = _combine(
+            *(jnp.moveaxis(x, 2, 3) for x in (k_LPKCE, v_LPKCE)),
+            k_scale[:, :, None],
+            v_scale[:, :, None],
+            execution,
+            placement,
+        )
+        pool = jnp.zeros((L * (P * shared + pages), PAGE, *kv.shape[3:]), kv.dtype)
+        page = jnp.arange(L)[:, None, None] * (P * shared + pages) + jnp.arange(P)[:, None] * shared
+        page = page + jnp.arange(C) // PAGE
+        pool = _put(pool, page, jnp.broadcast_to(jnp.arange(C) % PAGE, page.shape), kv)
+        table = jnp.zeros((slots, 1, C // PAGE + own_pages(tokens)), jnp.int32)
+        return pool, table, jnp.full(pages, slots, jnp.int32)
+
+    data, heads = placement.data, placement.axis_of(arch.kv_heads)
+    fill = placement.split(fill, ((None, data, heads),) * 4, ((data, None, heads), (data,), (data,)))
+    pool, table, owner = fill(k, v, *scales)
+    none = jnp.zeros(len(table), jnp.int32)
+    return PagedCache(pool, Pages(table, none, none[:, None], none, owner), *scales)
+
+
+def own_pages(tokens: int) -> int:
+    """Pages of a row with so many tokens of its own; up to PAGE − 1 of its context's tail stand before them."""
+    return -(-(PAGE - 1 + tokens) // PAGE)
+
+
+def hand_out_pages(
+    pool: Array,
+    pages: Pages,
+    layers: int,
+    problems: int,
+    expected: int,
+    problem_A: Int[Array, " A"],
+    length_A: Int[Array, " A"],
+    count_A: Int[Array, " A"],
+    busy_A: Bool[Array, " A"],
+    fresh_A: Bool[Array, " A"],
+    start_A: Int[Array, " A"],
+) -> tuple[Bool[Array, " A"], Array, Pages]:
+    """Frees the pages of slots that are not busy, and gives one to each that begins or whose tokens have reached one.
+
+    Where too few are free, the youngest rows give theirs back.  A row begins only where the pool has the expected pages
+    for it and for every older row, so that few are sent away later.  Of one data shard.
+
+    Args:
+      pool, pages: of the slots, as `open_pool` and this function leave them.
+      layers, problems: of the pool.
+      expected: pages that a row is expected to need.
+      problem_A, length_A: each slot's context, and its tokens.
+      count_A: tokens of its own by now.
+      fresh_A: slots whose row begins; busy ones.
+      start_A: the step at which it began.
+
+    Returns:
+      slots that are still busy, and the pool and the pages in which they have theirs.
+    """
+    table, owner, of_layer = pages.table_PGn[:, 0], pages.owner_N, pool.shape[0] // layers
+    A, n, N = len(busy_A), table.shape[1], len(owner)
+    shared = (of_layer - N) // problems
+    position_A, full_A = length_A + count_A, length_A // PAGE
+
+    owner = _release(owner, busy_A & ~fresh_A)  # a fresh row owns nothing of what the one before it had
+    held_A = jnp.zeros(A, jnp.int32).at[owner].add(1, mode="drop")
+    need_A = busy_A & (fresh_A | (position_A % PAGE == 0))
+    free = jnp.sum(owner == A)
+    oldest_first = jnp.argsort(jnp.where(busy_A, start_A, jnp.iinfo(jnp.int32).max), stable=True)
+    need, held, fresh = (x[oldest_first] for x in (need_A.astype(jnp.int32), held_A, fresh_A))
+    wanted = jnp.cumsum(need)
+    available = free + held.sum() - jnp.cumsum(held)
+    fits = (wanted <= available) & (~fresh | (jnp.cumsum(jnp.maximum(held + need, expected)) <= N))
+    kept_A = jnp.zeros(A, bool).at[oldest_first].set(jnp.cumsum(~fits) == 0) & busy_A
+
+    owner, need_A = _release(owner, kept_A), need_A & kept_A
+    free_pages = jnp.nonzero(owner == A, size=A, fill_value=N)[0].astype(jnp.int32)
+    page_A = jnp.where(need_A, free_pages[jnp.cumsum(need_A) - 1], N)
+    owner = owner.at[page_A].set(jnp.arange(A, dtype=jnp.int32), mode="drop")
+
+    begins_A, entry = kept_A & fresh_A, jnp.arange(n)
+    of_context = jnp.where(entry < full_A[:, None], problem_A[:, None] * shared + entry, 0)
+    table = jnp.where(begins_A[:, None], of_context, table)
+    number_A, column_A = problems * shared + page_A, jnp.where(need_A, position_A // PAGE, n)
+    table = table.at[jnp.arange(A), column_A].set(number_A, mode="drop")
+
+    # The tail of a context, which fills no page, is copied to the head of its row's first own page.
+    copies_A, layer_page = begins_A & (length_A % PAGE > 0), jnp.arange(layers) * of_layer
+
+    def copy_tail(slot, pool):
+        tail = layer_page + problem_A[slot] * shared + jnp.minimum(full_A[slot], shared - 1)
+        # To nowhere, past the pool, where there is nothing to copy.
+        first_own = jnp.where(copies_A[slot], layer_page + number_A[slot], len(pool))
+        return pool.at[first_own].set(pool[tail], mode="drop")
+
+    # Only in the few steps in which a row begins.  The loop has one trip a slot: `plan.hlo` counts no loop that values
+    # end inside another.
+    pool = jax.lax.cond(
+        jnp.any(copies_A), lambda pool: jax.lax.fori_loop(0, A, copy_tail, pool), lambda pool: pool, pool
+    )
+    # What is fed to an empty slot is padding: nothing of it is kept.
+    start_PG = jnp.where(kept_A, 0, jnp.iinfo(jnp.int32).max)[:, None]
+    return kept_A, pool, Pages(table[:, None], length_A, start_PG, problem_A, owner)
+
+
+def _release(owner_N, kept_A):
+    """The pages' owners without the slots that are not kept."""
+    return jnp.where(jnp.append(kept_A, False)[owner_N], owner_N, len(kept_A))
+
+
+def _keys_values_scales(arch: Architecture, execution: Execution, prefix: Prefix):
+    """The contexts' keys and values [L, P, K, C, E], and the steps of each [L, P, K, E], 1 where pages are not int8."""
+    k, v = (
+        getattr(prefix.layers, name)
+        if execution.scan_layers
+        else jnp.stack([getattr(layer, name) for layer in prefix.layers])
+        for name in ("k", "v")
+    )
+    scales = jnp.ones((), jnp.float32), jnp.ones((), jnp.float32)
+    if execution.kv_dtype == "int8":
+        scales = _int8_steps(k, v, prefix.length_P)
+    return k, v, [jnp.broadcast_to(x, (*k.shape[:3], arch.head_size)) for x in scales]
 
 
 def attend_pages(
@@ -157,35 +283,37 @@ def attend_pages(
     Args:
       q_PGTHE, k_PGTKE, v_PGTKE: rotated queries and keys, and values.
       layer: whose pages.
-      slot: of the first of these tokens; a row's tokens before its start are padding, whose results mean nothing.
+      slot: of the first of these tokens, of all rows or of each [P, G]; a row's tokens before its start are padding,
+        whose results mean nothing.
     """
     heads = placement.axis_of(k_PGTKE.shape[3])
     layers = cache.k_scale.shape[0]
     local = functools.partial(_write_and_attend, layers=layers, execution=execution, placement=placement)
     rows, pool, scale = (placement.data, None, None, heads), (placement.data, None, heads), (placement.data, heads)
-    takes = (rows, rows, rows, pool, (placement.data,), (placement.data,), (placement.data,), scale, scale, (), ())
+    slot, pages = jnp.asarray(slot, jnp.int32), cache.pages
+    # Scales of a slot are those of its problem.
+    by_slot, of_slot = (placement.data,), (placement.data,) if slot.ndim else ()
+    takes = (rows, rows, rows, pool, by_slot, scale, scale, (), of_slot)
     out, pool = placement.split(local, takes, (rows, pool))(
         q_PGTHE,
         k_PGTKE,
         v_PGTKE,
         cache.pool,
-        cache.pages.table_PGn,
-        cache.pages.length_P,
-        cache.pages.start_PG,
+        (pages.table_PGn, pages.length_P, pages.start_PG, pages.problem_P),
         cache.k_scale[layer],
         cache.v_scale[layer],
         jnp.int32(layer),
-        jnp.int32(slot),
+        slot,
     )
     return out, cache.replace(pool=pool)
 
 
-def _write_and_attend(
-    q, k, v, pool, table, length_P, start_PG, k_scale, v_scale, layer, slot, *, layers, execution, placement
-):
-    P, G, T, H, E = q.shape
+def _write_and_attend(q, k, v, pool, read, k_scale, v_scale, layer, slot, *, layers, execution, placement):
+    (P, G, T, H, E), (table, length_P, start_PG, problem_P) = q.shape, read
     K, pages = k.shape[3], pool.shape[0] // layers
-    slot_T = slot + jnp.arange(T)
+    if problem_P is not None:
+        k_scale, v_scale = k_scale[problem_P], v_scale[problem_P]
+    slot_T = slot[..., None] + jnp.arange(T)
     position_PGT = length_P[:, None, None] + slot_T - start_PG[..., None]
     page_PGT = jnp.take_along_axis(table, jnp.clip(position_PGT // PAGE, 0, table.shape[2] - 1), axis=2)
     # Padding is written nowhere: a number past the pool is dropped.

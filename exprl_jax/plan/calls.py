@@ -58,14 +58,14 @@ from exprl_jax.reward.judges import check_judge_lengths
 from exprl_jax.reward.routes import ROUTES
 from exprl_jax.reward.segments import segment_rule
 from exprl_jax.rollout.call import padded_width
-from exprl_jax.rollout.sampler import CHUNK
+from exprl_jax.rollout.sampler import CHUNK, open_slots
 from exprl_jax.sizes import TRAINING, Lengths, choose_sizes, sizes_of
 from exprl_jax.weights.language_model import PUBLISHED, LanguageModel, open_model
 
 Planned = AnyConfig
 POLICY, ADAM, BATCH, KEYS, COPY, GRADIENT = "policy", "Adam", "batch", "KV", "working copy", "gradient"
 _STARTING = ("mesh.data", "mesh.model")
-_SAMPLING = ("rollout.wave", "mesh.model", "policy.execution.kv_dtype")
+_SAMPLING = ("rollout.wave", "rollout.slots", "rollout.expected_tokens", "mesh.model", "policy.execution.kv_dtype")
 _EVALUATING = ("sampling.wave", "sampling.group", "mesh.model", "policy.execution.kv_dtype")
 _JUDGING = ("rollout.wave", "judge.max_context_tokens", "judge.max_trace_tokens", "judge.max_tokens", "mesh.model")
 _TRAINING = ("updates.microbatch", "updates.row_tokens", "updates.logp_chunk", "policy.execution.remat", "mesh.model")
@@ -470,6 +470,7 @@ class _Rows(NamedTuple):
       problems, group: contexts, and rows of each.
       context, width: slots of a context, and of a row before its answer.
       answer: tokens that are sampled after them; 0 where a row is only read.
+      slots, expected_tokens: as `rollout.sampler.sample` takes them.
     """
 
     problems: int
@@ -477,6 +478,13 @@ class _Rows(NamedTuple):
     context: int
     width: int
     answer: int
+    slots: int = 0
+    expected_tokens: int = 0
+
+    def turns(self, shards: int) -> int:
+        """How often a decode slot is taken, at most: as often as the rows of a shard fill all slots."""
+        rows = self.problems * self.group // shards
+        return -(-rows // self.slots) if self.slots else 1
 
 
 def _sampling(config: Config | Evaluate, mesh: Mesh, acting: tuple[str, Any]) -> list[Call]:
@@ -484,8 +492,11 @@ def _sampling(config: Config | Evaluate, mesh: Mesh, acting: tuple[str, Any]) ->
     rollout = config.sampling if evaluates else config.rollout
     waves, settings = (1, _EVALUATING) if evaluates else (rollout.prompts // rollout.wave, _SAMPLING)
     # A prompt's last token is the first of its rows.
-    rows = _Rows(rollout.wave, rollout.group, padded_width(config.data.max_prompt_tokens - 1), 1, rollout.max_tokens)
-    sampler = build_sampler(model, mesh, max_tokens=rollout.max_tokens, wave=rollout.wave)
+    context, queue = padded_width(config.data.max_prompt_tokens - 1), {}
+    if not evaluates:
+        queue = dict(slots=rollout.slots, expected_tokens=rollout.expected_tokens)
+    rows = _Rows(rollout.wave, rollout.group, context, 1, rollout.max_tokens, **queue)
+    sampler = build_sampler(model, mesh, max_tokens=rollout.max_tokens, wave=rollout.wave, **queue)
     programs = {"prefill": sampler.prefill, "sample": sampler.sample}
     return _asking(model, mesh, acting, rows, programs, "sample", (waves, waves), settings)
 
@@ -535,7 +546,8 @@ def _asking(
       times: calls of each in a step.
     """
     (prefill, reads), (proceed, continues) = programs.items()
-    (P, G, C, T, answer), shards = rows, mesh.shape[DATA]
+    (P, G, C, T, answer, *_), shards = rows, mesh.shape[DATA]
+    turns = rows.turns(shards)
     context = Context(_array(mesh, jnp.int32, P, C), _array(mesh, jnp.int32, P))
     queries = [Rows(_array(mesh, jnp.int32, P, G, T), _array(mesh, jnp.int32, P, G))]
     if answer:
@@ -544,23 +556,24 @@ def _asking(
     keys, weights = _keys_bytes(model, mesh, prefix.layers), _weight_bytes(model, mesh)
     token = keys / (P * C / shards) * (0.5 if model.execution.kv_dtype == "int8" and answer else 1)
 
-    def passes(queries: int, keys: int, times: int, logits: int) -> Cost:
-        """Of every row's last `queries` tokens; the weights and what the rows see are read so many times."""
+    def passes(queries: int, keys: int, times: int, logits: int, turns: int = 1) -> Cost:
+        """Of every row's last `queries` tokens; what the rows see is read so many times, and the weights as often in
+        each of the rows' turns."""
         pairs = seen_pairs(queries, keys)
-        moved = times * (weights + P * G / shards * pairs / max(queries, 1) * token)
+        moved = times * (turns * weights + P * G / shards * pairs / max(queries, 1) * token)
         return forward(model.arch, params[1], P * G * queries, P * G * pairs, P * G * logits) + Cost(bytes=moved)
 
     contexts = forward(model.arch, params[1], P * C, P * seen_pairs(C, C)) + Cost(bytes=weights + keys)
     # Of a row that is continued, the loop itself feeds the last token.
     read = T - bool(answer)
-    cost = passes(read, C + read, -(-read // CHUNK), 0) + passes(answer, C + read + answer, answer, answer)
+    cost = passes(read, C + read, -(-read // CHUNK), 0) + passes(answer, C + read + answer, answer, answer, turns)
     inside = {COPY: _copy_bytes(model, mesh, whole=bool(answer))}
     if answer:
-        inside[KEYS] = _cache_bytes(model, mesh, prefix, G, read + answer)
+        inside[KEYS] = _cache_bytes(model, mesh, prefix, rows, read + answer)
     arguments = params, (KEYS, Result(prefill, keys)), *((BATCH, query) for query in queries)
     return [
         Call(prefill, phase, reads, (params, (BATCH, context)), times[0], contexts, settings, inside={KEYS: keys}),
-        Call(proceed, phase, continues, arguments, times[1], cost, settings, answer, inside),
+        Call(proceed, phase, continues, arguments, times[1], cost, settings, turns * answer, inside),
     ]
 
 
@@ -570,11 +583,16 @@ def _keys_bytes(model: LanguageModel, mesh: Mesh, tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) // mesh.shape[DATA] // heads
 
 
-def _cache_bytes(model: LanguageModel, mesh: Mesh, prefix: Any, group: int, slots: int) -> int:
-    """Bytes a device of the keys and values from which rows are continued."""
-    start_PG = jax.ShapeDtypeStruct((*prefix.length_P.shape, group), jnp.int32)
-    open_cache = functools.partial(model.on(mesh).open_cache, slots=slots, tokens=slots)
-    cache = jax.eval_shape(open_cache, prefix, start_PG)
+def _cache_bytes(model: LanguageModel, mesh: Mesh, prefix: Any, rows: _Rows, tokens: int) -> int:
+    """Bytes a device of the keys and values, so many `tokens` at most, from which rows are continued."""
+    transformer = model.on(mesh)
+    if rows.turns(mesh.shape[DATA]) > 1:
+        sizes = dict(slots=rows.slots, max_tokens=tokens, expected_tokens=rows.expected_tokens)
+        cache = jax.eval_shape(functools.partial(open_slots, transformer, **sizes), prefix)
+    else:
+        start_PG = jax.ShapeDtypeStruct((*prefix.length_P.shape, rows.group), jnp.int32)
+        open_cache = functools.partial(transformer.open_cache, slots=tokens, tokens=tokens)
+        cache = jax.eval_shape(open_cache, prefix, start_PG)
     if isinstance(cache, PagedCache):
         return _keys_bytes(model, mesh, cache.pool)
     # A scan over layers takes the cache as input and gives it as output: two copies, where a pool is written in place.
@@ -631,7 +649,7 @@ def _draw(mesh: Mesh, problems: int, group: int) -> Draw:
         step=_array(mesh, jnp.int32),
         problem_P=_array(mesh, jnp.uint32, problems),
         temperature_PG=_array(mesh, jnp.float32, problems, group),
-        live_PG=_array(mesh, jnp.bool_, problems, group),
+        budget_PG=_array(mesh, jnp.int32, problems, group),
     )
 
 

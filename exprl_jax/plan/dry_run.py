@@ -102,6 +102,7 @@ def _derived(config: Planned) -> dict[str, Any]:
         "rollouts a step": rollout.prompts * rollout.group,
         "waves a step": rollout.prompts // rollout.wave,
         "rows a wave": rollout.wave * rollout.group,
+        "decode slots": f"{rollout.slots} a data shard" if rollout.slots else "one for every row of a wave",
         "updates a step": updates,
         "rows an update": rollout.prompts // updates * rollout.group,
         "optimizer updates in all": config.steps * updates,

@@ -193,7 +193,8 @@ class Judge(AnswersAtOnce):
         mine = len(batch)
         live = np.arange(self.group) < np.array([len(of_problem) for of_problem in batch])[:, None]
         temperature = np.zeros((mine, self.group), np.float32)
-        draw = Draw(np.uint32(0), np.int32(0), np.zeros(mine, np.uint32), temperature, live)
+        budget = np.where(live, np.int32(self.config.max_tokens), np.int32(0))
+        draw = Draw(np.uint32(0), np.int32(0), np.zeros(mine, np.uint32), temperature, budget)
         return put_rows(self.mesh, draw, self.problems)
 
 

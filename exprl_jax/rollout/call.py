@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from exprl_jax.data.problems import Problem
 from exprl_jax.hosts import fetch_rows, put_rows
 from exprl_jax.model.decoder import Params
-from exprl_jax.records import Context, Draw, Rollouts, Rows
+from exprl_jax.records import Context, Draw, Rollouts, Rows, Usage
 
 # Widths are rounded up to this, so that a data set's next version rarely means other shapes.
 _WIDTH = 16
@@ -50,12 +51,14 @@ class Sampler:
     Attributes:
       prefill, sample: see `programs.build_sampler`.
       wave: problems of a call, over all processes.
+      max_tokens: of a response.
     """
 
     prefill: Callable
     sample: Callable
     mesh: Mesh
     wave: int
+    max_tokens: int
 
     def __call__(
         self,
@@ -69,8 +72,8 @@ class Sampler:
         step: int,
         attempt: int,
         live_P: np.ndarray,
-    ) -> Rollouts:
-        """G rollouts of each problem; a prompt is prefilled once.
+    ) -> tuple[Rollouts, Usage]:
+        """G rollouts of each problem, and what the call did for them; a prompt is prefilled once.
 
         Args:
           problems: this process's problems of the wave.
@@ -85,10 +88,11 @@ class Sampler:
             step=np.int32(step + (attempt << _ATTEMPT_BIT)),
             problem_P=np.array([problem.uid for problem in problems], np.uint32),
             temperature_PG=np.full((P, group), temperature, np.float32),
-            live_PG=np.broadcast_to(live_P[:, None], (P, group)).copy(),
+            budget_PG=np.repeat(np.where(live_P, np.int32(self.max_tokens), np.int32(0))[:, None], group, axis=1),
         )
         context, rows, draw = put_rows(self.mesh, (context, rows, draw), self.wave)
-        return fetch_rows(self.sample(params, self.prefill(params, context), rows, draw))
+        rollouts, usage = self.sample(params, self.prefill(params, context), rows, draw)
+        return fetch_rows(rollouts), jax.device_get(usage)
 
 
 def describe_problem(problem: Problem) -> dict[str, str | None]:

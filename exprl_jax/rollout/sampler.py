@@ -9,21 +9,25 @@ Cache slots of rows that start with T = 4 tokens and may sample R = 5, one row o
 
 Slots before T − 1 are read in chunks, their hidden states unused.  The loop feeds slot T − 1 + step and samples the
 next token from its hidden state; it stops when all rows have ended.  A row that has ended is fed padding, whose
-results are
-masked: rows do not depend on one another.
+results are masked: rows do not depend on one another.  With fewer decode slots than rows, the next row takes its slot
+(`rollout.slots`).
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
+from exprl_jax.model import paged
 from exprl_jax.model.decoder import Params, Transformer, logits
-from exprl_jax.records import Array, Draw, Prefix, Rollouts, Rows
+from exprl_jax.records import Array, Draw, Prefix, Rollouts, Rows, Usage
 from exprl_jax.rollout.sampling import draw_tokens, row_keys
+from exprl_jax.rollout.slots import RowInputs, Slots, empty_slots, fill_slots, write_rows
 
 # Tokens of every row read at a time before the first is sampled; bounds activations.
 CHUNK = 1024
@@ -31,23 +35,30 @@ CHUNK = 1024
 
 @flax.struct.dataclass
 class Sampling:
-    """What the loop carries.
+    """What the loop carries.  P and G of `slots` are the decoder's (`rollout.slots`), of all else the rows'.
 
     Attributes:
-      step: int32 scalar, tokens sampled so far by rows that have not ended.
-      token_PG: int32, the token to feed next.
+      step: int32 scalar, tokens fed so far to every slot.
+      slots: what the decoder's rows hold.
+      waiting_PG: bool, rows without a slot that have not ended; empty without a queue.
+      cache: the slots' keys and values.
+      tokens_PGR, logp_PGR: the responses so far, as in `Rollouts`.
+      length_PG: int32, tokens of each.
       ended_PG: bool, EOS was sampled, or there was nothing to sample.
-      cache: the rows' keys and values.
-      tokens_PGR, mask_PGR, logp_PGR: the responses so far, as in `Rollouts`.
+      busy_X, restarts_X, pages_X: `Usage` of each data shard.
     """
 
     step: Array
-    token_PG: Array
-    ended_PG: Array
+    slots: Slots
+    waiting_PG: Array
     cache: Any
     tokens_PGR: Array
-    mask_PGR: Array
     logp_PGR: Array
+    length_PG: Array
+    ended_PG: Array
+    busy_X: Array
+    restarts_X: Array
+    pages_X: Array
 
 
 def sample(
@@ -60,53 +71,92 @@ def sample(
     max_tokens: int,
     eos_ids: tuple[int, ...],
     pad_id: int,
-) -> Rollouts:
+    slots: int = 0,
+    expected_tokens: int = 0,
+) -> tuple[Rollouts, Usage]:
     """Samples up to `max_tokens` tokens a row; stops early when every row has ended.
 
     Args:
       prefix: the contexts, prefilled once a problem.
       rows: what each row starts with (for the policy the last prompt token, for a judge a trace and the closing
         instruction).
-      draw: seeds, identities, temperatures, and which rows to sample at all.
+      draw: seeds, identities, temperatures, and how many tokens of which rows to sample at all.
       eos_ids: any of these ends a row.
+      slots: rows of a data shard that are decoded at a time; rows are then of one token.  0, or as many as there are
+        rows, decodes all.
+      expected_tokens: by which the slots' common pages are counted; 0 for `max_tokens`.
+
+    Raises:
+      ValueError: rows of several tokens are to wait for slots.
     """
-    own = rows.tokens_PGT.shape[2] - 1 + max_tokens  # tokens that a row caches; whole chunks add padding to the slots
+    placement = transformer.placement
+    (P, G, T), X = rows.tokens_PGT.shape, placement.shards
+    queued = 0 < slots < P // X * G
+    if queued and T > 1:
+        raise ValueError(f"rows of {T} tokens cannot wait for slots: expected 1, the rest in their contexts")
+    own = T - 1 + max_tokens  # tokens that a row caches; whole chunks add padding to the slots
     rows = _whole_chunks(rows)
-    P, G, T = rows.tokens_PGT.shape
+    T = rows.tokens_PGT.shape[2]
     # A copy in the compute dtype and the layout of decoding, made once: no step of the loop casts or gathers.
     params = transformer.decoding_params(params)
-    table_DV, key_PG, eos = transformer.unembedding(params), row_keys(draw), jnp.asarray(eos_ids, jnp.int32)
+    table_DV, eos = transformer.unembedding(params), jnp.asarray(eos_ids, jnp.int32)
+    budget_PG = jnp.minimum(draw.budget_PG, max_tokens)
+    every_row = RowInputs(row_keys(draw), draw.temperature_PG, budget_PG, prefix.length_P, None)
+    expected_pages = paged.own_pages(expected_tokens or max_tokens)
+    seat, note = _by_shard(transformer, expected_pages)
 
-    def feed(cache, tokens_PGT, slot):
-        return transformer.continue_rows(params, prefix, cache, tokens_PGT, rows.start_PG, slot)
+    def feed(cache, tokens_PGT, slot, start_PG=rows.start_PG, asked=every_row):
+        of_rows = prefix.replace(length_P=asked.length_P)
+        return transformer.continue_rows(params, of_rows, cache, tokens_PGT, start_PG, slot, asked.problem_P)
 
     def more(s: Sampling):
-        return (s.step < max_tokens) & ~jnp.all(s.ended_PG)
+        return jnp.any(s.slots.busy_PG) | jnp.any(s.waiting_PG)
 
     def advance(s: Sampling) -> Sampling:
-        hidden_PG1D, cache = feed(s.cache, s.token_PG[..., None], T - 1 + s.step)
+        asked, start_PG = every_row, rows.start_PG
+        if queued:
+            s, asked = seat(s, rows.tokens_PGT[..., -1], every_row)
+            start_PG = jnp.zeros_like(s.slots.row_PG)
+        now = s.slots
+        hidden_PG1D, cache = feed(s.cache, now.token_PG[..., None], T - 1 + now.count, start_PG, asked)
         logits_PGV = logits(hidden_PG1D[:, :, 0], table_DV)
         # A token's key is of its row and its number in the response alone: no slot, no batch.
-        step_keys = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(0, None)), in_axes=(0, None))(key_PG, s.step)
-        token_PG, logp_PG = draw_tokens(step_keys, logits_PGV, draw.temperature_PG)
-        live_PG = ~s.ended_PG
-        token_PG = jnp.where(live_PG, token_PG, pad_id)
+        count_PG = jnp.broadcast_to(now.count, now.busy_PG.shape)
+        step_keys = jax.vmap(jax.vmap(jax.random.fold_in))(asked.key_PG, count_PG)
+        token_PG, logp_PG = draw_tokens(step_keys, logits_PGV, asked.temperature_PG)
+        token_PG = jnp.where(now.busy_PG, token_PG, pad_id)
+        hit_PG = now.busy_PG & jnp.any(token_PG[..., None] == eos, axis=-1)
+        logp_PG = jnp.where(now.busy_PG, logp_PG, 0.0)
+        s = s.replace(
+            step=s.step + 1,
+            cache=cache,
+            slots=now.replace(
+                token_PG=token_PG,
+                busy_PG=now.busy_PG & ~hit_PG & (now.count + 1 < asked.budget_PG),
+                count=now.count + 1,
+            ),
+        )
+        if queued:
+            return note(s, now, token_PG, logp_PG, hit_PG)
 
         def record(into_PGR, value_PG):
-            return jax.lax.dynamic_update_slice(into_PGR, value_PG[..., None], (0, 0, s.step))
+            return jax.lax.dynamic_update_slice(into_PGR, value_PG[..., None], (0, 0, now.count))
 
-        return Sampling(
-            step=s.step + 1,
-            token_PG=token_PG,
-            ended_PG=s.ended_PG | (live_PG & jnp.any(token_PG[..., None] == eos, axis=-1)),
-            cache=cache,
+        return s.replace(
             tokens_PGR=record(s.tokens_PGR, token_PG),
-            mask_PGR=record(s.mask_PGR, live_PG),
-            logp_PGR=record(s.logp_PGR, jnp.where(live_PG, logp_PG, 0.0)),
+            logp_PGR=record(s.logp_PGR, logp_PG),
+            length_PG=s.length_PG + now.busy_PG,
+            ended_PG=s.ended_PG | hit_PG,
         )
 
-    # The last slot's token is fed by the loop, so the cache needs no room for the last sampled one.
-    cache = transformer.open_cache(prefix, rows.start_PG, T - 1 + max_tokens, own)
+    if queued:
+        cache = open_slots(transformer, prefix, slots, max_tokens, expected_tokens)
+        opened, waiting_PG = empty_slots(slots * X), budget_PG > 0
+    else:
+        # The last slot's token is fed by the loop, so the cache needs no room for the last sampled one.
+        cache = transformer.open_cache(prefix, rows.start_PG, T - 1 + max_tokens, own)
+        opened = Slots(rows.tokens_PGT[..., -1], budget_PG > 0, jnp.int32(0), None, None)
+        waiting_PG = jnp.zeros((0, 0), bool)
     if T > 1:
         length = min(CHUNK, T - 1)
 
@@ -115,18 +165,74 @@ def sample(
 
         # Rows are left-padded: before the first token of the longest there is nothing to read.
         cache = jax.lax.fori_loop(rows.start_PG.min() // length, (T - 1) // length, read, cache)
-    responses = (P, G, max_tokens)
+    none_X = jnp.zeros(X, jnp.int32)
     start = Sampling(
         step=jnp.int32(0),
-        token_PG=rows.tokens_PGT[..., -1],
-        ended_PG=~draw.live_PG,
+        slots=opened,
+        waiting_PG=waiting_PG,
         cache=cache,
-        tokens_PGR=jnp.full(responses, pad_id, jnp.int32),
-        mask_PGR=jnp.zeros(responses, bool),
-        logp_PGR=jnp.zeros(responses, jnp.float32),
+        tokens_PGR=jnp.full((P, G, max_tokens), pad_id, jnp.int32),
+        logp_PGR=jnp.zeros((P, G, max_tokens), jnp.float32),
+        length_PG=jnp.zeros((P, G), jnp.int32),
+        ended_PG=budget_PG == 0,
+        busy_X=none_X,
+        restarts_X=none_X,
+        pages_X=none_X.astype(jnp.float32),
     )
     s = jax.lax.while_loop(more, advance, start)
-    return Rollouts(s.tokens_PGR, s.mask_PGR, s.logp_PGR, s.ended_PG)
+    mask_PGR = jnp.arange(max_tokens) < s.length_PG[..., None]
+    busy = s.busy_X.sum() if queued else s.length_PG.sum()
+    pages_used = s.pages_X.mean() if queued and isinstance(cache, paged.PagedCache) else None
+    usage = Usage(s.step, jnp.int32(slots * X if queued else P * G), busy, s.restarts_X.sum(), pages_used)
+    return Rollouts(s.tokens_PGR, mask_PGR, s.logp_PGR, s.ended_PG), usage
+
+
+def open_slots(transformer: Transformer, prefix: Prefix, slots: int, max_tokens: int, expected_tokens: int) -> Any:
+    """Where rows in decode slots keep their keys and values: pages where rows have such in any case, and where there
+    are to be fewer than the slots' budgets; else room for `max_tokens` of each slot.  Arguments as of `sample`."""
+    on_pages = paged.is_paged(transformer.execution, transformer.placement) or 0 < expected_tokens < max_tokens
+    # A pool holds what the slots are expected to need together, and at least what one row may.
+    expected, one_row = paged.own_pages(expected_tokens or max_tokens), paged.own_pages(max_tokens)
+    pages = max(slots * expected, one_row) if on_pages else 0
+    return transformer.open_slots(prefix, slots, max_tokens, pages)
+
+
+def _by_shard(transformer: Transformer, expected_pages: int) -> tuple[Callable, Callable]:
+    """`slots.fill_slots` and `slots.write_rows` of every data shard: what each has in its slots is its own affair."""
+    placement, layers = transformer.placement, transformer.arch.layers
+    shard = (placement.data,)
+    pool_axes = (placement.data, None, placement.axis_of(transformer.arch.kv_heads))
+
+    def seat(s: Sampling, first_PG: Array, rows: RowInputs) -> tuple[Sampling, RowInputs]:
+        on_pages = isinstance(s.cache, paged.PagedCache)
+        pool, pages = (s.cache.pool, s.cache.pages) if on_pages else (None, None)
+        fill = placement.split(
+            functools.partial(fill_slots, layers=layers, expected_pages=expected_pages),
+            (shard, shard, shard, shard, (), pool_axes, shard),
+            (shard, shard, shard, pool_axes, shard, shard),
+        )
+        slots, waiting_PG, asked, pool, pages, sent_away_X = fill(
+            s.slots, s.waiting_PG, first_PG, rows, s.step, pool, pages
+        )
+        s = s.replace(slots=slots, waiting_PG=waiting_PG, restarts_X=s.restarts_X + sent_away_X)
+        s = s.replace(busy_X=s.busy_X + slots.busy_PG.reshape(len(s.busy_X), -1).sum(-1, dtype=jnp.int32))
+        if on_pages:
+            owner_XN = pages.owner_N.reshape(len(s.pages_X), -1)
+            in_use_X = jnp.mean(owner_XN < slots.busy_PG.shape[0] // len(s.pages_X), axis=1)
+            s = s.replace(cache=s.cache.replace(pool=pool, pages=pages), pages_X=s.pages_X + in_use_X)
+        return s, asked
+
+    def note(s: Sampling, slots: Slots, token_PG: Array, logp_PG: Array, hit_PG: Array) -> Sampling:
+        # `slots` as they were fed.
+        write = placement.split(write_rows, (shard, shard, shard), shard)
+        return s.replace(
+            tokens_PGR=write(s.tokens_PGR, slots, token_PG),
+            logp_PGR=write(s.logp_PGR, slots, logp_PG),
+            length_PG=write(s.length_PG, slots, slots.count + 1),
+            ended_PG=write(s.ended_PG, slots, hit_PG),
+        )
+
+    return seat, note
 
 
 def _whole_chunks(rows: Rows) -> Rows:

@@ -59,6 +59,8 @@ NEUTRAL_KEYS = (
     "mesh.*",
     "*.execution.remat",
     "rollout.wave",
+    "rollout.slots",
+    "rollout.expected_tokens",
     "sampling.wave",
     "*.sampling.wave",
     "wave",

@@ -147,10 +147,10 @@ def sampled(params, model, over):
         np.int32(2),
         np.arange(8, dtype=np.uint32),
         np.full((8, 2), 0.9, np.float32),
-        np.ones((8, 2), bool),
+        np.full((8, 2), 6, np.int32),
     )
     context, rows, draw = hosts.put_rows(over, (context, rows, draw), 8)
-    return jax.device_get(sampler.sample(params, sampler.prefill(params, context), rows, draw))
+    return jax.device_get(sampler.sample(params, sampler.prefill(params, context), rows, draw)[0])
 
 
 def make_mesh(data, model):

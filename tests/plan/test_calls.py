@@ -181,6 +181,28 @@ def test_keys_and_values_are_divided_over_problems_and_heads():
         assert (prefix.bytes, sample.inside["KV"]) == (contexts // shards, rows // shards)
 
 
+def test_slots_bound_the_rows_keys_and_values_and_take_turns():
+    """By hand, of the same: a shard's 2 x 10 rows in 8 slots take three turns; a cache of 16k tokens a slot, or pages
+    of 128 for 4k tokens of each and the contexts besides, written in place."""
+    token = 36 * 8 * 128 * 2 * 2 // 8  # of one device's head
+    plain, queued, paged, enough = (
+        calls_on(resolve(config_dict("stage1", "outcome", changes)), 2, 8)["sample"]
+        for changes in (
+            {},
+            {"rollout.slots": 8},
+            {"rollout.slots": 8, "rollout.expected_tokens": 4096},
+            {"rollout.slots": 20},
+        )
+    )
+    assert (plain.steps, queued.steps, paged.steps) == (16_384, 3 * 16_384, 3 * 16_384)
+    # A scan over layers takes a cache and gives one.
+    assert plain.inside["KV"] == 2 * 20 * 16_384 * token and queued.inside["KV"] == 2 * 8 * 16_384 * token
+    # A row's pages begin within one: 127 tokens of its context may stand before its own.
+    assert paged.inside["KV"] == (2 * 4096 + 8 * 33 * 128) * token
+    assert queued.cost.flops == plain.cost.flops and queued.cost.bytes > plain.cost.bytes
+    assert (enough.steps, enough.inside, enough.cost) == (plain.steps, plain.inside, plain.cost)
+
+
 def test_updates_that_wait_lie_beside_the_one_at_work():
     one, two = (calls_on(config_of("tiny", "text", {"updates.per_batch": n})) for n in (1, 2))
     assert one["train_step"].beside["batch"] == 0 < two["train_step"].beside["batch"]

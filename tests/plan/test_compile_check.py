@@ -196,7 +196,10 @@ def test_a_program_that_does_not_fit_is_named_with_its_owners_and_its_settings_a
     assert usage(report, "prefill").fits and usage(report, "init_state").fits
     text = as_text(report)
     assert re.search(r"sample: out of memory, needs [\d.]+ of 15.75 GiB a device \(KV [\d.]+, ", text)
-    assert "  to change: rollout.wave, mesh.model, policy.execution.kv_dtype" in text
+    assert (
+        "  to change: rollout.wave, rollout.slots, rollout.expected_tokens, mesh.model, policy.execution.kv_dtype"
+        in text
+    )
     assert "| sample | no |  |  |  |  |  |" in summary([report])
 
 

@@ -187,7 +187,7 @@ def writing(mesh, written, ends=None, order=None):
         assert np.asarray(draw.temperature_PG).max() == 0  # greedy
         tokens = np.full((4, GROUP, 24), TOKENIZER.pad_id, np.int32)
         mask, ended = np.zeros(tokens.shape, bool), np.ones(tokens.shape[:2], bool)
-        for i, j in np.argwhere(np.asarray(draw.live_PG)):
+        for i, j in np.argwhere(np.asarray(draw.budget_PG) > 0):
             text = next(written)
             ended[i, j] = ends is None or ends[text]
             ids = TOKENIZER.encode(text)

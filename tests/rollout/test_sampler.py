@@ -39,13 +39,13 @@ def run(
     prefix = Transformer(QWEN3, how, place).prefill(params, context)
     return sample(
         Transformer(QWEN3, how, place), params, prefix, rows, draw, max_tokens=tokens, eos_ids=eos_ids, pad_id=pad_id
-    )
+    )[0]
 
 
 def batch(temperature=0.8, seed=1, step=2, problem_P=PROBLEM_P, group=G):
     rows = Rows(np.broadcast_to(LAST_P[:, None, None], (P, group, 1)).copy(), np.zeros((P, group), np.int32))
-    temperature_PG, live_PG = np.full((P, group), temperature, np.float32), np.ones((P, group), bool)
-    draw = Draw(np.uint32(seed), np.int32(step), problem_P, temperature_PG, live_PG)
+    temperature_PG, budget_PG = np.full((P, group), temperature, np.float32), np.full((P, group), 1000, np.int32)
+    draw = Draw(np.uint32(seed), np.int32(step), problem_P, temperature_PG, budget_PG)
     return CONTEXT, rows, draw
 
 
@@ -286,7 +286,7 @@ def test_ended_rows_and_those_not_live_disturb_nobody_on_pages(small_pages):
     expected = rollouts(*batch(), eos_ids=eos_ids)
     assert_same(rollouts(*batch(), eos_ids=eos_ids, place=Paged(None)), expected)
     context, rows, draw = batch()
-    draw = draw.replace(live_PG=np.arange(P * G).reshape(P, G) % 3 != 0)
+    draw = draw.replace(budget_PG=np.where(np.arange(P * G).reshape(P, G) % 3, R, 0).astype(np.int32))
     assert_same(rollouts(context, rows, draw, place=Paged(None)), rollouts(context, rows, draw))
 
 
@@ -325,8 +325,9 @@ def test_the_mesh_changes_nothing(data, model, scan, pages, request):
 def test_rows_that_are_not_live_stay_empty_and_disturb_nobody():
     context, rows, draw = batch()
     live = np.arange(P * G).reshape(P, G) % 3 != 0
-    some, all_ = rollouts(context, rows, draw.replace(live_PG=live)), rollouts(context, rows, draw)
+    budget_PG = np.where(live, R, 0).astype(np.int32)
+    some, all_ = rollouts(context, rows, draw.replace(budget_PG=budget_PG)), rollouts(context, rows, draw)
     assert not some.mask_PGR[~live].any() and (some.tokens_PGR[~live] == PAD).all() and not some.logp_PGR[~live].any()
     np.testing.assert_array_equal(some.tokens_PGR[live], all_.tokens_PGR[live])
-    nobody = rollouts(context, rows, draw.replace(live_PG=np.zeros((P, G), bool)))
+    nobody = rollouts(context, rows, draw.replace(budget_PG=np.zeros((P, G), np.int32)))
     assert not nobody.mask_PGR.any()

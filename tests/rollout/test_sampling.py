@@ -83,7 +83,7 @@ def test_search_takes_an_index_with_mass_at_every_goal(tree, monkeypatch):
 def test_a_rows_key_is_of_its_identity_alone():
     def keys(seed=1, step=2, problems=(5, 6), group=3):
         ones = np.ones((len(problems), group))
-        draw = Draw(np.uint32(seed), np.int32(step), np.array(problems, np.uint32), ones, ones.astype(bool))
+        draw = Draw(np.uint32(seed), np.int32(step), np.array(problems, np.uint32), ones, ones.astype(np.int32))
         return np.asarray(jax.random.key_data(row_keys(draw)))
 
     base = keys()

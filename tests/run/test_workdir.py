@@ -256,6 +256,8 @@ NEUTRAL = {
     "mesh.data": 2,
     "mesh.model": 2,
     "rollout.wave": 4,
+    "rollout.slots": 3,
+    "rollout.expected_tokens": 9,
     "updates.microbatch": 16,
     "updates.logp_chunk": 64,
     "grader.seconds": 1.0,

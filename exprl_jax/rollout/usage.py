@@ -1,0 +1,32 @@
+"""How well the decode slots were used, as metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from exprl_jax.records import Usage
+
+METRICS: Mapping[str, str] = {
+    "rollout/occupancy": "fraction of the tokens fed to decode slots that were a row's, and no padding after its end",
+    "rollout/restarts": "rows that gave their pages back to older ones and began anew later",
+    "rollout/pages": (
+        "mean fraction of the rows' pages that was in use; null where rows have pages or slots of their own for their "
+        "whole budget"
+    ),
+}
+"""Every key of `usage_metrics` and what it is.  They depend on how a step is divided into waves, slots and shards."""
+
+
+def usage_metrics(calls: Sequence[Usage]) -> dict[str, float | None]:
+    """Metrics of a step's sampling calls; null where nothing was sampled."""
+    steps, slots, busy, restarts = (
+        np.array([getattr(call, name) for call in calls], np.float64) for name in ("steps", "slots", "busy", "restarts")
+    )
+    fed, pages = float((steps * slots).sum()), [float(call.pages) for call in calls if call.pages is not None]
+    return {
+        "rollout/occupancy": float(busy.sum()) / fed if fed else None,
+        "rollout/restarts": float(restarts.sum()),
+        "rollout/pages": sum(pages) / float(steps.sum()) if pages and fed else None,
+    }
