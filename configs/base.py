@@ -58,6 +58,8 @@ def base() -> ConfigDict:
                     budget_key="max_tokens",
                     extra_body="{}",
                 ),
+                function="",
+                workers=dict(count=2, batch=32, seconds=60.0, max_missing=0.5),
                 rubric="",
                 checklists="",
                 unit="prefix",

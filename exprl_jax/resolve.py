@@ -57,7 +57,8 @@ def resolve(config: Mapping[str, Any]) -> AnyConfig:
         expected = "'' or a template file: lessons have scores against references, not against checklists"
         _require(not resolved.judge.per_problem, "config.judge.rubric", resolved.judge.rubric, expected)
     elif isinstance(resolved, Annotate):
-        readout = resolved.annotator.readout
+        backend, readout = resolved.annotator.backend, resolved.annotator.readout
+        _require(backend != "function", "config.annotator.backend", backend, "'local' or 'openai': a model annotates")
         _require(readout == "text", "config.annotator.readout", readout, "'text': an annotation is written")
     return resolved
 
@@ -185,6 +186,14 @@ def _check_section(section: Any, path: str) -> None:
         is_url = endpoint.base_url.startswith(("http://", "https://"))
         _require(is_url, f"{path}.endpoint.base_url", endpoint.base_url, "an http:// or https:// URL")
         _require(bool(endpoint.model), f"{path}.endpoint.model", endpoint.model, "the model's name there")
+    if isinstance(section, Judge) and section.backend == "function":
+        _require_function(section.function, f"{path}.function")
+
+
+def _require_function(value: str, path: str) -> None:
+    where, _, name = value.rpartition(":")
+    ok = where.endswith(".py") or all(map(str.isidentifier, where.split(".")))
+    _require(ok and name.isidentifier(), path, value, "'package.module:name' or 'path/to/file.py:name'")
 
 
 def _check_calibrate(c: Calibrate) -> None:

@@ -70,7 +70,7 @@ class Wave:
 
 
 class PendingWave(NamedTuple):
-    """A wave that is sampled, while its verifiers, and a judge behind an endpoint, are still at work.
+    """A wave that is sampled, while its verifiers, and a judge beside the mesh, are still at work.
 
     Attributes:
       judgements: a judge's scores.
@@ -115,7 +115,7 @@ def wave_requests(run: RLRun, problems: Sequence[Problem], step: int) -> list[Wa
 def start_wave(run: RLRun, policy: decoder.Params, request: WaveRequest, clock: Clock) -> PendingWave:
     """Samples a wave, and gives it to the verifiers and the judge.
 
-    A judge on the mesh answers here; one behind an endpoint while the next wave is sampled.
+    A judge on the mesh answers here; an endpoint or a function while the next wave is sampled.
     """
     with clock.phase("sample"):
         wave = sample_wave(run, policy, request)
@@ -178,7 +178,10 @@ def judge_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Pending[Judgements
         for g, ends in enumerate(wave.ends[i]):
             wanted = wave.rollouts.ended_PG[i, g] or run.config.advantage.overlong == "keep"
             if asks_P[i] and wanted and run.route(problem).judged:
-                of_problem += [Query(g, n, trace_of(run, wave, i, g, n)) for n in range(len(ends))]
+                of_problem += [
+                    Query(g, n, trace_of(run, wave, i, g, n), bool(wave.rollouts.ended_PG[i, g]))
+                    for n in range(len(ends))
+                ]
         queries.append(of_problem)
     return run.judge.submit(wave.problems, queries, run.splitter.rule.max_segments)
 
@@ -211,7 +214,7 @@ def score_wave(run: RLRun, pending: PendingWave, clock: Clock) -> ScoredWave:
         wave.count_PG,
         overlong_PG=~wave.rollouts.ended_PG,
         process_P=np.array([route.per_segment for route in routes]),
-        logits_P=np.array([route.judged and run.config.judge.readout == "logits" for route in routes]),
+        logits_P=np.array([route.judged and run.config.judge.reads_digits for route in routes]),
         rules=run.config.advantage,
     )
     resampled_P = (pending.request.live_P & (pending.request.attempt > 0)).astype(np.int32)

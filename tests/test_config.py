@@ -220,6 +220,9 @@ POSITIVE = [
     "optimizer.eps",
     "judge.endpoint.concurrency",
     "judge.endpoint.seconds",
+    "judge.workers.count",
+    "judge.workers.batch",
+    "judge.workers.seconds",
     "code.seconds",
     "code.memory_mb",
 ]
@@ -331,6 +334,15 @@ DISTILL = {"task": "distill", "loss.kl_coef": 0.0}
             "judge.endpoint.base_url: got 'ftp://x/v1', expected an http",
         ),
         (OPENAI | {"judge.endpoint.model": ""}, "judge.endpoint.model: got '', expected the model's name there"),
+        *(
+            (
+                {"judge.backend": "function", "judge.function": name},
+                f"judge.function: got {name!r}, expected 'package.module:name' or 'path/to/file.py:name'",
+            )
+            for name in ("", "rewards.py", "rewards:", ":score", "my rewards:score", "rewards.py:1st")
+        ),
+        ({"judge.workers.seconds": 1e5}, "judge.workers.seconds: got 100000.0, expected a positive number of seconds"),
+        ({"judge.workers.max_missing": 1.0}, r"judge.workers.max_missing: got 1.0, expected a number in \[0, 1\)"),
         (DISTILL | {"updates.per_batch": 2}, "updates.per_batch: got 2, expected 1 with task = 'distill': on-policy"),
         (DISTILL | {"rollout.max_resample": 1}, "rollout.max_resample: got 1, expected 0 with task = 'distill'"),
         (
@@ -357,6 +369,8 @@ def test_values_that_contradict_one_another_are_refused(changes, said):
         OPENAI,
         OPENAI | {"judge.readout": "logits", "judge.endpoint.extra_body": '{"temperature": null}'},
         {"judge.endpoint.base_url": "", "judge.endpoint.model": ""},  # of a local judge
+        {"judge.backend": "function", "judge.function": "~/my rewards.py:score"},
+        {"judge.backend": "function", "judge.function": "rewards.of_mine:score"},
         DISTILL,
         {"loss.clip_low": 1.0, "loss.dual_clip": 0.0},  # no lower clip, no dual clip
         {"judge.endpoint.max_missing": 0.0, "optimizer.warmup": 0.0, "steps": (1 << 20) - 1},

@@ -7,7 +7,7 @@ declared type.  `resolve` turns the one into the other and checks it; nothing el
 
 from exprl_jax.config.data import COLUMNS, Data, Sampling, Source, column_pairs
 from exprl_jax.config.models import Execution, Lora, Mesh, Model
-from exprl_jax.config.rewards import Advantage, Code, Endpoint, Grader, Judge, Route, Routes, Segments
+from exprl_jax.config.rewards import Advantage, Code, Endpoint, Grader, Judge, JudgeWorkers, Route, Routes, Segments
 from exprl_jax.config.tasks import (
     TASKS,
     Annotate,
@@ -49,6 +49,7 @@ from exprl_jax.config.values import (
     Number,
     Positive,
     Range,
+    Seconds,
     Seed,
     Workers,
 )

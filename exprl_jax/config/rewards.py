@@ -7,7 +7,17 @@ import inspect
 from typing import Annotated, Literal
 
 from exprl_jax.config.models import Model
-from exprl_jax.config.values import Count, CountOrNone, Fraction, JsonObject, NotNegative, Number, Positive, Workers
+from exprl_jax.config.values import (
+    Count,
+    CountOrNone,
+    Fraction,
+    JsonObject,
+    NotNegative,
+    Number,
+    Positive,
+    Seconds,
+    Workers,
+)
 from exprl_jax.kinds import KINDS
 
 Route = Literal["process", "outcome", "verifier"]
@@ -88,13 +98,34 @@ class Endpoint:
 
 
 @dataclasses.dataclass(frozen=True)
+class JudgeWorkers:
+    """The processes that call a judge's function.
+
+    Attributes:
+      count: processes of each process of the run.
+      batch: most attempts that the function is given at a time.
+      seconds: wall-clock limit of one call of the function; a longer one is killed, and its scores are missing.
+      max_missing: a wave with a larger fraction of scores missing so ends the run.
+    """
+
+    count: Workers
+    batch: Count
+    seconds: Seconds
+    max_missing: Fraction
+
+
+@dataclasses.dataclass(frozen=True)
 class Judge:
     """The judge and how its score is read.
 
     Attributes:
-      backend: `local`, the `model` on this run's mesh, or `openai`, the `endpoint`.
+      backend: `local`, the `model` on this run's mesh; `openai`, the `endpoint`; or `function`, a `function` of one's
+        own.
       model: the judge; equal weights to the reference's are one set of buffers.
       endpoint: where an `openai` judge is.
+      function: what a `function` judge calls, `package.module:name` or `path/to/file.py:name` (docs/judges.md); to it
+        read-out and budgets say nothing.
+      workers: the processes that call it.
       rubric: what the judge is asked: empty for the built-in rubric, a template file of one's own (docs/judges.md), or
         `per_problem`: the judge first writes a checklist from each reference, and scores against that: `text` item by
         item, `logits` in one number.
@@ -111,9 +142,11 @@ class Judge:
       max_trace_tokens: longest trace, in the judge's own tokens; a longer one gets no score.
     """
 
-    backend: Literal["local", "openai"]
+    backend: Literal["local", "openai", "function"]
     model: Model
     endpoint: Endpoint
+    function: str
+    workers: JudgeWorkers
     rubric: str
     checklists: str
     unit: Literal["prefix", "step"]
@@ -132,6 +165,17 @@ class Judge:
     def template(self) -> str:
         """The file that prompts are made from; empty for the built-in one."""
         return "" if self.per_problem else self.rubric
+
+    @property
+    def reads_digits(self) -> bool:
+        """Whether scores are read from the probabilities of digits."""
+        return self.backend != "function" and self.readout == "logits"
+
+    @property
+    def source(self) -> str:
+        """What judges, in a word: the model, by its weights or its name at the endpoint, or the function."""
+        names = {"local": self.model.weights, "openai": self.endpoint.model, "function": self.function}
+        return names[self.backend]
 
 
 @dataclasses.dataclass(frozen=True)

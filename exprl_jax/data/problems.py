@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import json
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,6 +42,7 @@ class Problem:
       answer: the final answer, for verifiers only (for code: whatever the code verifier runs).
       domain: `math`, `science` or `code`.
       choices: (label, text) of each answer choice; empty unless multiple choice.
+      extra: the row's other columns, by name, as JSON has them; for functions of the user's only.
     """
 
     id: str
@@ -49,6 +51,7 @@ class Problem:
     answer: str
     domain: str
     choices: tuple[tuple[str, str], ...] = ()
+    extra: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
 
     @property
     def kind(self) -> str:
@@ -68,7 +71,8 @@ class Problem:
     @property
     def content(self) -> str:
         """All that it says: what a position in the data refers to."""
-        return f"{self.id}\0{self.problem}\0{self.choices}\0{self.reference}\0{self.answer}"
+        others = f"\0{json.dumps(self.extra, sort_keys=True)}" if self.extra else ""
+        return f"{self.id}\0{self.problem}\0{self.choices}\0{self.reference}\0{self.answer}{others}"
 
     @functools.cached_property
     def uid(self) -> int:
@@ -121,7 +125,7 @@ def read_problems(source: str, *, split: str = "train", references: bool = True,
         raise ValueError(f"{source} holds no problems: expected at least one row")
     for name, where in unread.items():
         near = difflib.get_close_matches(str(name), COLUMNS, n=1)
-        say(f"{where}: column {name!r} is not read{f'; did you mean {near[0]!r}?' if near else ''}")
+        say(f"{where}: column {name!r} is for functions alone{f'; did you mean {near[0]!r}?' if near else ''}")
     return list(problems.values())
 
 
@@ -261,6 +265,7 @@ def _plain(row: Row, references: bool) -> Problem:
         answer=_answer(row, columns),
         domain=read_domain(row, "domain", columns.get("domain") or "math"),
         choices=read_choices(row, columns.get("choices")),
+        extra=_extra(columns, COLUMNS),
     )
 
 
@@ -279,6 +284,7 @@ def _released(row: Row, references: bool) -> Problem:
         domain=read_domain(row, "ability", read_text(row, columns, "ability")),
         # Concatenated data sets share one struct type, so a key that is present may well be null.
         choices=read_choices(row, extra.get("choices")),
+        extra=_extra(extra, ("question", "solution", "answer", "choices")),
     )
 
 
@@ -293,6 +299,12 @@ def _answer(row: Row, columns: Mapping[str, Any]) -> str:
         return answer
     answer = read_text(row, columns, "answer")
     return marked_answer(answer) or answer
+
+
+def _extra(columns: Mapping[str, Any], read: Sequence[str]) -> dict[str, Any]:
+    """The columns that are not read, as JSON has them: a date, say, is its text."""
+    others = {str(name): value for name, value in columns.items() if name not in read and value is not None}
+    return json.loads(json.dumps(others, default=str))
 
 
 def _hash(text: str) -> str:

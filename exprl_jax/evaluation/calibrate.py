@@ -33,7 +33,7 @@ from exprl_jax.hosts import local_problems, say
 from exprl_jax.mesh import make_mesh
 from exprl_jax.resolve import to_dict
 from exprl_jax.reward.checklists import check_rubric
-from exprl_jax.reward.rubric import rubric_files
+from exprl_jax.reward.judges import judge_files
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.workdir import check_workdir, open_workdir
 from exprl_jax.weights.language_model import LanguageModel, open_model
@@ -65,7 +65,7 @@ def calibrate(config: Calibrate, workdir_path: str) -> None:
     models = _open_models(config, left_out)
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(open_workdir(workdir_path, to_dict(config), folders=()))
-        files = {name: path for judge in config.judges.values() for name, path in rubric_files(judge).items()}
+        files = {name: paths for judge in config.judges.values() for name, paths in judge_files(judge).items()}
         check_models(workdir, [model for model in (policy, *models.values()) if model is not None], files)
         scores = Ledger(workdir.path / "scores.jsonl", "score", SCORE_KEY, SCORE_FIELDS)
         check_unchanged(scores, judged)

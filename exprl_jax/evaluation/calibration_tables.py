@@ -92,11 +92,7 @@ def write_calibration(
     accuracies = judge_accuracies(names, rollouts, scores)
     stored = {config.stored: config.rollouts} if config.stored else {}
     results = {
-        "weights": stored
-        | {
-            name: judge.model.weights if judge.backend == "local" else judge.endpoint.model
-            for name, judge in config.judges.items()
-        },
+        "weights": stored | {name: judge.source for name, judge in config.judges.items()},
         "readouts": {name: judge.readout for name, judge in config.judges.items()},
         "counts": dict(counts),
         "left_out": dict(left_out),

@@ -75,7 +75,7 @@ def evaluate(config: Evaluate, workdir_path: str) -> None:
                 workdir_path, to_dict(config), folders=("samples",), process=jax.process_index(), barrier=barrier
             )
         )
-        check_models(workdir, [parts.policy, *parts.judge.models])
+        check_models(workdir, [parts.policy, *parts.judge.models], parts.judge.files)
         folder, run = workdir.path, open_evaluation(config, sets, parts, stack)
         stop = stack.enter_context(StopRequest())
         if jax.process_index() == 0:

@@ -1,8 +1,9 @@
 """A judge of a calibration asked about fixed rollouts: pass after pass, wave after wave, from where its ledger ends.
 
-    passes ─ prompts, budgets ─→ what has no answer yet ─ waves ─→ a backend: model or endpoint ─→ scores.jsonl
+    passes ─ prompts, budgets ─→ what has no answer yet ─ waves ─→ a backend: model, endpoint, function ─→ scores.jsonl
 
-Scores are given as in training, by `Judge` and `EndpointJudge`; only the repeats are asked for in another way.
+Scores are given as in training, by `Judge`, `EndpointJudge` and `FunctionJudge`; only the repeats are asked for in
+another way.
 """
 
 from __future__ import annotations
@@ -28,10 +29,12 @@ from exprl_jax.reward.answers import opened_thought
 from exprl_jax.reward.checklists import ChecklistJudge, ChecklistPrompts, Checklists
 from exprl_jax.reward.endpoint import ChatClient
 from exprl_jax.reward.endpoint_judge import EndpointJudge
+from exprl_jax.reward.function_judge import FunctionJudge
+from exprl_jax.reward.functions import FunctionPool
 from exprl_jax.reward.judge import Judge, JudgePrograms, JudgePrompts
 from exprl_jax.reward.judge_prompts import CONTINUATION, normalise, parse_score
 from exprl_jax.reward.judgements import MARKER, Query, fill
-from exprl_jax.reward.judges import check_judge_lengths, open_checklists, with_checklists
+from exprl_jax.reward.judges import check_judge_lengths, judge_pool, open_checklists, with_checklists
 from exprl_jax.rollout.call import padded_width
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
@@ -52,7 +55,7 @@ class JudgeTask:
 
     Attributes:
       name: in tables and figures.
-      model: of a judge on the mesh, whose parameters are not loaded; None for an endpoint.
+      model: of a judge on the mesh, whose parameters are not loaded; None for the others.
       scores: what it has answered.
     """
 
@@ -134,7 +137,7 @@ class TooShort(ValueError):
 
 
 def open_judge_model(judge: schema.Judge) -> LanguageModel | None:
-    """Finds a local judge's files; None for an endpoint.
+    """Finds a local judge's files; None for other judges.
 
     Raises:
       ValueError: the model cannot be opened.
@@ -158,8 +161,10 @@ def ask_judge(task: JudgeTask, mesh: Mesh, passes: Sequence[ScoringPass]) -> boo
 
     Raises:
       TooShort: no prompt is within a local judge's budget.
-      ValueError: too many requests to an endpoint failed.
+      ValueError: too many requests to an endpoint failed, or a function is at fault.
     """
+    if task.judge.backend == "function":  # which has no prompt whose order could matter
+        passes = [scoring_pass for scoring_pass in passes if scoring_pass.order == "trace_last"]
     prompts = [] if task.model is None else [_split_prompts(task, scoring_pass) for scoring_pass in passes]
     passes = _within_budget(task, passes, prompts)
     unanswered = [p._replace(traces=[t for t in p.traces if not task.answered(p, t, 0)]) for p in passes]
@@ -169,7 +174,10 @@ def ask_judge(task: JudgeTask, mesh: Mesh, passes: Sequence[ScoringPass]) -> boo
     if not repeated and not any(scoring_pass.traces for scoring_pass in unanswered):
         return True
     with contextlib.ExitStack() as stack:
-        if task.model is None:
+        if task.judge.backend == "function":
+            say(f"{task.name}: judge {task.judge.function}")
+            backend = FunctionBackend(task, stack.enter_context(judge_pool(task.judge)))
+        elif task.model is None:
             backend = EndpointBackend(task, stack.enter_context(ChatClient(task.judge.endpoint)))
         else:
             say(f"{task.name}: judge {task.judge.model.weights}")
@@ -212,7 +220,7 @@ def _within_budget(task: JudgeTask, passes: Sequence[ScoringPass], prompts: Sequ
 def _draw_repeated(task: JudgeTask, first: ScoringPass) -> list[Trace]:
     """Whole rollouts to ask about several times, as the first pass does, which lack an answer."""
     repeats = task.config.repeats
-    if not repeats.rollouts or task.judge.readout == "logits":  # which holds no chance
+    if not repeats.rollouts or task.judge.backend == "function" or task.judge.readout == "logits":  # no chance there
         return []
     drawn = draw_some(first.traces, repeats.rollouts, task.config.seed)
     return [trace for trace in drawn if not all(task.answered(first, trace, number) for number in task.repeats)]
@@ -266,6 +274,22 @@ class EndpointBackend:
             return answers
 
         return repeat
+
+
+@dataclasses.dataclass(frozen=True)
+class FunctionBackend:
+    """A judge that is a function; `pool` is open.  It is asked once about each trace."""
+
+    task: JudgeTask
+    pool: FunctionPool
+
+    def scorer(self, index: int, passes: Sequence[ScoringPass]) -> tuple[FunctionJudge, Mapping[str, int]]:
+        """For one of the passes, whose references the function is given; it counts no tokens."""
+        of_pass = passes[index]
+        ids = {trace.rollout.problem.id for trace in of_pass.traces}
+        references = {name: of_pass.references.get(name) for name in ids}
+        units = dict.fromkeys(ids, of_pass.unit)
+        return FunctionJudge(self.task.judge, self.pool, units, references, self.task.config.group), {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -33,7 +33,7 @@ _ABOUT = {
     "estimator": ("advantage.estimator",),
     "judge's unit": ("judge.unit",),
     "policy": ("policy.weights",),
-    "judge": ("judge.model.weights", "judge.weights"),
+    "judge": ("judge.function", "judge.model.weights", "judge.weights"),
     "problems": ("data.source",),
     "prompts a step": ("rollout.prompts",),
     "rollouts a prompt": ("rollout.group",),
@@ -221,7 +221,7 @@ def _about(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     rows = [{"key": "steps", "values": steps}]
     for key, paths in _ABOUT.items():
         leaves = [[_leaf(run["config"], path) for path in paths] for run in runs]
-        values = [next((leaf for leaf in of_run if leaf is not None), None) for of_run in leaves]
+        values = [next((leaf for leaf in of_run if leaf not in (None, "")), None) for of_run in leaves]
         if any(value is not None for value in values):
             rows.append({"key": key, "values": list(map(_shown, values))})
     return rows

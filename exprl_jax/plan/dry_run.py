@@ -85,7 +85,7 @@ def _derived(config: Planned) -> dict[str, Any]:
             "calls a wave of problems": sampling.samples // sampling.group,
             "rows a wave": sampling.wave * sampling.group,
             "sequence": f"{config.data.max_prompt_tokens} + {sampling.max_tokens} tokens",
-            "judge": f"not planned for; if the data hold open-ended science, {config.judge.model.weights} verifies it",
+            "judge": f"not planned for; if the data hold open-ended science, {config.judge.source} verifies it",
         }
     microbatches, rows, tokens = packed_shape(config)
     weights = sorted({model.weights for model in frozen_models(config)})

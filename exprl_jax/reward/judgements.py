@@ -1,4 +1,4 @@
-"""What every judge is asked and what is made of its answers, be it a model on the mesh or behind an endpoint.
+"""What every judge is asked and what is made of its answers: a model on the mesh or behind an endpoint, a function.
 
 Query ─ score_messages, fill ─→ chat ─ a judge ─→ Answer ─ judgements_of, verdicts_of ─→ Judgements, verdicts
 """
@@ -28,11 +28,16 @@ MARKER = f"trace{secrets.token_hex(16)}"
 
 
 class Query(NamedTuple):
-    """One thing to score: rollout `g`'s trace up to (or of) segment `n`."""
+    """One thing to score: rollout `g`'s trace up to (or of) segment `n`.
+
+    Attributes:
+      ended: whether the rollout ended before its budget; None where that is not known.
+    """
 
     g: int
     n: int
     trace: str
+    ended: bool | None = None
 
 
 class Judgements(NamedTuple):
@@ -84,6 +89,7 @@ class Answer(NamedTuple):
       cut: the answer reached its budget.
       tokens: read and written.
       at_end: only the end of `text` may be a score or a verdict.
+      score: in [0, 1], of a judge that gives it as such; None of one that does not, and where it gives none.
     """
 
     problem: int
@@ -93,6 +99,7 @@ class Answer(NamedTuple):
     cut: bool
     tokens: int
     at_end: bool = False
+    score: float | None = None
 
 
 # --- asking ----------------------------------------------------------------------------------------------------------
@@ -177,7 +184,10 @@ def verdicts_of(answers: Iterable[Answer], responses: Sequence[Sequence[Any]]) -
     """A verdict a response, by problem; `missing` where no answer came, or one that says neither yes nor no."""
     verdicts = [[Verdict.missing] * len(of_problem) for of_problem in responses]
     for answer in answers:
-        if answer.probability_5 is not None:
+        if answer.score is not None:
+            right = answer.score >= 0.5
+            verdicts[answer.problem][answer.query] = Verdict.correct if right else Verdict.wrong
+        elif answer.probability_5 is not None:
             verdicts[answer.problem][answer.query] = verdict_from_digits(answer.probability_5)
         elif answer.text is not None:
             verdicts[answer.problem][answer.query] = parse_verdict(answer.text, at_end=answer.at_end)
@@ -185,17 +195,15 @@ def verdicts_of(answers: Iterable[Answer], responses: Sequence[Sequence[Any]]) -
 
 
 def _score(judge_config: schema.Judge, answer: Answer, items: int) -> float | None:
-    """In [0, 1]; None where the answer gives none."""
+    """In [0, 1]; None where the answer holds none."""
+    if answer.score is not None:
+        return answer.score
     if items and answer.probability_5 is None:
         return None if answer.text is None else read_items(answer.text, items, at_end=answer.at_end)
-    likert = _likert(judge_config, answer)
-    return None if likert is None else normalise(likert)
-
-
-def _likert(judge_config: schema.Judge, answer: Answer) -> float | None:
     if answer.probability_5 is None:
-        return None if answer.text is None else parse_score(answer.text, at_end=answer.at_end)
+        likert = None if answer.text is None else parse_score(answer.text, at_end=answer.at_end)
+        return None if likert is None else normalise(likert)
     probability_5 = np.asarray(answer.probability_5, np.float64)
     if judge_config.logits_value == "argmax":
-        return DIGITS[probability_5.argmax()]
-    return probability_5 @ np.array(DIGITS)
+        return normalise(DIGITS[probability_5.argmax()])
+    return normalise(probability_5 @ np.array(DIGITS))

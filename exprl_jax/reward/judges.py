@@ -1,10 +1,11 @@
-"""Opens the judge that a config names: a model on the mesh, an endpoint, or none where nothing is to be judged."""
+"""Opens the judge that a config names: a model, an endpoint, a function, or none where nothing is to be judged."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
 
 from jax.sharding import Mesh
 
@@ -16,16 +17,18 @@ from exprl_jax.model.decoder import Params
 from exprl_jax.reward.checklists import ChecklistJudge, ChecklistPrompts, Checklists
 from exprl_jax.reward.endpoint import ChatClient
 from exprl_jax.reward.endpoint_judge import EndpointJudge
+from exprl_jax.reward.function_judge import FunctionJudge
+from exprl_jax.reward.functions import FunctionPool, function_files
 from exprl_jax.reward.judge import Judge, JudgePrograms, JudgePrompts, NoJudge, score_prompt, verify_prompt
 from exprl_jax.reward.judge_prompts import DIGITS, digit_token_ids
-from exprl_jax.reward.judgements import score_messages, verdict_messages
+from exprl_jax.reward.judgements import needed_reference, score_messages, verdict_messages
 from exprl_jax.reward.rubric import Unit, open_rubric, rubric_files
 from exprl_jax.reward.verifiers import open_ended
 from exprl_jax.rollout.call import padded_width
 from exprl_jax.weights.language_model import LanguageModel, open_model
 from exprl_jax.weights.run_models import fingerprint
 
-AnyJudge = Judge | EndpointJudge | NoJudge | ChecklistJudge
+AnyJudge = Judge | EndpointJudge | FunctionJudge | NoJudge | ChecklistJudge
 
 
 class JudgeBuilder:
@@ -33,7 +36,7 @@ class JudgeBuilder:
 
     Attributes:
       models: the model on the mesh that will be asked, if there is one.
-      files: that the prompts are made from, by what names them in the config (`weights.run_models`).
+      files: that the config names besides, by what names them (`weights.run_models`).
     """
 
     def __init__(
@@ -54,13 +57,15 @@ class JudgeBuilder:
           opened: a model that may have the judge's weights (`open_model`).
 
         Raises:
-          ValueError: a problem to score has no reference, the rubric has no prompt for it, or the model cannot be
-            opened or has too short a context.
+          ValueError: a problem to score has no reference, the rubric has no prompt for it, the model cannot be opened
+            or has too short a context, or the function cannot be loaded.
         """
         self._config, self._scored, self._verified, self._unit = judge_config, scored, verified, unit
         self._asked = {p.id for p in (*scored, *verified)}
-        self.files = rubric_files(judge_config) if scored else {}
-        for unit_scored in sorted({unit(p) for p in scored}):
+        # A rubric is of scores alone.
+        by_words = judge_config.backend != "function"
+        self.files = judge_files(judge_config) if scored or (self._asked and not by_words) else {}
+        for unit_scored in sorted({unit(p) for p in scored}) if by_words else ():
             open_rubric(judge_config.template).turns(unit_scored, judge_config.readout, "")
         self.models: list[LanguageModel] = []
         self._prompts = JudgePrompts({}, {})
@@ -117,7 +122,15 @@ class JudgeBuilder:
         judge_config, kept = self._config, {p.id for p in problems}
         if not kept & self._asked:
             return NoJudge(group)
-        if not self.models:
+        if judge_config.backend == "function":
+            return FunctionJudge(
+                config=judge_config,
+                pool=stack.enter_context(judge_pool(judge_config)),
+                units={p.id: self._unit(p) for p in self._scored if p.id in kept},
+                references={p.id: needed_reference(p) for p in self._scored if p.id in kept},
+                group=group,
+            )
+        if judge_config.backend == "openai":
             judge = EndpointJudge(
                 config=judge_config,
                 client=stack.enter_context(ChatClient(judge_config.endpoint)),
@@ -189,6 +202,23 @@ def with_checklists(
     wide = dataclasses.replace(judge, context_width=head, row_width=row)
     widths = head, row - judge_config.max_trace_tokens
     return ChecklistJudge(wide, checklists, ChecklistPrompts(judge_config, judge.tokenizer, unit, widths))
+
+
+def judge_files(judge_config: config.Judge) -> Mapping[str, Sequence[pathlib.Path]]:
+    """The files of a judge's function, or of its rubric, by what names them in the config.
+
+    Raises:
+      ValueError: the function cannot be loaded.
+    """
+    if judge_config.backend != "function":
+        return rubric_files(judge_config)
+    return {f"function {judge_config.function}": function_files("judge.function", judge_config.function)}
+
+
+def judge_pool(judge_config: config.Judge) -> FunctionPool:
+    """The processes that call a judge's function."""
+    workers = judge_config.workers
+    return FunctionPool("judge.function", judge_config.function, workers=workers.count, seconds=workers.seconds)
 
 
 def _check_digits(tokenizer: Tokenizer) -> None:

@@ -11,6 +11,8 @@ from exprl_jax.reward.routes import ROUTES
 
 # A standard deviation of scores in [0, 1] below which they are taken for equal.
 _NEARLY_EQUAL = 0.01
+# How a judge's scores are made finer, by whether it is a function.
+_FINER = ("set judge.logits_value to 'expected'", "let judge.function give finer scores")
 
 
 def probe_batch(row: Mapping[str, float | None], config: Config) -> None:
@@ -36,7 +38,7 @@ def warnings(row: Mapping[str, float | None], config: Config) -> list[str]:
         return row[name] if row[name] is not None else 0.0
 
     problems, routes = [], [ROUTES[name] for name in config.routes.all]
-    sparse = not any(route.judged for route in routes)
+    sparse, function = not any(route.judged for route in routes), config.judge.backend == "function"
     if value("response/overlong") > 0.5:
         scored = "" if config.advantage.overlong == "keep" else " and are not scored"
         problems.append(
@@ -46,21 +48,22 @@ def warnings(row: Mapping[str, float | None], config: Config) -> list[str]:
     # Sparse rewards leave many groups without any; that is what the first stage is for.
     if value("advantage/live_groups") < (0.1 if sparse else 0.5):
         if any(route.per_segment for route in routes):
-            cure = "choose a segments.rule that cuts these rollouts, set judge.logits_value to 'expected'"
+            cure = f"choose a segments.rule that cuts these rollouts, {_FINER[function]}"
         else:
-            key = "min_logits_spread" if config.judge.readout == "logits" and not sparse else "min_spread"
+            key = "min_logits_spread" if config.judge.reads_digits and not sparse else "min_spread"
             cure = f"raise rollout.group or rollout.max_resample, lower advantage.{key}"
-            cure += ", start from a primed policy" if sparse else ", set judge.logits_value to 'expected'"
+            cure += ", start from a primed policy" if sparse else f", {_FINER[function]}"
         problems.append(
             f"only {value('advantage/live_groups'):.0%} of the groups have any advantage: {cure}, or take problems of "
             "another difficulty"
         )
     if value("judge/asked") and value("judge/parsed") < 0.5:
-        cure = (
-            "raise judge.max_tokens, set judge.readout to 'logits', or take a larger judge"
-            if config.judge.readout == "text"
-            else "raise judge.max_trace_tokens"
-        )
+        if function:
+            cure = "see for which rollouts judge.function gives None, or raise judge.workers.seconds"
+        elif config.judge.readout == "text":
+            cure = "raise judge.max_tokens, set judge.readout to 'logits', or take a larger judge"
+        else:
+            cure = "raise judge.max_trace_tokens"
         problems.append(f"only {value('judge/parsed'):.0%} of the judge's answers held a score: {cure}")
     spread = row["judge/group_spread"]
     if spread is not None and 0 < spread < _NEARLY_EQUAL and config.advantage.std_normalise:
@@ -72,6 +75,6 @@ def warnings(row: Mapping[str, float | None], config: Config) -> list[str]:
     if row["reward/std"] == 0 and not sparse:
         problems.append(
             "all scores are equal: look at rollouts/step_000001.jsonl, and take a judge that tells these rollouts "
-            "apart or set judge.logits_value to 'expected'"
+            f"apart or {_FINER[function]}"
         )
     return problems

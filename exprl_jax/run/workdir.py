@@ -76,6 +76,7 @@ NEUTRAL_KEYS = (
     "*.endpoint.seconds",
     "*.endpoint.retries",
     "*.endpoint.max_missing",
+    "*.workers.*",
 )
 # What a run writes as it goes, besides checkpoints: once there is any, the run has begun.
 RECORDS = ("metrics.jsonl", "samples/*.jsonl", "scores.jsonl", "annotations.jsonl")

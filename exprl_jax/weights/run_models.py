@@ -1,8 +1,8 @@
-"""What a run writes down of its models, so that none can become another under it.
+"""What a run writes down of its models and functions, so that none can become another under it.
 
     model/         the policy's architecture and tokenizer: a Hugging Face folder without weights
     models.json    a fingerprint of the files of every model that the run has opened, by the model's name in the config;
-                   and of other files that the config names, such as a judge's rubric
+                   and of other files that the config names: a function of the user's, a judge's rubric
 
 A fingerprint is of what the files hold, not of their names' dates.  Files up to 64 MB are read whole.  Of a larger one
 the first 16 MB (a header, and the vocabulary of a GGUF file) and 4 kB of every MB after them, so that no tensor of that
@@ -15,8 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Iterable, Mapping
 
 import jax
 
@@ -31,12 +30,11 @@ _START = 16 << 20
 _EVERY, _PIECE = 1 << 20, 4 << 10
 
 
+Files = Mapping[str, Iterable[pathlib.Path]]  # by what names them in the config
+
+
 def record_models(
-    workdir: Workdir,
-    *,
-    policy: LanguageModel,
-    models: Iterable[LanguageModel],
-    files: Mapping[str, Sequence[pathlib.Path]] = MappingProxyType({}),
+    workdir: Workdir, *, policy: LanguageModel, models: Iterable[LanguageModel], files: Files | None = None
 ) -> None:
     """`check_models`, and writes down what the policy is, unless that is done already."""
     check_models(workdir, models, files)
@@ -48,24 +46,20 @@ def record_models(
     os.replace(scratch, workdir.model)
 
 
-def check_models(
-    workdir: Workdir,
-    models: Iterable[LanguageModel],
-    files: Mapping[str, Sequence[pathlib.Path]] = MappingProxyType({}),
-) -> None:
-    """Writes down the models of a new run; compares them with what is written down in one that goes on.
+def check_models(workdir: Workdir, models: Iterable[LanguageModel], files: Files | None = None) -> None:
+    """Writes down the models and files of a new run; compares them with what is written down in one that goes on.
 
     Every process must call this.  It may be called again, with models that are opened later.
 
     Args:
-      files: others that the config names, such as a judge's rubric, by its key and their name.
+      files: others that the config names, such as a function's, by what names them.
 
     Raises:
       ValueError: a model's files, or one of the others, are not those that the run began with.
     """
     path = workdir.path / "models.json"
     mine = {model.config.weights: fingerprint(model.source.files) for model in models if model.source is not None}
-    mine |= {name: fingerprint(paths) for name, paths in files.items()}
+    mine |= {name: fingerprint(paths) for name, paths in (files or {}).items()}
     try:
         if jax.process_index() == 0:
             known = read_json(path) if path.exists() else {}
@@ -78,7 +72,7 @@ def check_models(
     recorded = read_json(path)
     for name, digest in mine.items():
         if recorded.get(name) != digest:
-            what = name if name in files else f"model {name}"
+            what = name if name in (files or {}) else f"model {name}"
             raise ValueError(
                 f"--workdir {workdir.path}: {what} is not what the run began with: its files hold something else; put "
                 "the earlier files back, or choose another --workdir"

@@ -273,6 +273,40 @@ def test_failed_requests_are_missing_scores(tmp_path):
     assert (ours["asked"], ours["scored"], ours["unanswered"]) == (6, 5, 1)
 
 
+SYNTHETIC = """
+import re
+REFERENCES = {references!r}
+def score(attempts):
+    scores = []
+    for a in attempts:
+        i, g = map(int, re.search(r"Attempt (\\d)\\.(\\d)\\.", a.trace).groups())
+        wrong = None if (i, g) == (0, 0) else 0.75
+        scores.append(wrong if a.reference is None else 0.0 if a.reference != REFERENCES[i] else 1.0 if g else 0.25)
+        assert a.unit == "outcome" and a.answer
+    return scores
+"""
+
+
+def test_a_function_of_the_same_scores_has_the_numbers_of_the_endpoint(tmp_path):
+    (tmp_path / "truth.py").write_text(SYNTHETIC.format(references=REFERENCES))
+    rollouts = write_rollouts(tmp_path / "r.jsonl")
+    function = config_dict("calibrate", "tiny").judges.text.copy_and_resolve_references().unlock()
+    function.update(backend="function", function=f"{tmp_path}/truth.py:score")
+    with StubEndpoint(synthetic) as stub:
+        judges = {"ours": function} | stub_judge(stub)
+        folder = tmp_path / "run"
+        calibrate(calibration(rollouts, {"repeats.rollouts": 0}, judges), str(folder))
+    for condition in ("correct", "none", "wrong"):
+        of_judge = [
+            {k: v for k, v in line.items() if k not in ("judge", "tokens", "seconds", "unanswered")}
+            for line in lines(folder, condition=condition, order="trace_last", domain="all")
+        ]
+        assert len(of_judge) == 2 and of_judge[0] == of_judge[1]
+    assert not [row for row in read_jsonl(folder / "scores.jsonl") if row["judge"] == "ours" and row["text"]]
+    assert {row["order"] for row in read_jsonl(folder / "scores.jsonl") if row["judge"] == "ours"} == {"trace_last"}
+    assert results(folder)["weights"]["ours"] == f"{tmp_path}/truth.py:score"
+
+
 def test_a_local_judge_scores_all_that_fits(tmp_path):
     """Random weights by logits: a problem over the budget is not asked about at all, a trace over it gets no score."""
     rollouts = write_rollouts(tmp_path / "r.jsonl", problems=5, group=2)

@@ -187,6 +187,9 @@ def test_what_a_run_does_not_load_takes_no_memory():
     derived, programs = described(endpoint)
     assert derived["frozen copies"].startswith("1") and "judge" not in programs
     assert "judge" not in derived and "judge" not in described(SPARSE | endpoint)[0] and "judge" not in described({})[0]
+    function = {"judge.backend": "function", "judge.function": "mine:score"}
+    derived, programs = described(function)
+    assert "judge" not in programs and "judge" not in derived
     derived, programs = described({"judge.model.weights": "Qwen/Qwen3-8B"})
     assert derived["frozen copies"].startswith("2") and "judge" in programs
     derived, programs = described({"task": "distill", "updates.per_batch": 1, "loss.kl_coef": 0.0})

@@ -265,6 +265,8 @@ NEUTRAL = {
     "code.seconds": 1.0,
     "judge.endpoint.concurrency": 1,
     "judge.endpoint.seconds": 1.0,
+    "judge.workers.count": 1,
+    "judge.workers.seconds": 1.0,
     "policy.execution.remat": "full",
     "judge.model.execution.remat": "full",
     "checkpoint.best": "solve/none",
@@ -279,6 +281,7 @@ BINDING = {
     "seed": 2,
     "policy.execution.compute_dtype": "bfloat16",
     "judge.readout": "text",
+    "judge.function": "mine:score",
     "code.memory_mb": 1,
 }
 

@@ -7,19 +7,13 @@ is killed.  Training metrics, sparse rewards and evaluation all grade here.
 from __future__ import annotations
 
 import concurrent.futures
-import json
-import os
 import queue
-import select
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
 from exprl_jax.data.problems import Problem
+from exprl_jax.reward.line_worker import START_LIMIT_S as _START_LIMIT_S
+from exprl_jax.reward.line_worker import Died as _Died
+from exprl_jax.reward.line_worker import LineWorker
 from exprl_jax.reward.verifiers.math_answers.box import last_boxed, unboxed
 from exprl_jax.reward.verifiers.math_answers.tokens import Unreadable, tokenize
 from exprl_jax.reward.verifiers.verdict import Verdict
@@ -28,8 +22,6 @@ from exprl_jax.reward.verifiers.votes import normalise_answer
 
 # Longer answers are not mathematics that anyone would box, and parsing time grows faster than length.
 MAX_ANSWER = 2000
-_START_LIMIT_S = 120.0
-_PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
 
 
 def is_readable(answer: str) -> bool:
@@ -143,109 +135,27 @@ class MathGrader:
             self._idle.put(worker)
 
 
-class _Died(Exception):
-    """The worker's process ended without a reply."""
-
-
-class _Worker:
-    """One process at a time; used by one thread at a time."""
+class _Worker(LineWorker):
+    """A process that compares answers."""
 
     def __init__(self, limit_s: float):
-        self._limit_s = limit_s
-        self._start()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def _start(self) -> None:
-        path = os.pathsep.join(filter(None, [_PACKAGE_ROOT, os.environ.get("PYTHONPATH")]))
-        self._complaints = tempfile.TemporaryFile()
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "exprl_jax.reward.verifiers.math_worker", str(self._limit_s)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._complaints,
-            env={**os.environ, "PYTHONPATH": path},
-            start_new_session=True,
-            bufsize=0,
+        super().__init__(
+            "exprl_jax.reward.verifiers.math_worker",
+            [str(limit_s)],
+            name="an answer-grading process",
+            cure="; pip install -r requirements.txt",
+            limit_s=limit_s,
+            start_limit_s=_START_LIMIT_S,
         )
-        self._is_loaded = False
-        self._unread = b""
-
-    def restart(self) -> None:
-        self.stop()
-        self._start()
-
-    def stop(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._complaints.close()
 
     def compare(self, boxed: str, answer: str) -> Verdict:
         """Raises _Died, after which it must be restarted, and ValueError where no process can be started."""
-        if not self._is_loaded:
-            self._await_start()
-        try:
-            written = self._write(json.dumps([boxed, answer]).encode() + b"\n", self._limit_s)
-            reply = self._read(self._limit_s) if written else None
-        except BrokenPipeError:
-            raise _Died from None
+        reply = self.ask([boxed, answer])
         if reply is None:
-            self.restart()
             return Verdict.timed_out
         if reply["retire"]:
             self.restart()
         return Verdict(reply["verdict"])
-
-    def _await_start(self) -> None:
-        try:
-            reply = self._read(_START_LIMIT_S)
-        except _Died:
-            try:
-                status = self._process.wait(self._limit_s)
-            except subprocess.TimeoutExpired:
-                raise _Died from None  # it has closed its output and lives on
-            if status < 0:
-                raise  # killed by somebody; a fresh one may do better
-            self._complaints.seek(0)
-            lines = self._complaints.read().decode("utf-8", "replace").strip().splitlines()
-            reason = lines[-1] if lines else f"exit status {self._process.returncode}"
-            raise ValueError(
-                f"an answer-grading process could not be started: {reason}; pip install -r requirements.txt"
-            ) from None
-        if reply is None:
-            raise ValueError(f"an answer-grading process could not be started: not ready after {_START_LIMIT_S:.0f} s")
-        self._is_loaded = True
-
-    def _write(self, line: bytes, limit_s: float) -> bool:
-        """Whether all of a line was taken within the limit: a pipe holds little, and a worker that hangs reads none."""
-        deadline, pipe = time.monotonic() + limit_s, self._process.stdin.fileno()
-        poll = select.poll()
-        poll.register(pipe, select.POLLOUT)
-        os.set_blocking(pipe, False)
-        while line:
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                return False
-            line = line[os.write(pipe, line) :]
-        return True
-
-    def _read(self, limit_s: float) -> dict[str, Any] | None:
-        """The next reply, or None at the time limit; raises _Died at the end of the stream."""
-        deadline = time.monotonic() + limit_s
-        poll = select.poll()
-        poll.register(self._process.stdout, select.POLLIN)
-        while b"\n" not in self._unread:
-            if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
-                return None
-            received = os.read(self._process.stdout.fileno(), 1 << 16)
-            if not received:
-                raise _Died
-            self._unread += received
-        line, _, self._unread = self._unread.partition(b"\n")
-        return json.loads(line)
 
 
 def vote(problem: Problem, response: str) -> str | None:
