@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from exprl_jax.config import Labelling
 from exprl_jax.data.problems import Problem
@@ -79,23 +81,15 @@ def label(config: Labelling, workdir_path: str) -> None:
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(open_workdir(workdir_path, to_dict(config), folders=()))
         check_models(workdir, builder.models, builder.files)
-        scores = Ledger(workdir.path / "scores.jsonl", "score", _KEY, _FIELDS)
+        scores = open_scores(workdir.path)
         check_unchanged(scores, [x.rollout for x in cut])
         stop = stack.enter_context(StopRequest())
         waiting = [x for x in cut if x.rollout.key not in scores]
         if waiting:
-            judge = builder.open(
-                mesh,
-                stack,
-                lambda model: load_params(model, mesh, config.seed),
-                build_judge,
-                kept,
-                wave=config.wave,
-                group=config.group,
-            )
+            judge = open_judge(config, builder, kept, mesh, stack)
             if isinstance(judge, ChecklistJudge):
                 judge.checklists.open(workdir.path)
-            if not _ask(config, judge, waiting, scores, stop):
+            if not ask_waves(config, judge, waiting, scores, stop):
                 say("stopped; start again with the same command to go on")
                 return
         answers = {(row["id"], row["rollout"]): row for row in scores.rows()}
@@ -103,6 +97,19 @@ def label(config: Labelling, workdir_path: str) -> None:
         path = workdir.path / "lessons.jsonl"
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lessons))
     _print_summary(path, lessons, len(cut))
+
+
+def open_scores(folder: pathlib.Path) -> Ledger:
+    """What the judge has answered, in a folder."""
+    return Ledger(folder / "scores.jsonl", "score", _KEY, _FIELDS)
+
+
+def open_judge(
+    config: Labelling, builder: JudgeBuilder, problems: Sequence[Problem], mesh: Mesh, stack: contextlib.ExitStack
+) -> AnyJudge:
+    """The judge of some problems, its parameters loaded."""
+    sizes = {"wave": config.wave, "group": config.group}
+    return builder.open(mesh, stack, lambda m: load_params(m, mesh, config.seed), build_judge, problems, **sizes)
 
 
 def cut_rollouts(config: Labelling, rollouts: Sequence[FixedRollout]) -> list[CutRollout]:
@@ -123,7 +130,9 @@ def cut_rollouts(config: Labelling, rollouts: Sequence[FixedRollout]) -> list[Cu
     return cut
 
 
-def _ask(config: Labelling, judge: AnyJudge, waiting: Sequence[CutRollout], scores: Ledger, stop: StopRequest) -> bool:
+def ask_waves(
+    config: Labelling, judge: AnyJudge, waiting: Sequence[CutRollout], scores: Ledger, stop: StopRequest
+) -> bool:
     """Asks wave after wave; False where it was stopped before the end."""
     waves = list(_waves(waiting, config.wave, config.group))
     for number, wave in enumerate(waves, 1):
@@ -145,6 +154,7 @@ def _ask(config: Labelling, judge: AnyJudge, waiting: Sequence[CutRollout], scor
                     {"id": x.rollout.problem.id, "rollout": x.rollout.number, "fingerprint": x.rollout.fingerprint}
                     | {"scores": [None if score != score else score for score in score_N]}
                     | {"judgements": [given.text.get((i, g, n)) for n in range(len(x.parts))]}
+                    | {"digits": [given.digits.get((i, g, n)) for n in range(len(x.parts))]}
                 )
         scores.add(rows)
         asked, seconds = sum(map(len, queries)), time.monotonic() - start

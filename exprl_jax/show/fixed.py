@@ -8,19 +8,23 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from exprl_jax.config import Annotate, Calibrate
+from exprl_jax.config import Annotate, Calibrate, Labelling
 from exprl_jax.data.tokenizer import Message, Tokenizer
+from exprl_jax.data.training import within_budget
 from exprl_jax.evaluation.annotate import annotation_chat, annotation_row, open_annotator, open_annotator_model
 from exprl_jax.evaluation.fixed_rollouts import FixedRollout, read_rollouts
 from exprl_jax.evaluation.judging import SCORE_FIELDS, SCORE_KEY, JudgeTask, ask_judge, open_judge_model
-from exprl_jax.evaluation.passes import ScoringPass, decides, prefixes_of, scoring_passes
+from exprl_jax.evaluation.label import ask_waves, cut_rollouts, open_judge, open_scores
+from exprl_jax.evaluation.passes import ScoringPass, decides, draw_some, prefixes_of, scoring_passes
 from exprl_jax.files import Ledger
 from exprl_jax.mesh import make_mesh
+from exprl_jax.reward.checklists import ChecklistJudge
 from exprl_jax.reward.judge_prompts import CONTINUATION
 from exprl_jax.reward.judgements import MARKER
+from exprl_jax.reward.judges import JudgeBuilder
 from exprl_jax.rollout.call import describe_problem
 from exprl_jax.run.stopping import StopRequest
-from exprl_jax.show.questions import asked_model, chat_question, split_question
+from exprl_jax.show.questions import asked_model, chat_question, score_question, split_question
 from exprl_jax.show.rollouts import check_count
 from exprl_jax.weights.language_model import open_model
 
@@ -77,6 +81,42 @@ def show_annotations(config: Annotate, count: int) -> Iterator[dict[str, Any]]:
                 record["annotator"] = asked_model(config.annotator) | {"question": question}
                 record["annotator"] |= {"text": row["text"], "fields": row["fields"], "tokens": row["tokens"]}
                 yield record | {"warnings": _annotation_warnings(config, record)}
+
+
+def show_labels(config: Labelling, count: int) -> Iterator[dict[str, Any]]:
+    """The first rollouts that lessons are made of, one a problem, and what the judge says of each of their texts.
+
+    Raises:
+      ValueError: there are not so many problems, or anything that a labelling refuses.
+    """
+    rollouts = read_rollouts(config.rollouts, config.data, references=True)
+    drawn = draw_some(rollouts, config.count or len(rollouts), config.seed)
+    cut = cut_rollouts(config, _first_of_each(drawn, count, "rollouts"))
+    problems, mesh = [x.rollout.problem for x in cut], make_mesh(config.mesh)
+    builder = JudgeBuilder(config.judge, scored=problems, verified=[], unit=lambda _: config.unit)
+    budget = config.judge.max_context_tokens
+    kept = {p.id for p in within_budget("judge.max_context_tokens", budget, problems, builder.lengths(problems))}
+    cut = [x for x in cut if x.rollout.problem.id in kept]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        judge = open_judge(config, builder, [x.rollout.problem for x in cut], mesh, stack)
+        if isinstance(judge, ChecklistJudge):
+            judge.checklists.open(pathlib.Path(folder))
+        scores = open_scores(pathlib.Path(folder))
+        if not ask_waves(config, judge, cut, scores, stack.enter_context(StopRequest())):
+            return
+        answers = {(row["id"], row["rollout"]): row for row in scores.rows()}
+        for x in cut:
+            row, last = answers[x.rollout.key], len(x.parts) - 1
+            question = score_question(judge, x.rollout.problem.id, x.traces(config.unit)[-1])
+            record = _fixed_record("label", x.rollout)
+            record["judge"] = asked_model(config.judge) | {"asks": config.unit, "segment": last, "question": question}
+            answered = zip(x.parts, row["scores"], row["judgements"], row["digits"], strict=True)
+            record["segments"] = [
+                {"text": part, "score": score, "judge": words, "digits": digits, "cut": False}
+                for part, score, words, digits in answered
+            ]
+            lost = sum(score is None for score in row["scores"])
+            yield record | {"warnings": [f"{lost} of {last + 1} scores were not given"] if lost else []}
 
 
 def _first_of_each(rollouts: Sequence[FixedRollout], count: int, what: str) -> list[FixedRollout]:

@@ -315,6 +315,21 @@ def _fixed_rollout(record: Record, paper: Paper) -> list[str]:
     return lines + _block(paper, record["response"] or "(empty)")
 
 
+def _labelled(record: Record, paper: Paper) -> list[str]:
+    judge, segments = record["judge"], record["segments"]
+    note = f"{judge['backend']} {judge['model']}, {judge['readout']}, {judge['asks']}"
+    lines = _fixed_rollout(record, paper)
+    of = f" about part {judge['segment']}"
+    lines += _question(paper, f"judge's prompt{of}", judge["question"], record["reference"], note)
+    lines += _answers(segments, judge, paper)
+    digits = any(segment["digits"] is not None for segment in segments)
+    rows = [[Span(cell) for cell in ("part", "score", *(f"P({d})" for d in range(1, 6) if digits), "ends with")]]
+    for number, segment in enumerate(segments):
+        row = [Span(str(number)), _score(segment["score"]), *(_digits(segment["digits"]) if digits else [])]
+        rows.append([*row, Span(segment["text"].strip()[-40:])])
+    return lines + _section(paper, "labels") + paper.table(rows)
+
+
 def _annotated(record: Record, paper: Paper) -> list[str]:
     annotator = record["annotator"]
     note = f"{annotator['backend']} {annotator['model']}"
@@ -336,4 +351,5 @@ _TASKS = {
     "evaluate": _sampled,
     "calibrate": _calibrated,
     "annotate": _annotated,
+    "label": _labelled,
 }

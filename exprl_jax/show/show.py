@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from exprl_jax.show.fixed import show_annotations, show_calibration
+from exprl_jax.show.fixed import show_annotations, show_calibration, show_labels
 from exprl_jax.show.lessons import show_examples, show_lessons
 from exprl_jax.show.page import page_lines
 from exprl_jax.show.rollouts import show_samples, show_scored
@@ -27,6 +27,7 @@ RECORDS = {
     "evaluate": show_samples,
     "calibrate": show_calibration,
     "annotate": show_annotations,
+    "label": show_labels,
 }
 
 
@@ -38,11 +39,6 @@ def show(config: Any, count: int, as_json: bool) -> None:
     """
     if jax.process_count() > 1:
         raise ValueError("--show runs in one process; start it without --coordinator and --distributed")
-    if config.task not in RECORDS:
-        known = ", ".join(RECORDS)
-        raise ValueError(
-            f"config.task: got {config.task!r}, of which --show has nothing to show; expected one of {known}"
-        )
     stream, config = sys.stdout, pin_checkpoints(config, {})
     for place, record in enumerate(RECORDS[config.task](config, count), 1):
         if as_json:

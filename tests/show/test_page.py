@@ -54,6 +54,7 @@ def record_of(task, segments=12, rollouts=4):
         "teacher": {"weights": "t", "prompt": f"Why?\n{reference}\nNow you.", "prompt_tokens": 9},
         "judge": judge | {"asks": "prefix", "segment": segments - 1},
         "judges": [{"name": "4B", "answers": answers} | judge, {"name": "8B", "answers": []} | judge],
+        "segments": made[0]["segments"],
         "annotator": judge | {"text": "{}", "fields": {"counting": 1, "geometric": 0}, "tokens": 9},
         **{"prompt_pieces": pieces, "target_pieces": pieces, "target_tokens": 60, "share": 0.25, "score": 0.3},
         **{"rollout": 1, "response": "It is.", "verdict": "wrong", "warnings": ["something " + "long " * 50]},
@@ -61,7 +62,7 @@ def record_of(task, segments=12, rollouts=4):
 
 
 @pytest.mark.parametrize("width", [60, 77, 120])
-@pytest.mark.parametrize("task", ["rl", "distill", "sft", "judge", "evaluate", "calibrate", "annotate"])
+@pytest.mark.parametrize("task", ["rl", "distill", "sft", "judge", "evaluate", "calibrate", "annotate", "label"])
 def test_every_line_is_within_the_width_and_commands_nothing(task, width):
     lines = page_lines(record_of(task), 1, 1, Paper(width, False))
     assert all(columns(line) <= width and line.isprintable() for line in lines)

@@ -7,6 +7,7 @@ import pytest
 from stub_endpoint import Answer, StubEndpoint
 from tiny_runs import LONG, ROOT, config_dict, read_jsonl, rows, run, tiny, write_problems
 
+from exprl_jax.config import TASKS
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.evaluation.behaviour import FIELDS
 from exprl_jax.evaluation.calibrate import calibrate
@@ -216,6 +217,26 @@ def test_an_annotation_shows_what_was_asked_and_read(tmp_path):
     assert (question["before"] + question["text"] + question["after"]).partition("[user]\n")[2] in sent
     assert read["annotator"]["fields"]["counting"] == 1 and read["warnings"] == [] and "counting 1" in page(read)
     assert unread["annotator"]["fields"] is None and "not the JSON object" in unread["warnings"][0]
+
+
+def test_every_task_can_be_shown():
+    assert RECORDS.keys() == TASKS.keys()
+
+
+def test_a_label_shows_what_each_part_of_a_rollout_is_worth(tmp_path):
+    changes = {"rollouts": fixed(tmp_path), "data.source": "", "segments.rule": "paragraph", "judge.backend": "openai"}
+    changes |= {"judge.readout": "text", "judge.endpoint.model": "stub", "judge.endpoint.api_key_variable": ""}
+    told = lambda seen, count: Answer("Fine.\nScore: 4" if "So " in seen.content else "Nothing yet.")  # noqa: E731
+    with StubEndpoint(told) as stub:
+        config = resolve(config_dict("label", "tiny", changes | {"judge.endpoint.base_url": stub.base_url}))
+        records_of, sent = records(config, 2), [seen.content for seen in stub.seen]
+    for record in records_of:
+        assert "".join(segment["text"] for segment in record["segments"]) == record["response"]
+        assert [segment["score"] for segment in record["segments"]] == [None, 0.75]
+        assert [segment["judge"] for segment in record["segments"]] == ["Nothing yet.", "Fine.\nScore: 4"]
+        question = record["judge"]["question"]
+        assert (question["before"] + question["text"] + question["after"]).partition("[user]\n")[2] in sent
+        assert record["warnings"] == ["1 of 2 scores were not given"] and "labels" in page(record)
 
 
 @pytest.mark.parametrize(
