@@ -26,6 +26,7 @@ from exprl_jax.data.packing import Example, fill_rows
 from exprl_jax.data.problems import Problem, batch_indices
 from exprl_jax.data.prompts import teacher_prompt
 from exprl_jax.data.training import kinds_of, within_budget
+from exprl_jax.evaluation.live_report import keep_report
 from exprl_jax.hosts import gather_rows, owned_problems, put_microbatches
 from exprl_jax.layout import packed_shape
 from exprl_jax.learning.update import over_updates
@@ -38,7 +39,7 @@ from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import RLRun, check_enough, open_run, settle_run_sizes, task_of
 from exprl_jax.rollout.call import Prompts, make_prompts
 from exprl_jax.rollout.usage import usage_metrics
-from exprl_jax.rollout_log import rollout_row
+from exprl_jax.rollout_log import rollout_row, token_row
 from exprl_jax.run.clock import Clock
 from exprl_jax.run.loop import StepResult, run_task
 from exprl_jax.run.trackers import check_trackers
@@ -89,7 +90,7 @@ def distill(config: Config, workdir_path: str, accept_lost_records: bool = False
         distilled = open_distill_run(config, stack)
         steps = {"collect": functools.partial(collect, distilled), "learn": functools.partial(learn, distilled)}
         task = task_of(distilled.run, **steps, evaluation=evaluation_of(distilled.run))
-        run_task(task, workdir_path, accept_lost_records)
+        run_task(task, workdir_path, keep_report, accept_lost_records)
 
 
 def open_distill_run(config: Config, stack: contextlib.ExitStack) -> DistillRun:
@@ -203,6 +204,11 @@ def _sample_rows(run: RLRun, waves: Sequence[Wave], verdicts: Sequence[Sequence[
     order = [(wave, i, g, verdicts[row][g]) for g in range(G) for row, (wave, i) in enumerate(numbered)]
     return [
         rollout_row(run, wave, i, g, verdict)
-        | {"segments": [{"text": wave.responses[i][g], "score": None, "advantage": None, "judge": None}]}
+        | {
+            "segments": [
+                {"text": wave.responses[i][g], "score": None, "advantage": None, "judge": None}
+                | token_row(run, wave, i, g, slice(int(wave.rollouts.mask_PGR[i, g].sum())))
+            ]
+        }
         for wave, i, g, verdict in order[: run.config.log.rollouts]
     ]

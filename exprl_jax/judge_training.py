@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 from exprl_jax.config import JudgeTraining
 from exprl_jax.data.tokenizer import Tokenizer
 from exprl_jax.evaluation.calibration import SAYS_CORRECT, error_rates
+from exprl_jax.evaluation.live_report import keep_report
 from exprl_jax.hosts import gather_rows, local_problems, say
 from exprl_jax.layout import check_layout
 from exprl_jax.learning.supervised import JUDGE_VALIDATION
@@ -49,7 +50,7 @@ def train_judge(config: JudgeTraining, workdir_path: str, accept_lost_records: b
     """
     check_workdir(workdir_path, to_dict(config))
     check_trackers(config.log.trackers)
-    run_task(task_of(open_run(config)), workdir_path, accept_lost_records)
+    run_task(task_of(open_run(config)), workdir_path, keep_report, accept_lost_records)
 
 
 def open_run(config: JudgeTraining) -> SupervisedRun:

@@ -79,6 +79,7 @@ def rollout_row(run: RLRun, wave: Wave, i: int, g: int, verdict: Verdict) -> dic
 
 def _segments(run: RLRun, scored: ScoredWave, i: int, g: int) -> list[dict[str, Any]]:
     judgements, advantages = scored.judgements, scored.advantages
+    ends = scored.wave.ends[i][g]
     return [
         {
             "text": text,
@@ -86,8 +87,16 @@ def _segments(run: RLRun, scored: ScoredWave, i: int, g: int) -> list[dict[str, 
             "advantage": float(advantages.advantage_PGN[i, g, n]) if advantages.counted_PGN[i, g, n] else None,
             "judge": judgements.text.get((i, g, n)),
         }
+        | token_row(run, scored.wave, i, g, slice(ends[n - 1] if n else 0, ends[n]))
         for n, text in enumerate(segment_texts(run, scored.wave, i, g))
     ]
+
+
+def token_row(run: RLRun, wave: Wave, i: int, g: int, part: slice) -> dict[str, Any]:
+    """Some tokens of a rollout as people read them, and their log-probs under the policy as it sampled them (nats, at
+    its temperature)."""
+    ids, logp = (x[i, g, part].tolist() for x in (wave.rollouts.tokens_PGR, wave.rollouts.logp_PGR))
+    return {"token_text": run.policy.tokenizer.spell(ids), "token_logp": [round(value, 4) for value in logp]}
 
 
 def segment_texts(run: RLRun, wave: Wave, i: int, g: int) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from exprl_jax.reward.statistics import VERDICTS
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import RLRun
 from exprl_jax.run.clock import Clock
-from exprl_jax.run.evaluating import HELD_OUT, TRAINING, Evaluation, Row, names_of
+from exprl_jax.run.evaluating import HELD_OUT, SETS, TRAINING, Evaluation, Measured, Row, names_of
 
 
 def evaluation_of(run: RLRun) -> Evaluation | None:
@@ -63,15 +64,16 @@ def evaluation_of(run: RLRun) -> Evaluation | None:
 
 def measure(
     run: RLRun, bench: Bench, sets: Mapping[str, Sequence[Problem]], state: TrainState, step: int, clock: Clock
-) -> Row:
+) -> Measured:
     """Samples, grades and sums up each of the sets."""
-    config, row = run.config.evaluate, {}
+    config, row, rows = run.config.evaluate, {}, []
     with clock.phase("evaluate"):
         for prefix, problems in sets.items():
             table = draw(bench, run.model(state), problems, config.samples, step)
             row |= summarise(prefix, table, config.ks)
+            rows += problem_rows(prefix, problems, table)
     run.graders.throughput.report()  # a step's rates are of its own rollouts
-    return row
+    return Measured(row, rows)
 
 
 def draw(bench: Bench, params: Params, problems: Sequence[Problem], samples: int, step: int) -> dict[str, np.ndarray]:
@@ -98,6 +100,27 @@ def draw(bench: Bench, params: Params, problems: Sequence[Problem], samples: int
     return table
 
 
+def problem_rows(prefix: str, problems: Sequence[Problem], table: Mapping[str, np.ndarray]) -> list[dict[str, Any]]:
+    """Rows of `evaluations/step_N.jsonl`."""
+    known, right = _graded(table)
+    return [
+        {
+            "set": SETS[prefix],
+            "id": problem.id,
+            "problem": problem.problem,
+            "graded": int(known[i].sum()),
+            "correct": int(right[i].sum()),
+        }
+        for i, problem in enumerate(problems)
+    ]
+
+
+def _graded(table: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Which samples were graded, and which were found right."""
+    missing, correct = (VERDICTS.index(verdict) for verdict in (Verdict.missing, Verdict.correct))
+    return table["verdict_PG"] != missing, table["verdict_PG"] == correct
+
+
 def summarise(prefix: str, table: Mapping[str, np.ndarray], ks: Sequence[int]) -> Row:
     """The metrics of one set, `run.evaluating.METRICS`.
 
@@ -107,8 +130,8 @@ def summarise(prefix: str, table: Mapping[str, np.ndarray], ks: Sequence[int]) -
     Args:
       table: as of `draw`.
     """
-    known = table["verdict_PG"] != VERDICTS.index(Verdict.missing)
-    graded_P, correct_P = known.sum(1), (table["verdict_PG"] == VERDICTS.index(Verdict.correct)).sum(1)
+    known, right = _graded(table)
+    graded_P, correct_P = known.sum(1), right.sum(1)
     some_P = graded_P > 0
     row: Row = dict.fromkeys(names_of(prefix, ks))
     if some_P.any():

@@ -14,6 +14,7 @@ from exprl_jax.data.packing import Branches, Example
 from exprl_jax.data.problems import Problem, read_problems
 from exprl_jax.data.tokenizer import Tokenizer
 from exprl_jax.data.training import policy_prompts, read_training_problems, within_budget
+from exprl_jax.evaluation.live_report import keep_report
 from exprl_jax.hosts import say
 from exprl_jax.layout import check_layout
 from exprl_jax.mesh import DATA, make_mesh
@@ -34,7 +35,7 @@ def sft(config: Sft, workdir_path: str, accept_lost_records: bool = False) -> No
     """
     check_workdir(workdir_path, to_dict(config))
     check_trackers(config.log.trackers)
-    run_task(task_of(open_run(config)), workdir_path, accept_lost_records)
+    run_task(task_of(open_run(config)), workdir_path, keep_report, accept_lost_records)
 
 
 def open_run(config: Sft) -> SupervisedRun:

@@ -20,6 +20,7 @@ import jax
 from exprl_jax.batch import PackedUpdate, add_logp, join_waves, mean_padding, pack_updates, update_metrics
 from exprl_jax.config import Config
 from exprl_jax.data.problems import batch_indices
+from exprl_jax.evaluation.live_report import keep_report
 from exprl_jax.records import Experience, TrainState
 from exprl_jax.resolve import to_dict
 from exprl_jax.reward.probe import probe_batch
@@ -65,7 +66,7 @@ def train(config: Config, workdir_path: str, accept_lost_records: bool = False) 
     with contextlib.ExitStack() as stack:
         run = open_run(config, stack)
         steps = {"collect": functools.partial(collect, run), "learn": functools.partial(learn, run)}
-        run_task(task_of(run, **steps, evaluation=evaluation_of(run)), workdir_path, accept_lost_records)
+        run_task(task_of(run, **steps, evaluation=evaluation_of(run)), workdir_path, keep_report, accept_lost_records)
 
 
 def collect(run: RLRun, state: TrainState, step: int, clock: Clock) -> Collected:

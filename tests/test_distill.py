@@ -82,7 +82,10 @@ def test_rollouts_are_written_with_their_references_and_no_scores(kl, whole):
     assert len(samples) == 32 and len({(sample["id"], sample["rollout"]) for sample in samples}) == 32
     for sample in samples:
         assert sample["reference"] and sample["reference"] not in sample["prompt"]
-        assert sample["segments"] == [{"text": sample["response"], "score": None, "advantage": None, "judge": None}]
+        (segment,) = sample["segments"]
+        tokens, logp = segment.pop("token_text"), segment.pop("token_logp")
+        assert segment == {"text": sample["response"], "score": None, "advantage": None, "judge": None}
+        assert len(tokens) == len(logp) == sample["length"] and max(logp) <= 0
         assert sample["verdict"] in {str(verdict) for verdict in statistics.VERDICTS}
 
 

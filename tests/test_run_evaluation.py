@@ -12,6 +12,7 @@ from tiny_runs import assert_same_parameters, config_dict, read_jsonl, rows, run
 from exprl_jax import run_evaluation
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.training import fixed_sample
+from exprl_jax.evaluation.report_page import read_workdirs, render
 from exprl_jax.help import describe
 from exprl_jax.resolve import resolve
 from exprl_jax.reward.statistics import VERDICTS
@@ -109,6 +110,25 @@ def test_its_numbers_are_those_of_its_samples(whole):
         assert 0 < min(row[key] for row in measured) and len({row[key] for row in measured}) > 1
 
 
+def test_it_leaves_how_often_each_problem_was_solved(whole):
+    folder, _, answers = whole
+    assert sorted(path.name for path in (folder / "evaluations").iterdir()) == [
+        f"step_{step:06d}.jsonl" for step in (0, 2, 3)
+    ]
+    for step, of_step in zip((0, 2, 3), answers):
+        right = collections.Counter(p.id for p, text in of_step if text.endswith(rf"\boxed{{{p.answer}}}"))
+        written = read_jsonl(folder / f"evaluations/step_{step:06d}.jsonl")
+        assert [row["set"] for row in written] == ["held-out"] * len(HELD_OUT) + ["training"] * TRAINING
+        assert {row["id"]: row["correct"] for row in written} == {p.id: right[p.id] for p, _ in of_step}
+        assert {row["graded"] for row in written} == {SAMPLES}
+        assert written[1]["problem"] == HELD_OUT[1]["problem"]
+
+
+def test_the_report_of_the_run_is_as_of_its_last_checkpoint(whole):
+    folder, _, _ = whole
+    assert (folder / "report.html").read_text() == render(read_workdirs([folder])[0])
+
+
 def test_the_training_problems_are_the_same_ones_every_time(whole):
     _, _, answers = whole
     drawn = [{problem.id for problem, _ in of_step if not problem.id.startswith("h")} for of_step in answers]
@@ -177,6 +197,8 @@ def test_a_stop_neither_repeats_nor_loses_a_point(stops, changes, whole, tmp_pat
     run(config, tmp_path / "run")
     assert rows(tmp_path / "run") == rows(folder)
     assert_same_parameters(tmp_path / "run", folder)
+    for path in (folder / "evaluations").iterdir():
+        assert (tmp_path / "run/evaluations" / path.name).read_text() == path.read_text()
     shown = [line for line in capfd.readouterr().err.splitlines() if line.startswith("step 3/3")]
     value = rows(folder)[-1]
     assert shown[0].endswith(

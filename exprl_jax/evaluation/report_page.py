@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 
+from exprl_jax.config import Watch
 from exprl_jax.evaluation.tables import RESULTS, read_results
 from exprl_jax.files import parse_row, read_jsonl
 from exprl_jax.metric_tables import explanations
 from exprl_jax.resolve import differences
 from exprl_jax.run.metrics import read_metrics
+from exprl_jax.run.watch import RunWatch
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html")
 
@@ -43,6 +45,8 @@ _ABOUT = {
 
 _PROBLEM = ("id", "domain", "kind", "problem", "reference", "answer", "prompt")
 _SEGMENT = ("text", "score", "advantage", "judge")
+_TOKENS = ("token_text", "token_logp")  # what rollouts of an earlier version do not have
+_SHOWN_TEXT = 160  # characters of a problem in the table of evaluated ones
 _HTML = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}
 
 
@@ -104,6 +108,8 @@ def read_workdirs(
             "steps": [row["step"] for row in rows],
             "series": _columns(rows),
             "rollouts": _rollouts(folder / "rollouts", rollouts // share, rollout_bytes // share),
+            "evaluated": _evaluated(folder / "evaluations"),
+            "warnings": _warnings(folder, rows),
         }
         for folder, rows in metrics.items()
     ]
@@ -159,6 +165,32 @@ def _config(folder: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"{path}: not readable as JSON ({error})") from error
 
 
+def _warnings(folder: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the run's watch has told of: a function of its metrics, so it is worked out from them again."""
+    window = _leaf(_config(folder), "watch.window")
+    if not isinstance(window, int):
+        return []
+    watch = RunWatch(Watch(window=window, strict=False), [])
+    return [f"step {row['step']}: {line}" for row in rows if row["step"] > 0 for line in watch.new(row)]
+
+
+def _evaluated(folder: pathlib.Path, most: int = 2000) -> dict[str, Any]:
+    """How each problem fared in the evaluations inside a run.
+
+    Returns:
+      steps: of the evaluations; problems: of each its set, id, the beginning of its text, and at each step the share of
+      graded samples that were right (null where none was graded), the first `most` problems; left_out: how many more.
+    """
+    paths = {int(path.stem.removeprefix("step_")): path for path in folder.glob("step_[0-9]*.jsonl")}
+    steps, problems = sorted(paths), {}
+    for place, step in enumerate(steps):
+        for row in read_jsonl(paths[step], surrogates=True):
+            about = {"set": row["set"], "id": row["id"], "problem": row["problem"][:_SHOWN_TEXT]}
+            rates = problems.setdefault((row["set"], row["id"]), about | {"rates": [None] * len(steps)})["rates"]
+            rates[place] = row["correct"] / row["graded"] if row["graded"] else None
+    return {"steps": steps, "problems": list(problems.values())[:most], "left_out": max(0, len(problems) - most)}
+
+
 def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
     """Metrics by name, null where a row has null or does not have the key; keys that are null throughout are kept."""
     keys = sorted({key for row in rows for key in row} - {"step"})
@@ -200,7 +232,10 @@ def _rollouts(folder: pathlib.Path, most: int, most_bytes: int) -> dict[str, Any
 def _embedded_rollout(row: Mapping[str, Any]) -> dict[str, Any]:
     """A rollout without its problem, and without its response where that is its segments, one after another."""
     rollout = {key: row.get(key) for key in ("rollout", "length", "ended", "verdict")}
-    segments = [{key: segment.get(key) for key in _SEGMENT} for segment in row.get("segments") or []]
+    segments = [
+        {key: segment.get(key) for key in _SEGMENT} | {key: segment[key] for key in _TOKENS if key in segment}
+        for segment in row.get("segments") or []
+    ]
     response = row.get("response")
     if "".join(segment["text"] or "" for segment in segments) != response:
         rollout["response"] = response

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from exprl_jax.data.problems import Problem
 from exprl_jax.records import TrainState
@@ -24,6 +25,7 @@ _OF_A_SET = {
     "overlong": "fraction of samples that reached max_tokens without EOS",
 }
 HELD_OUT, TRAINING = "", "training_"
+SETS = {HELD_OUT: "held-out", TRAINING: "training"}
 METRICS: Mapping[str, str] = {
     **{f"evaluate/{HELD_OUT}{name}": f"held-out problems: {text}" for name, text in _OF_A_SET.items()},
     **{f"evaluate/{TRAINING}{name}": f"fixed training problems: {text}" for name, text in _OF_A_SET.items()},
@@ -37,6 +39,19 @@ def names_of(prefix: str, ks: Sequence[int]) -> list[str]:
     return [f"evaluate/{prefix}{name}" for name in (*(f"pass@{k}" for k in ks), *plain)]
 
 
+class Measured(NamedTuple):
+    """What an evaluation says.
+
+    Attributes:
+      row: its part of the step's metrics.
+      problems: rows of `evaluations/step_N.jsonl`: `set` (`held-out` or `training`), `id` and text of the problem, and
+        how many of its samples were `graded` and `correct`; none at a step without an evaluation.
+    """
+
+    row: Row
+    problems: Sequence[Mapping[str, Any]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
     """What the loop has to know of it.
@@ -46,25 +61,25 @@ class Evaluation:
       steps: of the whole run.
       problems: all that are evaluated on.
       names: the keys of a row.
-      measure: (state, step, clock) → those keys' values; every process calls it.
+      measure: (state, step, clock) → those keys' values, and its problems; every process calls it.
     """
 
     every: int
     steps: int
     problems: Sequence[Problem]
     names: Sequence[str]
-    measure: Callable[[TrainState, int, Clock], Row]
+    measure: Callable[[TrainState, int, Clock], Measured]
 
-    def row(self, state: TrainState, step: int, clock: Clock) -> Row:
-        """The part of the metrics of a step that is the evaluation's: nulls where none is made."""
+    def at(self, state: TrainState, step: int, clock: Clock) -> Measured:
+        """What belongs to a step: nulls where no evaluation is made."""
         if step % self.every and step != self.steps:
-            return dict.fromkeys(self.names)
+            return Measured(dict.fromkeys(self.names), [])
         return self.measure(state, step, clock)
 
 
 def headline(step: int, row: Mapping[str, float | None]) -> str:
     """An evaluation in a few words, for the line that says how far a run is; empty where the row has none."""
-    for prefix, name in ((HELD_OUT, "held-out"), (TRAINING, "training")):
+    for prefix, name in SETS.items():
         solved, unsolved = (row.get(f"evaluate/{prefix}{key}") for key in ("pass@1", "unsolved"))
         if solved is not None and unsolved is not None:
             return f"{name} pass@1 {solved:.3f}, unsolved {unsolved:.3f} (step {step})"

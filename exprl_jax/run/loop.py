@@ -19,7 +19,7 @@ from exprl_jax.resolve import to_dict
 from exprl_jax.run.checkpoint import Checkpoints
 from exprl_jax.run.clock import Clock, CompileLedger, Progress
 from exprl_jax.run.evaluating import Evaluation, headline
-from exprl_jax.run.metrics import Metrics, read_metrics, truncate_after, write_rollouts
+from exprl_jax.run.metrics import Metrics, read_metrics, truncate_after, write_evaluation, write_rollouts
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.watch import RunWatch, check_moved
 from exprl_jax.run.workdir import Workdir, open_workdir
@@ -102,10 +102,13 @@ class Best(NamedTuple):
     value: float
 
 
-def run_task(task: Task, workdir_path: str, accept_lost_records: bool = False) -> None:
+def run_task(
+    task: Task, workdir_path: str, keep_report: Callable[[Workdir], None], accept_lost_records: bool = False
+) -> None:
     """Takes a run from where its folder stands to its last step, and exports the policy.
 
     Args:
+      keep_report: writes a workdir's report (`evaluation.live_report`); called at every checkpoint, in one process.
       accept_lost_records: go on although checkpoints or metrics of steps that were taken are gone.
 
     Raises:
@@ -141,9 +144,8 @@ def run_task(task: Task, workdir_path: str, accept_lost_records: bool = False) -
             clock, skipped, idle, unsaved = Clock(), int(state.skipped), 0, []
             problems = fingerprint(task.problems)
             if task.evaluation is not None and not rows:
-                row = task.evaluation.row(state, 0, clock)
+                row = _evaluate(task, workdir, state, 0, clock, progress)
                 metrics.write(0, row | clock.report({}) | ledger.report())
-                progress.note(headline(0, row))
             for step in range(done, task.steps):
                 batch = task.collect(state, step, clock)
                 # A save that still holds the state would keep it from being donated: there would be two of it.
@@ -152,9 +154,7 @@ def run_task(task: Task, workdir_path: str, accept_lost_records: bool = False) -
                 state = result.state.replace(step=result.state.step + 1)
                 before, skipped = skipped, int(state.skipped)
                 row = {**result.row, "update/skipped_total": skipped}
-                if task.evaluation is not None:
-                    row |= task.evaluation.row(state, step + 1, clock)
-                    progress.note(headline(step + 1, row))
+                row |= _evaluate(task, workdir, state, step + 1, clock, progress)
                 row |= clock.report(result.tokens) | ledger.report()
                 if result.samples:
                     write_rollouts(workdir, step + 1, result.samples)
@@ -174,6 +174,8 @@ def run_task(task: Task, workdir_path: str, accept_lost_records: bool = False) -
                     position = {"next_batch": step + 1, "problems": problems}
                     position["best"] = None if best is None else best._asdict()
                     checkpoints.save(step + 1, state, position, None if best is None else best.step)
+                    if jax.process_index() == 0:
+                        keep_report(workdir)
                 if stopping:
                     break
         checkpoints.wait()
@@ -183,6 +185,19 @@ def run_task(task: Task, workdir_path: str, accept_lost_records: bool = False) -
         _refuse_dead(task, state, task.steps)
         task.export(state.params, workdir)
         _print_summary(task, workdir, best, [] if watch is None else watch.told)
+
+
+def _evaluate(
+    task: Task, workdir: Workdir, state: TrainState, step: int, clock: Clock, progress: Progress
+) -> dict[str, float | None]:
+    """What an evaluation adds to a step's metrics; nothing where the run has none."""
+    if task.evaluation is None:
+        return {}
+    measured = task.evaluation.at(state, step, clock)
+    if measured.problems:
+        write_evaluation(workdir, step, measured.problems)
+    progress.note(headline(step, measured.row))
+    return measured.row
 
 
 def _restore_or_start(
@@ -268,6 +283,7 @@ def _print_summary(task: Task, workdir: Workdir, best: Best | None, warnings: Se
         told = "".join(f"  watch        {warning}\n" for warning in warnings)
         print(
             f"done\n{told}  checkpoints  {workdir.checkpoints}\n{known}  metrics      {workdir.metrics}\n"
-            f"{events}  rollouts     {workdir.rollouts}\n  export       {workdir.export}",
+            f"{events}  rollouts     {workdir.rollouts}\n  report       {workdir.report}\n"
+            f"  export       {workdir.export}",
             flush=True,
         )

@@ -123,7 +123,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def truncate_after(workdir: Workdir, step: int) -> None:
-    """Removes what a run wrote after its last checkpoint: rows and rollouts of later steps, and a torn last line.
+    """Removes what a run wrote after its last checkpoint: rows and files of later steps, and a torn last line.
 
     Args:
       step: of the checkpoint that the run resumes from; 0 if there is none.
@@ -134,7 +134,7 @@ def truncate_after(workdir: Workdir, step: int) -> None:
     kept = [row for row in rows if row["step"] <= step]
     if torn or len(kept) < len(rows):
         write_atomically(workdir.metrics, "".join(json.dumps(row, allow_nan=False) + "\n" for row in kept))
-    for path in workdir.rollouts.glob("step_*"):
+    for path in [*workdir.rollouts.glob("step_*"), *workdir.evaluations.glob("step_*")]:
         match = re.fullmatch(r"step_(\d+)\.jsonl(\.tmp)?", path.name)
         if match and (int(match[1]) > step or match[2]):
             path.unlink()
@@ -142,8 +142,18 @@ def truncate_after(workdir: Workdir, step: int) -> None:
 
 def write_rollouts(workdir: Workdir, step: int, rows: Sequence[Mapping[str, Any]]) -> pathlib.Path:
     """Writes a sample of a step's rollouts, one JSON object a row, to `rollouts/step_N.jsonl` (N in six digits)."""
-    path = workdir.rollouts / f"step_{step:06d}.jsonl"
+    return _write_step(workdir.rollouts, step, rows)
+
+
+def write_evaluation(workdir: Workdir, step: int, rows: Sequence[Mapping[str, Any]]) -> pathlib.Path:
+    """Writes an evaluation's problems, one JSON object each, to `evaluations/step_N.jsonl` (N in six digits)."""
+    return _write_step(workdir.evaluations, step, rows)
+
+
+def _write_step(folder: pathlib.Path, step: int, rows: Sequence[Mapping[str, Any]]) -> pathlib.Path:
+    path = folder / f"step_{step:06d}.jsonl"
     if jax.process_index() == 0:
+        folder.mkdir(exist_ok=True)
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     return path
 

@@ -84,7 +84,7 @@ class RunWatch:
         self._shown: set[str] = set()
         self.told: list[str] = []
         for row in rows:
-            self._shown = {symptom.metric for symptom, _ in self._add(row)}
+            self.new(row)
 
     def see(self, step: int, row: Row) -> None:
         """Warns on stderr of symptoms that were not there at the step before.
@@ -92,15 +92,19 @@ class RunWatch:
         Raises:
           ValueError: there is something to warn of and `watch.strict` is set.
         """
-        showing = self._add(row)
-        new = [line for symptom, line in showing if symptom.metric not in self._shown]
-        self._shown = {symptom.metric for symptom, _ in showing}
-        lines = [f"step {step}: {line}" for line in new]
+        lines = [f"step {step}: {line}" for line in self.new(row)]
         self.told += lines
         if lines and self._config.strict:
             raise ValueError(f"watch: {'; '.join(lines)} (config.watch.strict is set)")
         for line in lines:
             say(f"warning: watch: {line}")
+
+    def new(self, row: Row) -> list[str]:
+        """A line for each symptom that a step has and the step before had not; says and raises nothing."""
+        showing = self._add(row)
+        lines = [line for symptom, line in showing if symptom.metric not in self._shown]
+        self._shown = {symptom.metric for symptom, _ in showing}
+        return lines
 
     def _add(self, row: Row) -> list[tuple[Symptom, str]]:
         window = self._config.window

@@ -9,6 +9,8 @@
     models.json       fingerprints of the models' files; see `weights.run_models`
     metrics.jsonl     one JSON object a step; see `metrics`
     rollouts/         step_N.jsonl, a sample of the rows of step N
+    evaluations/      step_N.jsonl, how often each problem was solved; see `evaluating`
+    report.html       the run as a page, as of its newest checkpoint
     tensorboard/      event files
     wandb/            what Weights & Biases keeps; trackers.json what it and Trackio were sent; see `trackers`
     export/           the trained policy as a Hugging Face folder
@@ -111,6 +113,14 @@ class Workdir:
     @property
     def rollouts(self) -> pathlib.Path:
         return self.path / "rollouts"
+
+    @property
+    def evaluations(self) -> pathlib.Path:
+        return self.path / "evaluations"
+
+    @property
+    def report(self) -> pathlib.Path:
+        return self.path / "report.html"
 
     @property
     def tensorboard(self) -> pathlib.Path:

@@ -17,8 +17,9 @@ from exprl_jax.evaluation import report_page
 from exprl_jax.evaluation.pass_at_k import Summary
 from exprl_jax.evaluation.report_page import read_workdirs, render
 from exprl_jax.evaluation.tables import EvaluatedModel, write_results
-from exprl_jax.resolve import to_dict
+from exprl_jax.resolve import resolve, to_dict
 from exprl_jax.reward import statistics
+from exprl_jax.run.watch import RunWatch
 
 CONFIG = to_dict(tiny("process"))
 # Ends the data's element and runs code where it is not escaped; \ud800 cannot be written as UTF-8.
@@ -152,6 +153,39 @@ def test_metrics_arrive_as_they_were_written_and_null_stays_null(tmp_path):
     }
 
 
+def test_the_watch_s_warnings_are_those_that_the_run_told(tmp_path, capfd):
+    """Also of a run that was stopped in between: they follow from its metrics."""
+    config = json.loads(json.dumps(CONFIG))
+    config["watch"] = {"window": 2, "strict": False}
+    rows = [{"step": 0}, *({"step": step, "segments/mean": 8.0 if step < 5 else 1.0} for step in range(1, 9))]
+    watch = RunWatch(resolve(config).watch, [])
+    for row in rows[1:]:
+        watch.see(row["step"], row)
+    assert len(watch.told) == 1 and "step 6: segments/mean went from 8 to 1" in capfd.readouterr().err
+    (shown,) = embedded(page_of(write_run(tmp_path / "run", rows, config)))["runs"]
+    assert shown["warnings"] == watch.told
+    assert embedded(page_of(write_run(tmp_path / "bare")))["runs"][0]["warnings"] == []
+
+
+def test_evaluated_problems_arrive_with_their_share_at_every_evaluation(tmp_path):
+    folder = write_run(tmp_path / "run")
+    (folder / "evaluations").mkdir()
+    about = {"set": "held-out", "id": "a", "problem": "1 + 1? " * 100}
+    for step, (graded, correct) in {0: (4, 0), 10: (0, 0), 20: (4, 3)}.items():
+        made = [about | {"graded": graded, "correct": correct}]
+        made += [{"set": "training", "id": "a", "problem": "2?", "graded": 1, "correct": 1}] * (step == 20)
+        (folder / "evaluations" / f"step_{step:06d}.jsonl").write_text(lines(made))
+    shown = embedded(page_of(folder))["runs"][0]["evaluated"]
+    assert shown == {
+        "steps": [0, 10, 20],
+        "problems": [
+            {"set": "held-out", "id": "a", "problem": about["problem"][:160], "rates": [0.0, None, 0.75]},
+            {"set": "training", "id": "a", "problem": "2?", "rates": [None, None, 1.0]},
+        ],
+        "left_out": 0,
+    }
+
+
 def test_what_metrics_mean_is_told_where_they_are_drawn(tmp_path):
     assert embedded(page_of(write_run(tmp_path / "run")))["metrics"].items() >= statistics.METRICS.items()
 
@@ -231,6 +265,13 @@ def test_rollouts_arrive_with_their_problem_once_and_their_text_once(tmp_path):
     assert unlike["response"] == "?"
     assert (bare["response"], bare["segments"]) == (rollout()["response"], [])
     assert (first["verdict"], first["ended"], first["length"]) == ("correct", True, 9)
+
+
+def test_tokens_and_their_log_probs_arrive_where_they_were_written(tmp_path):
+    segment = rollout()["segments"][0] | {"token_text": ["### ", "One"], "token_logp": [-0.5, 0.0]}
+    folder = write_run(tmp_path / "run", rollouts={1: [rollout(segments=[segment]), rollout()]})
+    new, old = embedded(page_of(folder))["runs"][0]["rollouts"]["rows"]
+    assert new["segments"] == [segment] and "token_logp" not in old["segments"][0]
 
 
 def test_a_line_of_rollouts_ends_only_at_its_newline(tmp_path):
