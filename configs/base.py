@@ -69,6 +69,7 @@ def base() -> ConfigDict:
                 max_context_tokens=20_480,
                 max_trace_tokens=16_640,
             ),
+            truth=dict(source="", workers=dict(count=2, batch=32, seconds=60.0, max_missing=0.5)),
             rollout=dict(
                 prompts=36,
                 group=10,

@@ -48,7 +48,7 @@ def get_config(arm: str = "4b"):
 
 def _calibration(config: ConfigDict, rollouts: str, segments: dict, sampling: dict) -> ConfigDict:
     """A calibration with what it shares with an RL config; no judge yet."""
-    shared = {name: config[name].to_dict() for name in ("data", "mesh", "policy", "grader", "code")}
+    shared = {name: config[name].to_dict() for name in ("data", "mesh", "policy", "truth", "grader", "code")}
     made = ConfigDict(
         dict(
             task="calibrate",

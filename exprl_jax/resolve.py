@@ -29,6 +29,7 @@ from exprl_jax.config import (
     Sampling,
     Source,
     Tracking,
+    Truth,
     Validation,
     column_pairs,
 )
@@ -170,6 +171,8 @@ def _check_section(section: Any, path: str) -> None:
         expected = f"positive numbers, at most samples = {section.samples}, with commas between; '' for 1 alone"
         ok = not section.k or all(part.isascii() and part.isdigit() for part in section.k.split(","))
         _require(ok and 1 <= section.ks[0] and section.ks[-1] <= section.samples, f"{path}.k", section.k, expected)
+    if isinstance(section, Truth):
+        _check_truth(section.source, f"{path}.source")
     if isinstance(section, Judge):
         unused = section.per_problem or not section.checklists
         _require(unused, f"{path}.checklists", section.checklists, f"'' unless {path}.rubric is 'per_problem'")
@@ -188,6 +191,15 @@ def _check_section(section: Any, path: str) -> None:
         _require(bool(endpoint.model), f"{path}.endpoint.model", endpoint.model, "the model's name there")
     if isinstance(section, Judge) and section.backend == "function":
         _require_function(section.function, f"{path}.function")
+
+
+def _check_truth(source: str, path: str) -> None:
+    if not source or (source.startswith("column:") and source != "column:"):
+        return
+    where, _, name = source.rpartition(":")
+    ok = where.endswith(".py") or all(map(str.isidentifier, where.split(".")))
+    expected = "'', 'column:<name>', 'package.module:name' or 'path/to/file.py:name'"
+    _require(ok and name.isidentifier(), path, source, expected)
 
 
 def _require_function(value: str, path: str) -> None:

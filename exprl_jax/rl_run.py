@@ -31,7 +31,9 @@ from exprl_jax.records import TrainState
 from exprl_jax.reward.checklists import ChecklistJudge
 from exprl_jax.reward.judges import AnyJudge, JudgeBuilder
 from exprl_jax.reward.routes import ROUTES, RewardRoute
+from exprl_jax.reward.rubric import Unit
 from exprl_jax.reward.segments import Splitter, segment_rule
+from exprl_jax.reward.truth import AnyTruth, open_truth, truth_files
 from exprl_jax.reward.verifiers.grading import Graders, check_answers, open_graders
 from exprl_jax.rollout.call import Prompts, Sampler, make_prompts
 from exprl_jax.run.evaluating import Evaluation
@@ -60,6 +62,7 @@ class RLRun:
     mesh: Mesh
     policy: LanguageModel
     judge: AnyJudge
+    truth: AnyTruth
     graders: Graders
     sampler: Sampler
     programs: programs_room.Programs
@@ -150,6 +153,7 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
         mesh=mesh,
         policy=policy,
         judge=judge,
+        truth=_open_truth(config, problems, stack),
         graders=stack.enter_context(open_graders(config.grader, config.code, kinds_of([*problems, *held_out]), grades)),
         sampler=programs_room.build_sampler(
             policy,
@@ -168,7 +172,7 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
         splitter=Splitter(policy.tokenizer.token_bytes, rule),
         frozen=frozen,
         models=models,
-        files=builder.files,
+        files={**builder.files, **truth_files(config.truth)},
     )
 
 
@@ -213,9 +217,20 @@ def _judge_builder(
         config.judge,
         scored=[p for p in rewarded if route_of(config, p).judged],
         verified=[p for p in (*graded, *held_out) if p.traits.by_judge],
-        unit=lambda p: config.judge.unit if route_of(config, p).per_segment else "outcome",
+        unit=functools.partial(_unit, config),
         opened=policy,
     )
+
+
+def _open_truth(config: Config, problems: Sequence[Problem], stack: contextlib.ExitStack) -> AnyTruth:
+    """What the judge is measured by, about the problems that it scores."""
+    judged = [p for p in problems if config.task == "rl" and route_of(config, p).judged]
+    return open_truth(config.truth, judged, functools.partial(_unit, config), stack, config.rollout.group)
+
+
+def _unit(config: Config, problem: Problem) -> Unit:
+    """What is scored of the problem's rollouts."""
+    return config.judge.unit if route_of(config, problem).per_segment else "outcome"
 
 
 def _open_reference(config: Config, policy: LanguageModel) -> LanguageModel | None:

@@ -37,6 +37,8 @@ def _wave_table(run: RLRun, scored: ScoredWave) -> dict[str, np.ndarray]:
         "valid_PGN": judgements.valid_PGN,
         "asked_PGN": judgements.asked_PGN,
         "cut_PGN": judgements.cut_PGN,
+        "truth_PGN": scored.truths.score_PGN.astype(np.float32),
+        "known_PGN": scored.truths.valid_PGN,
         "judge_tokens_P": np.array([judgements.tokens, *others]),
         "sampled_P": np.array([scored.sampled, *others]),
         "resampled_P": scored.resampled_P,
@@ -86,6 +88,7 @@ def _segments(run: RLRun, scored: ScoredWave, i: int, g: int) -> list[dict[str, 
             "score": float(judgements.score_PGN[i, g, n]) if judgements.valid_PGN[i, g, n] else None,
             "advantage": float(advantages.advantage_PGN[i, g, n]) if advantages.counted_PGN[i, g, n] else None,
             "judge": judgements.text.get((i, g, n)),
+            "truth": float(scored.truths.score_PGN[i, g, n]) if scored.truths.valid_PGN[i, g, n] else None,
         }
         | token_row(run, scored.wave, i, g, slice(ends[n - 1] if n else 0, ends[n]))
         for n, text in enumerate(segment_texts(run, scored.wave, i, g))

@@ -74,6 +74,7 @@ class PendingWave(NamedTuple):
 
     Attributes:
       judgements: a judge's scores.
+      truths: what is known of the progress of what the judge scores; in the place of scores.
       judge_verdicts: a judge's, on open-ended answers; none for other problems.
       grading: waits for the verifiers' verdicts, by problem; `missing` where another process has them graded.
     """
@@ -81,6 +82,7 @@ class PendingWave(NamedTuple):
     request: WaveRequest
     wave: Wave
     judgements: Pending[Judgements]
+    truths: Pending[Judgements]
     judge_verdicts: Pending[list[list[Verdict]]]
     grading: Callable[[], list[list[Verdict]]]
 
@@ -90,6 +92,7 @@ class ScoredWave(NamedTuple):
 
     Attributes:
       index_P: of its problems in the step's batch.
+      truths: what is known of the progress of what was judged.
       verdicts: by problem and index within the group.
       resampled_P: times that the group was sampled again.
       sampled: tokens drawn for it, those of groups that were thrown away included.
@@ -98,6 +101,7 @@ class ScoredWave(NamedTuple):
     index_P: np.ndarray
     wave: Wave
     judgements: Judgements
+    truths: Judgements
     advantages: SegmentAdvantages
     verdicts: Sequence[Sequence[Verdict]]
     resampled_P: np.ndarray
@@ -126,7 +130,8 @@ def start_wave(run: RLRun, policy: decoder.Params, request: WaveRequest, clock: 
         asks_P = owned_P | run.judge.on_mesh
         judgements = judge_wave(run, wave, asks_P)
         verdicts = verify_wave(run, wave, asks_P)
-    return PendingWave(request, wave, judgements, verdicts, grading)
+    truths = run.truth.submit(wave.problems, judge_queries(run, wave, owned_P), run.splitter.rule.max_segments)
+    return PendingWave(request, wave, judgements, truths, verdicts, grading)
 
 
 def finish_wave(run: RLRun, policy: decoder.Params, pending: PendingWave, clock: Clock) -> ScoredWave:
@@ -166,8 +171,13 @@ def sample_wave(run: RLRun, policy: decoder.Params, request: WaveRequest) -> Wav
 
 
 def judge_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Pending[Judgements]:
-    """Asks for a score for each rollout, or for each of its prefixes or segments.  Where overlong rollouts' scores
-    follow from the config's rule (D3), they are not asked for.
+    """Asks for a score for each rollout, or for each of its prefixes or segments."""
+    return run.judge.submit(wave.problems, judge_queries(run, wave, asks_P), run.splitter.rule.max_segments)
+
+
+def judge_queries(run: RLRun, wave: Wave, asks_P: np.ndarray) -> list[list[Query]]:
+    """What is to be scored of each problem.  Where overlong rollouts' scores follow from the config's rule (D3), they
+    are not asked for.
 
     Args:
       asks_P: problems of which this process asks.
@@ -183,7 +193,7 @@ def judge_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Pending[Judgements
                     for n in range(len(ends))
                 ]
         queries.append(of_problem)
-    return run.judge.submit(wave.problems, queries, run.splitter.rule.max_segments)
+    return queries
 
 
 def verify_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Pending[list[list[Verdict]]]:
@@ -202,10 +212,12 @@ def score_wave(run: RLRun, pending: PendingWave, clock: Clock) -> ScoredWave:
     wave = pending.wave
     with clock.phase("judge"):
         judgements, judge_verdicts = pending.judgements.result(), pending.judge_verdicts.result()
+        truths = pending.truths.result()
     with clock.phase("grade"):
         of_verifiers = pending.grading()
     verdicts = [judged or graded for judged, graded in zip(judge_verdicts, of_verifiers)]
     judgements, verdicts = _agree(pending.request.index_P, judgements, verdicts)
+    truths = truths._replace(**agree_rows(truths.arrays, pending.request.index_P))
     judgements = add_verdict_rewards(run, wave, judgements, verdicts)
     routes = [run.route(problem) for problem in wave.problems]
     advantages = assign_advantages(
@@ -219,7 +231,7 @@ def score_wave(run: RLRun, pending: PendingWave, clock: Clock) -> ScoredWave:
     )
     resampled_P = (pending.request.live_P & (pending.request.attempt > 0)).astype(np.int32)
     sampled = int(wave.rollouts.mask_PGR.sum())
-    return ScoredWave(pending.request.index_P, wave, judgements, advantages, verdicts, resampled_P, sampled)
+    return ScoredWave(pending.request.index_P, wave, judgements, truths, advantages, verdicts, resampled_P, sampled)
 
 
 def add_verdict_rewards(
@@ -267,6 +279,7 @@ def replace_groups(old: ScoredWave, new: ScoredWave, replaced_P: np.ndarray) -> 
             tokens=old.judgements.tokens + new.judgements.tokens,
             digits=answers(old.judgements.digits, new.judgements.digits),
         ),
+        truths=old.truths._replace(**jax.tree.map(arrays, old.truths.arrays, new.truths.arrays)),
         advantages=SegmentAdvantages(*map(arrays, old.advantages, new.advantages)),
         verdicts=lists(old.verdicts, new.verdicts),
         resampled_P=old.resampled_P + new.resampled_P,

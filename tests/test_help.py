@@ -91,7 +91,7 @@ def test_the_whole_lists_every_task_every_option_and_every_leaf(monkeypatch):
                 assert words(f" {key.path} {meanings(record)[key.path]}") in words(part), key
     (rl,) = [part for part in page.split("\nkeys of ") if part.startswith("rl and distill,")]
     listed = {line.split()[0] for line in rl.splitlines() if line.startswith("  ") and line[2:3].isalpha()}
-    models = ("reference.", "judge.model.")
+    models = ("reference.", "judge.model.", "truth.workers.")
     assert {key.path for key in keys(config.Config) if not key.path.startswith(models)} <= listed
     assert words("judge.model the judge; equal weights to the reference's") in words(rl)
     assert words("Its keys are those of `policy`.") in words(rl)

@@ -7,7 +7,18 @@ declared type.  `resolve` turns the one into the other and checks it; nothing el
 
 from exprl_jax.config.data import COLUMNS, Data, Sampling, Source, column_pairs
 from exprl_jax.config.models import Execution, Lora, Mesh, Model
-from exprl_jax.config.rewards import Advantage, Code, Endpoint, Grader, Judge, JudgeWorkers, Route, Routes, Segments
+from exprl_jax.config.rewards import (
+    Advantage,
+    Code,
+    Endpoint,
+    Grader,
+    Judge,
+    JudgeWorkers,
+    Route,
+    Routes,
+    Segments,
+    Truth,
+)
 from exprl_jax.config.tasks import (
     TASKS,
     Annotate,

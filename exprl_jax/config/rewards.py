@@ -179,6 +179,25 @@ class Judge:
 
 
 @dataclasses.dataclass(frozen=True)
+class Truth:
+    """What is known of rollouts' progress apart from the judge, to measure the judge by: metrics, never rewards.
+
+    Attributes:
+      source: empty for nothing; `column:<name>`, a column of the data that lists the results which a solution reaches;
+        or a function, `package.module:name` or `path/to/file.py:name`, as `judge.function` (docs/judges.md).
+      workers: the processes that call a function.
+    """
+
+    source: str
+    workers: JudgeWorkers
+
+    @property
+    def function(self) -> str:
+        """The function that is called; empty for a column, and for none."""
+        return "" if self.source.startswith("column:") else self.source
+
+
+@dataclasses.dataclass(frozen=True)
 class Advantage:
     """From scores to advantages (paper §3; docs/method.md says where the released code differs).
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from exprl_jax.config.data import Data, Sampling, Source
 from exprl_jax.config.models import Lora, Mesh, Model
-from exprl_jax.config.rewards import Advantage, Code, Grader, Judge, Routes, Segments
+from exprl_jax.config.rewards import Advantage, Code, Grader, Judge, Routes, Segments, Truth
 from exprl_jax.config.training import (
     Checkpoint,
     Distillation,
@@ -45,6 +45,7 @@ class Config:
       reference: the KL reference's, or the teacher's, weights; usually the policy's own start.
       routes: where the reward of each kind of problem comes from.
       judge: what scores rollouts, and how its score is read.
+      truth: what the judge is measured by.
       rollout: sampling from the policy.
       segments: where a rollout is cut for a process judge.
       advantage: from scores to advantages.
@@ -71,6 +72,7 @@ class Config:
     reference: Model
     routes: Routes
     judge: Judge
+    truth: Truth
     rollout: Rollout
     segments: Segments
     advantage: Advantage
@@ -274,6 +276,8 @@ class Calibrate:
       references: what the judges see, of whole rollouts and of prefixes: some of `correct`, `none` and `wrong`
         (another problem's), with commas between.
       reference_last: whole rollouts also with the reference after the trace, as in the released templates.
+      truth: what the judges are measured by, besides verdicts; `column:<name>` may also be a field of the rollouts'
+        rows: a number in [0, 1] for each whole rollout.
       wave: problems of a call to a judge.
       group: rollouts of a problem in that call.
       repeats: asking a judge about the same rollout several times.
@@ -292,6 +296,7 @@ class Calibrate:
     stored: str
     references: str
     reference_last: bool
+    truth: Truth
     wave: Count
     group: GroupSize
     repeats: Repeats

@@ -27,7 +27,8 @@ from exprl_jax.evaluation.calibration_tables import write_calibration
 from exprl_jax.evaluation.continuations import CONTINUATION_FIELDS, CONTINUATION_KEY, continue_prefixes
 from exprl_jax.evaluation.fixed_rollouts import check_unchanged, read_rollouts
 from exprl_jax.evaluation.judging import SCORE_FIELDS, SCORE_KEY, JudgeTask, TooShort, ask_judge, open_judge_model
-from exprl_jax.evaluation.passes import cut_prefixes, decides, scoring_passes, stored_scores
+from exprl_jax.evaluation.passes import Trace, cut_prefixes, decides, scoring_passes, stored_prefixes, stored_scores
+from exprl_jax.evaluation.truths import truths_of
 from exprl_jax.files import Ledger
 from exprl_jax.hosts import local_problems, say
 from exprl_jax.mesh import make_mesh
@@ -85,8 +86,11 @@ def calibrate(config: Calibrate, workdir_path: str) -> None:
         if not finished:
             say("stopped; start again with the same command to go on")
             return
-        asked = [*stored, *scores.rows()]
-        write_calibration(config, workdir.path, judged, counts, left_out, asked, list(continuations.rows()))
+        asked, continued = [*stored, *scores.rows()], list(continuations.rows())
+        traces = [Trace(rollout, None, rollout.response, ()) for rollout in judged]
+        cut = [trace for rollout in judged for trace in stored_prefixes(rollout)] if config.stored else prefixes
+        truths = truths_of(config, [*traces, *cut])
+        write_calibration(config, workdir.path, judged, counts, left_out, asked, continued, truths)
 
 
 def _open_models(config: Calibrate, left_out: dict[str, str]) -> dict[str, LanguageModel | None]:

@@ -18,7 +18,7 @@ from exprl_jax.config import Calibrate
 from exprl_jax.evaluation import figures
 from exprl_jax.evaluation.calibration import agreement, error_rates, histogram, likelihood, spread
 from exprl_jax.evaluation.fixed_rollouts import FixedRollout
-from exprl_jax.evaluation.judge_comparison import comparisons, render_comparisons
+from exprl_jax.evaluation.judge_comparison import TraceKey, against_truth, comparisons, render_comparisons, render_truth
 from exprl_jax.evaluation.passes import CONDITIONS
 from exprl_jax.files import write_atomically
 from exprl_jax.reward.judge_prompts import DIGITS
@@ -78,6 +78,7 @@ def write_calibration(
     left_out: Mapping[str, str],
     scores: Sequence[Row],
     continuations: Sequence[Row],
+    truths: Mapping[TraceKey, float],
 ) -> None:
     """Writes the files of a calibration and prints its table.
 
@@ -87,6 +88,7 @@ def write_calibration(
       left_out: judges that could not be asked, and why.
       scores: the rows of the ledger, and those of a stored judge.
       continuations: the rows of the ledger.
+      truths: about the progress of rollouts and prefixes.
     """
     names = [name for name in config.names if name not in left_out]
     accuracies = judge_accuracies(names, rollouts, scores)
@@ -104,6 +106,8 @@ def write_calibration(
     }
     correct = {rollout.key: rollout.verdict == Verdict.correct for rollout in rollouts}
     results["compared"] = comparisons(names, scores)
+    failed = {rollout.key for rollout in rollouts if rollout.verdict != Verdict.correct}
+    results["truth"] = against_truth(names, scores, truths, failed)
     for judge in names:
         of_pass = {name: _whole_scores(scores, judge, *name) for name in _PASSES}
         ours, theirs = of_pass["correct", "trace_last"], of_pass["correct", "reference_last"]
@@ -277,7 +281,7 @@ def render_calibration(results: Mapping[str, Any]) -> str:
     ]
     if rows:
         parts.append(align([header, *rows], left=1))
-    parts += render_comparisons(results["compared"])
+    parts += render_comparisons(results["compared"]) + render_truth(results["truth"])
     if any(r["rollouts"] for r in results["repeats"]):
         header = ["repeated judgements (std, 1 to 5)", "rollouts", "within", "between"]
         rows = [

@@ -7,6 +7,7 @@ import hashlib
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from exprl_jax import config
@@ -48,6 +49,7 @@ class FixedRollout(NamedTuple):
     Attributes:
       number: among the rollouts of its problem, in the order of the files.
       segments: of a run's rollouts; none of an evaluation's.
+      labels: the row's other numbers, by their names.
     """
 
     problem: Problem
@@ -55,6 +57,7 @@ class FixedRollout(NamedTuple):
     response: str
     verdict: Verdict
     segments: tuple[StoredSegment, ...] = ()
+    labels: Mapping[str, float] = MappingProxyType({})
 
     @property
     def key(self) -> tuple[str, int]:
@@ -95,7 +98,7 @@ def read_rollouts(source: str, data: config.Source, *, references: bool) -> list
                 raise ValueError(f"{path}, row {number}: not a rollout ({error})") from error
             index = counts.get(problem.id, 0)
             counts[problem.id] = index + 1
-            rollouts.append(FixedRollout(problem, index, row["response"], verdict, segments))
+            rollouts.append(FixedRollout(problem, index, row["response"], verdict, segments, _labels_of(row)))
     if not rollouts:
         raise ValueError(f"rollouts: {source!r} holds none; expected at least one row")
     return rollouts
@@ -124,6 +127,10 @@ def _list_files(source: str) -> list[pathlib.Path]:
             raise ValueError(f"rollouts: {part!r} matches no file; expected JSONL files of a run or an evaluation")
         files += [pathlib.Path(path).resolve() for path in paths]
     return list(dict.fromkeys(files))  # globs may overlap
+
+
+def _labels_of(row: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in row.items() if type(value) in (int, float)}
 
 
 def _segments_of(row: Mapping[str, Any], run: Mapping[str, Any]) -> tuple[StoredSegment, ...]:

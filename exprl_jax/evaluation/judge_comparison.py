@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,10 +18,10 @@ from exprl_jax.reward.statistics import spearman
 from exprl_jax.text_tables import align, hundredths, percent
 
 Row = Mapping[str, Any]
-Trace = tuple[str, int, int | None]  # problem id, number of the rollout, segment of a prefix
+TraceKey = tuple[str, int, int | None]  # problem id, number of the rollout, segment of a prefix
 
 
-def scores_of(scores: Sequence[Row], judge: str, condition: str) -> dict[Trace, float]:
+def scores_of(scores: Sequence[Row], judge: str, condition: str) -> dict[TraceKey, float]:
     """A judge's scores in [0, 1], of what it was asked once about with the trace last; those that it did not give are
     left out."""
     wanted = {"judge": judge, "condition": condition, "order": "trace_last", "repeat": 0}
@@ -47,6 +47,43 @@ def comparisons(judges: Sequence[str], scores: Sequence[Row]) -> list[dict[str, 
             if both:
                 rows.append({"judges": list(pair), "of": of} | agreed | {"spearman": spearman(a_N, b_N)})
     return rows
+
+
+def against_truth(
+    judges: Sequence[str], scores: Sequence[Row], truths: Mapping[TraceKey, float], failed: Collection[tuple[str, int]]
+) -> list[dict[str, Any]]:
+    """Rank correlation of each judge with the truth, under each condition that it was asked under.
+
+    Each is {judge, condition, of, n, spearman}, of `failed` rollouts, all `rollouts`, and `prefixes`.
+
+    Args:
+      failed: problem id and number of the rollouts that the verifier found wrong.
+    """
+    rows = []
+    for judge in judges:
+        for condition in ("correct", "none", "wrong"):
+            given = scores_of(scores, judge, condition)
+            both = [trace for trace in given if trace in truths]
+            of = {
+                "failed": [trace for trace in both if trace[2] is None and trace[:2] in failed],
+                "rollouts": [trace for trace in both if trace[2] is None],
+                "prefixes": [trace for trace in both if trace[2] is not None],
+            }
+            for name, some in of.items():
+                if some:
+                    pairs_N2 = np.array([(given[trace], truths[trace]) for trace in some])
+                    row = {"judge": judge, "condition": condition, "of": name, "n": len(some)}
+                    rows.append(row | {"spearman": spearman(*pairs_N2.T)})
+    return rows
+
+
+def render_truth(measured: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The table of the terminal; none without a truth."""
+    if not measured:
+        return []
+    header = ["against the truth about progress", "reference", "of", "n", "spearman"]
+    rows = [[row["judge"], row["condition"], row["of"], row["n"], hundredths(row["spearman"])] for row in measured]
+    return [align([header, *rows], left=3)]
 
 
 def render_comparisons(compared: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -28,13 +28,15 @@ class FunctionJudge:
       units: by problem id, of the problems that will be scored: what of them is scored.
       references: the same: what they are scored against; None for nothing.
       group: rollouts of a problem (G).
+      key: the config's that names the function, for errors.
     """
 
-    config: schema.Judge
+    config: schema.Judge | schema.Truth
     pool: FunctionPool
     units: Mapping[str, Unit]
     references: Mapping[str, str | None]
     group: int
+    key: str = "judge.function"
     on_mesh: ClassVar[bool] = False
 
     def submit(
@@ -111,12 +113,12 @@ class FunctionJudge:
             fault = str(error)
         faults, lost_of_all, asked = sum_over_processes([bool(fault), lost, sum(map(len, calls))])
         if faults:
-            raise ValueError(fault or "config.judge.function: it failed in another process; its own message says how")
+            raise ValueError(fault or f"config.{self.key}: it failed in another process; its own message says how")
         workers = self.config.workers
         if lost_of_all > workers.max_missing * asked:
             reason = f"the call {why} (workers.seconds = {workers.seconds:g})" if why else "see another process"
             raise ValueError(
-                f"config.judge.function: {self.config.function}: {lost_of_all} of {asked} {wanted} are missing, more "
+                f"config.{self.key}: {self.config.function}: {lost_of_all} of {asked} {wanted} are missing, more "
                 f"than the fraction workers.max_missing = {workers.max_missing:g}; the last: {reason}"
             )
         return values
@@ -126,7 +128,7 @@ class FunctionJudge:
             return None
         if isinstance(value, str) or not 0 <= value <= 1:
             raise ValueError(
-                f"config.judge.function: {self.config.function}, problem {problem.id!r}: it returned {value!r:.60}, "
+                f"config.{self.key}: {self.config.function}, problem {problem.id!r}: it returned {value!r:.60}, "
                 "expected a number in [0, 1], or None for no score"
             )
         return float(value)

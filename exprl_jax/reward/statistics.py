@@ -51,6 +51,13 @@ METRICS: Mapping[str, str] = {
     "judge/group_spread": "mean over prompts of the standard deviation of their rollouts' rewards",
     "judge/length_correlation": "Pearson correlation of the judge's reward and response length",
     "judge/correct_correlation": "Pearson correlation of the judge's reward and correctness",
+    "judge/truth_mean": "mean truth (config.truth) of whole rollouts that the judge was asked about; null without one",
+    "judge/truth_spearman_failed": (
+        "rank correlation of the judge's reward and the truth over rollouts that the verifier found wrong"
+    ),
+    "judge/truth_spearman_prefixes": (
+        "rank correlation of the judge's score and the truth over segments but each rollout's last: prefixes, or steps"
+    ),
     "judge/correct_auroc": "probability that a correct rollout has a higher reward than a wrong one, ties half",
 }
 """Every key of `summarise` and what it is; null where it is not defined (a mean over nothing, no spread)."""
@@ -78,7 +85,8 @@ def summarise(
 
     Args:
       rows: of the whole batch: kind_P (index into `kinds`), length_PG, ended_PG, verdict_PG (index into `VERDICTS`),
-        score_PGN, valid_PGN, asked_PGN, cut_PGN, count_PG, advantage_PGN, counted_PGN, live_P, resampled_P; and
+        score_PGN, valid_PGN, asked_PGN, cut_PGN, count_PG, advantage_PGN, counted_PGN, live_P, resampled_P,
+        truth_PGN, known_PGN (whether it is); and
         fallback_P of a judge that has checklists.
       advantage: for what an overlong rollout is worth.
       kinds: of the problems in the data.
@@ -101,6 +109,11 @@ def _summarise(rows: Mapping[str, np.ndarray], advantage: config.Advantage) -> d
     reward, given, wanted = (np.take_along_axis(x, last, -1)[..., 0] for x in (score, valid, asked))
     compared = given & wanted & known
     judged = reward[compared], length[compared], correct[compared]
+    truth, has_truth = (np.take_along_axis(rows[name], last, -1)[..., 0] for name in ("truth_PGN", "known_PGN"))
+    failed = compared & has_truth & ~correct
+    measured = given & wanted & has_truth
+    spearman_failed = spearman(reward[failed], truth[failed])
+    before_last = valid & asked & rows["known_PGN"] & (np.arange(score.shape[-1]) < last)
     if advantage.overlong == "zero_score":
         reward, given = np.where(overlong, 0.0, reward), given | overlong
     real = np.arange(score.shape[-1]) < rows["count_PG"][..., None]
@@ -129,6 +142,9 @@ def _summarise(rows: Mapping[str, np.ndarray], advantage: config.Advantage) -> d
         "judge/group_spread": mean(spread),
         "judge/length_correlation": correlation(judged[0], judged[1]),
         "judge/correct_correlation": correlation(judged[0], judged[2]),
+        "judge/truth_mean": mean(truth[measured]),
+        "judge/truth_spearman_failed": spearman_failed,
+        "judge/truth_spearman_prefixes": spearman(score[before_last], rows["truth_PGN"][before_last]),
         "judge/correct_auroc": auroc(judged[0], judged[2]),
     }
 

@@ -70,7 +70,7 @@ def test_prefixes_are_asked_about_under_the_same_conditions(tmp_path):
 
 
 def stored_rollouts(path, score=lambda i, g, n: ((3 * i + 5 * g + n) % 7) / 6):
-    """Rollouts as a run writes them: three lines, each a segment, with its judge's score."""
+    """Rollouts as a run writes them: its lines, each a segment, with its judge's score."""
     write_rollouts(path)
     rows = read_jsonl(path)
     for k, row in enumerate(rows):
@@ -122,6 +122,59 @@ def test_a_stored_judge_and_another_are_compared_on_rollouts_and_prefixes(tmp_pa
         assert compared[of]["spearman"] == pytest.approx(spearmanr(*zip(*pairs)).statistic)
         near = [abs(int(a + 0.5) - b) <= 1 for a, b in pairs]
         assert compared[of]["within_one"] == pytest.approx(np.mean(near))
+
+
+def progress_of(number, g, n):
+    """A truth from nowhere."""
+    return ((5 * number + 2 * g + 3 * n) % 11) / 10
+
+
+def test_judges_are_ranked_by_a_truth_over_failed_rollouts_and_prefixes(tmp_path):
+    """A function as the truth and a stored judge, against scipy; wrong rollouts alone count as failed."""
+    path, rows = stored_rollouts(tmp_path / "r.jsonl")
+    (tmp_path / "truth.py").write_text(
+        "import re\n\ndef progress(attempts):\n    return [of(a) for a in attempts]\n\n"
+        "def of(a):\n    number, g = map(int, re.search(r'Attempt (\\d).(\\d)', a.trace).groups())\n"
+        "    n = a.segment if a.unit == 'prefix' else 3\n"
+        "    return ((5 * number + 2 * g + 3 * n) % 11) / 10\n"
+    )
+    changes = {"stored": "run", **CORRECT, "truth.source": f"{tmp_path}/truth.py:progress"}
+    calibrate(calibration(path, changes, judges={}), str(tmp_path / "run"))
+    found = {row["of"]: row for row in results(tmp_path / "run")["truth"]}
+    traces = [
+        (n, row["verdict"], row["segments"][n]["score"], progress_of(k // 3, k % 3, n))
+        for k, row in enumerate(rows)
+        for n in range(4)
+    ]
+    assert all(len(row["segments"]) == 4 for row in rows)
+    of = {
+        "failed": [t for t in traces if t[0] == 3 and t[1] == "wrong"],
+        "rollouts": [t for t in traces if t[0] == 3],
+        "prefixes": [t for t in traces if t[0] < 3],
+    }
+    assert set(found) == set(of)
+    for name, some in of.items():
+        assert (found[name]["judge"], found[name]["condition"], found[name]["n"]) == ("run", "correct", len(some))
+        expected = spearmanr([t[2] for t in some], [t[3] for t in some]).statistic
+        assert found[name]["spearman"] == pytest.approx(expected)
+    assert "against the truth" in (tmp_path / "run/table.txt").read_text()
+
+
+@pytest.mark.parametrize("label, taken", [(lambda k: k / 11, True), (lambda k: 1.5, False)])
+def test_a_number_of_the_rows_is_the_truth_of_whole_rollouts(tmp_path, label, taken):
+    path, rows = stored_rollouts(tmp_path / "r.jsonl")
+    rows = [row | {"progress": label(k)} for k, row in enumerate(rows)]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = calibration(path, {"stored": "run", **CORRECT, "truth.source": "column:progress"}, judges={})
+    if not taken:
+        with pytest.raises(ValueError, match="config.truth.source: 'progress' of rollout 0 .*expected a number in"):
+            calibrate(config, str(tmp_path / "run"))
+        return
+    calibrate(config, str(tmp_path / "run"))
+    found = {row["of"]: row for row in results(tmp_path / "run")["truth"]}
+    scores = [row["segments"][-1]["score"] for row in rows]
+    assert found["rollouts"]["spearman"] == pytest.approx(spearmanr(scores, range(12)).statistic)
+    assert "prefixes" not in found
 
 
 def test_what_is_no_judges_score_is_not_taken_for_one(tmp_path):

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import sklearn.metrics
 
 from configs import tiny
@@ -42,6 +43,8 @@ def rows(seed=0):
         "count_PG": count,
         "advantage_PGN": random.standard_normal((P, G, N)).astype(np.float32),
         "counted_PGN": (np.arange(N) < count[..., None]) & (random.random((P, G, N)) < 0.6),
+        "truth_PGN": np.where(asked, random.integers(0, 6, (P, G, N)) / 5, 0).astype(np.float32),
+        "known_PGN": asked & (random.random((P, G, N)) < 0.9),
         "live_P": np.array([True, False, True, True, False, True]),
         "fallback_P": np.array([True, False, False, True, False, False]),
     }
@@ -68,15 +71,27 @@ def auroc_by_scikit_learn(judged):
     return sklearn.metrics.roc_auc_score(right, [reward for reward, *_ in judged]) if len({*right}) == 2 else None
 
 
+def ranked_by_scipy(pairs):
+    constant = any(len(set(values)) < 2 for values in zip(*pairs))
+    return None if len(pairs) < 2 or constant else scipy.stats.spearmanr(*zip(*pairs)).statistic
+
+
 def counted_by_hand(rows, overlong_rule):
     """The summary by loops over rollouts and segments, from the words of `METRICS`."""
     rewards, judged, spreads = [], [], []
+    truths, failed, before = [], [], []
     groups = len(rows["count_PG"])
     for p in range(groups):
         of_group = []
         for g in range(G):
             last = rows["count_PG"][p, g] - 1
             verdict = VERDICTS[rows["verdict_PG"][p, g]]
+            scored = [(rows["score_PGN"][p, g, n], rows["truth_PGN"][p, g, n]) for n in range(last + 1)]
+            both = [rows["valid_PGN"][p, g, n] and rows["known_PGN"][p, g, n] for n in range(last + 1)]
+            before += [pair for pair, known in zip(scored[:-1], both) if known]
+            if both[-1]:
+                truths.append(scored[-1][1])
+                failed += [scored[-1]] if verdict not in (Verdict.missing, Verdict.correct) else []
             if rows["valid_PGN"][p, g, last]:
                 reward = rows["score_PGN"][p, g, last]
                 if verdict != Verdict.missing:
@@ -126,6 +141,9 @@ def counted_by_hand(rows, overlong_rule):
         "judge/group_spread": mean(spreads),
         "judge/length_correlation": pearson([(r, length) for r, length, _ in judged]),
         "judge/correct_correlation": pearson([(r, right) for r, _, right in judged]),
+        "judge/truth_mean": mean(truths),
+        "judge/truth_spearman_failed": ranked_by_scipy(failed),
+        "judge/truth_spearman_prefixes": ranked_by_scipy(before),
         "judge/correct_auroc": auroc_by_scikit_learn(judged),
     }
 
@@ -164,6 +182,9 @@ def test_what_is_not_defined_is_none():
         "judge/group_spread",
         "judge/length_correlation",
         "judge/correct_correlation",
+        "judge/truth_mean",
+        "judge/truth_spearman_failed",
+        "judge/truth_spearman_prefixes",
         "judge/correct_auroc",
     }
     assert got["judge/asked"] == 0.0
