@@ -265,6 +265,7 @@ def test_two_processes_distil_as_one_does(kl, tmp_path):
     changes = MESHES["8x1"] | {
         "distillation.kl": kl,
         "checkpoint.every": 2,
+        "data.max_prompt_tokens": 256,
         "evaluate.every": 2,
         "evaluate.source": str(ROOT / "configs/data/mixed.jsonl"),
         "evaluate.training_problems": 5,

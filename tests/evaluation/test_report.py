@@ -491,3 +491,32 @@ def test_a_browser_leaves_a_gap_where_a_metric_is_null(tmp_path):
         if attributes.get("class") == "curve c0 d0" and tag == "path"
     ]
     assert [path.count("L") + 1 for path in paths[:2]] == [3, 4]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_browser_joins_the_points_of_evaluations_and_shows_problems_warnings_and_tokens(tmp_path):
+    config = json.loads(json.dumps(CONFIG)) | {"watch": {"window": 2, "strict": False}}
+    rows = [
+        {"step": s, "evaluate/pass@1": s / 10 if s % 4 == 0 else None, "segments/mean": 8.0 if 0 < s < 5 else 1.0}
+        for s in range(9)
+    ]
+    segment = rollout()["segments"][0] | {"token_text": ["### ", "One"], "token_logp": [-0.5, -2.25]}
+    folder, output = write_run(tmp_path / "run", rows, config, {1: [rollout(segments=[segment])]}), tmp_path / "a.html"
+    (folder / "evaluations").mkdir()
+    solved = {"set": "held-out", "id": HOSTILE, "problem": HOSTILE, "graded": 4, "correct": 0}
+    (folder / "evaluations" / "step_000000.jsonl").write_text(lines([solved]))
+    (folder / "evaluations" / "step_000004.jsonl").write_text(lines([solved | {"correct": 2}]))
+    output.write_text(page_of(folder))
+    drawn = in_browser(output)
+    tags = Elements(drawn).tags
+    labels = [a["aria-label"] for tag, a in tags if tag == "svg" and a.get("role") == "img"]
+    assert any(label.startswith("Held-out pass@1. run: 0 at step 0, 0.8 at 8") for label in labels)
+    first = next(a for tag, a in tags if tag == "path" and a.get("class") == "curve c0 d0")
+    assert first["d"].count("L") == 2
+    # Three points, here and under "Any other metric".
+    assert sum(a.get("class") == "dot c0 d0" for tag, a in tags if tag == "circle") == 6
+    assert "step 6: segments/mean went from 8 to 1" in drawn
+    assert "held-out: 0 of 1 unsolved after step 4; since step 0 solved 1, lost 0" in drawn and "○◐" in drawn
+    assert "token log-probs" in drawn and "−1.375" in drawn
+    assert not [a for _, a in tags if "data-taken" in a or "onerror" in a]
