@@ -158,23 +158,24 @@ def open_judge(config: JudgeTraining, mesh: Mesh, policy: LanguageModel, lessons
         context_width=padded_width(max(len(prompt.head) for prompt in prompts.values())),
         row_width=padded_width(max(tails)),
         problems=config.validation.wave,
-        group=max(len(lesson.labels) for lesson in lessons),
+        group=1,
     )
 
 
 def ask_about(judge: Judge, lessons: Sequence[JudgeLesson], params: Any) -> dict[str, float | None]:
     """What the judge, as it is now, says of the lessons' texts, against what it should: see `JUDGE_VALIDATION`."""
     judge, wave = dataclasses.replace(judge, params=attached(params)), judge.problems
+    most = max(len(lesson.labels) for lesson in lessons)
     index_P, scores = local_problems(judge.mesh, wave), []
     for start in range(0, len(lessons), wave):
         # The last wave may be short: it is filled up with lessons about whose texts nothing is asked.
         here = [(lessons[min(start + i, len(lessons) - 1)], start + i < len(lessons)) for i in index_P.tolist()]
         problems = [dataclasses.replace(lesson.problem, id=_prompt_key(lesson)) for lesson, _ in here]
         queries = [
-            [Query(k, 0, label.trace) for k, label in enumerate(lesson.labels)] if asked else []
+            [Query(0, n, label.trace) for n, label in enumerate(lesson.labels)] if asked else []
             for lesson, asked in here
         ]
-        answers = gather_rows(judge.score(problems, queries, 1).arrays, index_P)
+        answers = gather_rows(judge.score(problems, queries, most).arrays, index_P)
         asked, valid = answers["asked_PGN"], answers["valid_PGN"]
         scores += np.where(valid, answers["score_PGN"], np.nan)[asked].tolist()
     given, wanted = np.array(scores), np.array([label.score for lesson in lessons for label in lesson.labels])

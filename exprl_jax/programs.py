@@ -24,7 +24,7 @@ from exprl_jax.model.lora import adapt, attached, init_adapters
 from exprl_jax.records import Array, Lesson, Packed, TrainState
 from exprl_jax.reward.judge import JudgePrograms
 from exprl_jax.reward.judge_prompts import digit_token_ids
-from exprl_jax.reward.scoring import score
+from exprl_jax.reward.scoring import score, score_branches
 from exprl_jax.rollout.call import Sampler
 from exprl_jax.rollout.sampler import sample
 from exprl_jax.rollout.sampling import fold_in_name
@@ -123,15 +123,20 @@ def build_sampler(
 
 def build_judge(judge_config: Judge, mesh: Mesh, judge: LanguageModel) -> JudgePrograms:
     """The programs of a local judge."""
-    if judge_config.readout == "logits":
-        judging = functools.partial(score, judge.on(mesh), digit_ids=digit_token_ids(judge.tokenizer))
-    else:
+    prefill = _jit("judge_prefill", _prefill(judge, mesh))
+    if judge_config.readout == "text":
         sampling = _sample(judge, mesh, judge_config.max_tokens)
 
-        def judging(*arguments):
+        def writing(*arguments):
             return sampling(*arguments)[0]
 
-    return JudgePrograms(_jit("judge_prefill", _prefill(judge, mesh)), _jit("judge", judging, rows_sharding(mesh)))
+        return JudgePrograms(prefill, _jit("judge", writing, rows_sharding(mesh)))
+    scoring = (
+        functools.partial(score_fn, judge.on(mesh), digit_ids=digit_token_ids(judge.tokenizer))
+        for score_fn in (score, score_branches)
+    )
+    judging, branching = (_jit(name, fn, rows_sharding(mesh)) for name, fn in zip(("judge", "judge_branches"), scoring))
+    return JudgePrograms(prefill, judging, branching if Placement(mesh).shares_segments else None)
 
 
 def build_teacher(config: Config, mesh: Mesh, policy: LanguageModel) -> TeacherPrograms:

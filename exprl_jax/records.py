@@ -76,6 +76,29 @@ class Rows:
 
 
 @flax.struct.dataclass
+class BranchRows:
+    """Rows off which several sequences branch: the trace, which each continues from a point of its own.
+
+        slot       0 1 2 3 4 5 6 7 8 9      a trace a b c d, asked about after b, after a b c and at its end
+        token      a b c d ? ! ? ! ? !
+        segment    1 1 1 1 2 2 3 3 4 4      0 is padding
+        position   0 1 2 3 2 3 3 4 4 5      counted on after the context's
+        last       5 7 9                    of each branch
+
+    Attributes:
+      tokens_PGT: int32, right-padded.
+      segment_PGT: int32, 1 for the trace, 2 … for its branches.
+      position_PGT: int32; a branch sees of the trace what stands before its own first position.
+      last_PGN: int32, slot of each branch's last token; 0 where there is none.
+    """
+
+    tokens_PGT: Array
+    segment_PGT: Array
+    position_PGT: Array
+    last_PGN: Array
+
+
+@flax.struct.dataclass
 class Draw:
     """How rows are sampled; a row's identity, not its place in the batch, determines its random numbers.
 

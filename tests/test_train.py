@@ -320,13 +320,18 @@ def test_the_export_is_the_policy_for_transformers(name, done):
 
 
 def test_each_program_compiles_once(arm):
-    """The judge's two at most: they serve all routes, and verdicts too."""
+    """Of the judge one for all routes, and, where prefixes are scored together, another for verdicts."""
     always = {"init_state", "prefill", "sample", "train_step"}
     if arm.config.loss.kl_coef > 0 or arm.config.updates.per_batch > 1:
         always.add("token_logp")
-    if arm.config.routes.math != "verifier":
-        always |= {"judge_prefill", "judge"}
-    every = always | {"token_logp", "judge_prefill", "judge", "teacher_signal", "distill_step", "sft_step"}
+    routes, judge = arm.config.routes, arm.config.judge
+    if routes.math != "verifier":
+        together = "process" in routes.all and (judge.unit, judge.readout) == ("prefix", "logits")
+        always |= {"judge_prefill", "judge_branches" if together else "judge"}
+    if arm.config.data.source.endswith("problems.jsonl"):  # with questions whose answers a judge verifies
+        always.add("judge")
+    every = {"token_logp", "judge_prefill", "judge", "judge_branches", "teacher_signal", "distill_step", "sft_step"}
+    every |= always
     for compiled in arm.compiled:
         assert {name: compiled[f"jit({name})"] for name in every} == {name: int(name in always) for name in every}
 

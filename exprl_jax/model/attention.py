@@ -91,13 +91,45 @@ def attend(
         position_BT = jnp.broadcast_to(jnp.arange(T), segment_BT.shape)
         q = q_PGTHE.reshape(P * G, T, H, E)
         return attend_packed(q, k, v, segment_BT, segment_BT, position_BT, placement).reshape(q_PGTHE.shape)
-    return _in_chunks(
-        lambda q, slot_PGT: _attend_rows(q, context, length_P, own, start_PG, slot_PGT),
-        (q_PGTHE, slot_PGT),
-        H,
-        C + S,
-        placement,
-    )
+    slot_S = jnp.arange(S)
+
+    def some(q, slot_PGT):
+        past_PGTS = (slot_S >= start_PG[..., None, None]) & (slot_S <= slot_PGT[..., None])
+        return _attend_rows(q, context, length_P, own, past_PGTS | (slot_S == slot_PGT[..., None]))
+
+    return _in_chunks(some, (q_PGTHE, slot_PGT), H, C + S, placement)
+
+
+def attend_branches(
+    q_PGTHE: Float[Array, "P G T H E"],
+    context: KV,
+    length_P: Int[Array, " P"],
+    own: KV,
+    segment_PGT: Int[Array, "P G T"],
+    position_PGT: Int[Array, "P G T"],
+    placement: Placement = ONE_DEVICE,
+) -> Float[Array, "P G T H E"]:
+    """Softmax attention over the problem's context and the slots of a row off which sequences branch.
+
+    Args:
+      q_PGTHE: rotated queries.
+      context: as of `attend`.
+      own: rotated keys and values of the same slots, [P, G, K, T, E].
+      segment_PGT, position_PGT: as of `records.BranchRows`.
+    """
+    P, G, T, H, _ = q_PGTHE.shape
+    slot_PGT = jnp.broadcast_to(jnp.arange(T), (P, G, T))
+    branch_PGT = first_positions(segment_PGT, position_PGT)
+    segment_PG1S, position_PG1S = segment_PGT[:, :, None], position_PGT[:, :, None]
+
+    def some(q, segment, branch, slot):
+        trace = (segment_PG1S == 1) & (position_PG1S < branch[..., None])
+        seen_PGTS = (segment_PG1S == segment[..., None]) | trace
+        seen_PGTS &= slot_PGT[:, :, None] <= slot[..., None]
+        return _attend_rows(q, context, length_P, own, seen_PGTS | (slot_PGT[:, :, None] == slot[..., None]))
+
+    queries = q_PGTHE, segment_PGT, branch_PGT, slot_PGT
+    return _in_chunks(some, queries, H, context.k.shape[2] + T, placement)
 
 
 def attend_packed(
@@ -165,21 +197,18 @@ def _in_chunks(function, queries, heads, keys, placement):
     return out.reshape(*out.shape[:2], -1, *out.shape[4:])[:, :, :T]
 
 
-def _attend_rows(q, context: KV, length_P, own: KV, start_PG, slot_PGT):
+def _attend_rows(q, context: KV, length_P, own: KV, seen_PGTS):
+    """Padding queries would see nothing, and a softmax over nothing is NaN: what they see includes themselves."""
     P, G, T, H, E = q.shape
-    K, C, S = own.k.shape[2], context.k.shape[2], own.k.shape[3]
+    K, C = own.k.shape[2], context.k.shape[2]
     q = q.reshape(P, G, T, K, H // K, E) * jnp.asarray(E**-0.5, q.dtype)
     f32 = {"preferred_element_type": jnp.float32}
     score_context = jnp.einsum("pgtkme,pkce->pgkmtc", q, context.k, **f32)
     score_own = jnp.einsum("pgtkme,pgkse->pgkmts", q, own.k, **f32)
 
     real_PC = jnp.arange(C) < length_P[:, None]
-    slot_S = jnp.arange(S)
-    past_PGTS = (slot_S >= start_PG[..., None, None]) & (slot_S <= slot_PGT[..., None])
-    # Padding queries (slots before `start`) would see nothing, and a softmax over nothing is NaN: they see themselves.
-    past_PGTS |= slot_S == slot_PGT[..., None]
     score_context = jnp.where(real_PC[:, None, None, None, None], score_context, -jnp.inf)
-    score_own = jnp.where(past_PGTS[:, :, None, None], score_own, -jnp.inf)
+    score_own = jnp.where(seen_PGTS[:, :, None, None], score_own, -jnp.inf)
 
     weight = jax.nn.softmax(jnp.concatenate([score_context, score_own], axis=-1), axis=-1).astype(q.dtype)
     # Each product comes out in its own order of dims: XLA's CPU has no bfloat16 product with a transposed result.
@@ -188,11 +217,11 @@ def _attend_rows(q, context: KV, length_P, own: KV, start_PG, slot_PGT):
     return jnp.moveaxis(out.astype(q.dtype), 4, 2).reshape(P, G, T, H, E)
 
 
-def first_positions(segment_BT: Int[Array, "B T"], position_BT: Int[Array, "B T"]) -> Int[Array, "B T"]:
+def first_positions(segment_BT: Int[Array, "*B T"], position_BT: Int[Array, "*B T"]) -> Int[Array, "*B T"]:
     """The position of the first slot of each slot's segment."""
-    slot_T = jnp.arange(segment_BT.shape[1])
-    begins = segment_BT != jnp.roll(segment_BT, 1, axis=1)
-    first_BT = jax.lax.cummax(jnp.where(begins | (slot_T == 0), slot_T, 0), axis=1)
+    slot_T = jnp.arange(segment_BT.shape[-1])
+    begins = segment_BT != jnp.roll(segment_BT, 1, axis=-1)
+    first_BT = jax.lax.cummax(jnp.where(begins | (slot_T == 0), slot_T, 0), axis=segment_BT.ndim - 1)
     return position_BT - (slot_T - first_BT)
 
 

@@ -19,7 +19,7 @@ from exprl_jax.config import Execution
 from exprl_jax.mesh import ONE_DEVICE, Placement, shard_parameters
 from exprl_jax.model import attention, paged
 from exprl_jax.model.cache import KV, empty_cache, empty_context, row_to_context
-from exprl_jax.records import Context, Packed, Prefix, Rows
+from exprl_jax.records import BranchRows, Context, Packed, Prefix, Rows
 
 Params = dict[str, Any]
 # What the names of a parameter's adapters end in.
@@ -184,6 +184,19 @@ class PagedAttention:
 
 
 @dataclasses.dataclass(frozen=True)
+class BranchAttention:
+    """Rows off which sequences branch, on their context.  `past` is context KV, `view` (length_P, segment_PGT,
+    position_PGT)."""
+
+    placement: Placement
+
+    def __call__(self, q, k, v, memory, layer_input, view):
+        (_, context), (length_P, *where) = layer_input, view
+        own = KV(jnp.swapaxes(k, 2, 3), jnp.swapaxes(v, 2, 3))
+        return attention.attend_branches(q, context, length_P, own, *where, self.placement), memory, ()
+
+
+@dataclasses.dataclass(frozen=True)
 class PackedAttention:
     """Packed rows on themselves.  `view` is (segment_BT, shared_BT, position_BT)."""
 
@@ -278,6 +291,13 @@ class Transformer:
         positions_PGT = _positions(prefix.length_P, rows.start_PG, 0, T)
         view = prefix.length_P, rows.start_PG, 0, None
         return self._apply(params, RowAttention(self.placement), rows.tokens_PGT, positions_PGT, past, (), view)[0]
+
+    def branch_hidden_states(self, params: Params, prefix: Prefix, rows: BranchRows) -> Float[Array, "P G T D"]:
+        """The final hidden state of every slot of rows off which sequences branch, each as if it stood alone."""
+        positions_PGT = prefix.length_P[:, None, None] + rows.position_PGT
+        view = prefix.length_P, rows.segment_PGT, rows.position_PGT
+        on = BranchAttention(self.placement)
+        return self._apply(params, on, rows.tokens_PGT, positions_PGT, prefix.layers, (), view)[0]
 
     def packed_hidden_states(self, params: Params, packed: Packed) -> Float[Array, "B T D"]:
         """The final hidden state of every token of packed rows, each sequence as if it stood alone."""

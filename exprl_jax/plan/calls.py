@@ -50,7 +50,8 @@ from exprl_jax.programs import (
     build_teacher,
     shard_state,
 )
-from exprl_jax.records import Context, Draw, Experience, Lesson, Packed, Rows, Teaching, TrainState
+from exprl_jax.records import BranchRows, Context, Draw, Experience, Lesson, Packed, Rows, Teaching, TrainState
+from exprl_jax.reward.branching import branch_tokens
 from exprl_jax.reward.checklists import ChecklistPrompts
 from exprl_jax.reward.judge import score_prompt, verify_prompt
 from exprl_jax.reward.judge_prompts import Unit
@@ -507,13 +508,18 @@ def _judging(config: Config, mesh: Mesh, prefixes: int) -> list[Call]:
     check_judge_lengths(judge, model.arch)
     units: set[Unit] = {judge.unit if ROUTES[name].per_segment else "outcome" for name in config.routes.all}
     context = padded_width(judge.max_context_tokens)
-    trace = padded_width(judge.max_trace_tokens + _judge_suffix(judge, model, units))
+    suffix = _judge_suffix(judge, model, units)
     built, waves = build_judge(judge, mesh, model), rollout.prompts // rollout.wave
+    params = _frozen(config, mesh, judge.model)
+    rows = _Rows(rollout.wave, rollout.group, context, padded_width(judge.max_trace_tokens + suffix), answer)
+    if prefixes > 1 and judge.unit == "prefix" and built.branches is not None:
+        # All prefixes of a rollout are scored in its row.
+        rows = rows._replace(width=padded_width(branch_tokens(judge.max_trace_tokens, suffix, prefixes)))
+        programs = {"judge_prefill": built.prefill, "judge_branches": built.branches}
+        return _asking(model, mesh, params, rows, programs, "judge", (waves, waves), _JUDGING, prefixes)
     # A rollout has at most so many prefixes to score, and a call takes one of each rollout.
-    times = waves, waves * prefixes
-    rows = _Rows(rollout.wave, rollout.group, context, trace, answer)
-    programs = {"judge_prefill": built.prefill, "judge": built.judge}
-    return _asking(model, mesh, _frozen(config, mesh, judge.model), rows, programs, "judge", times, _JUDGING)
+    times, programs = (waves, waves * prefixes), {"judge_prefill": built.prefill, "judge": built.judge}
+    return _asking(model, mesh, params, rows, programs, "judge", times, _JUDGING)
 
 
 def _judge_suffix(judge: Judge, model: LanguageModel, units: set[Unit]) -> int:
@@ -538,18 +544,21 @@ def _asking(
     phase: str,
     times: tuple[int, int],
     settings: tuple[str, ...],
+    branches: int = 0,
 ) -> list[Call]:
     """The program that reads contexts once, and the one that continues each of their rows.
 
     Args:
       programs: the two, by name.
       times: calls of each in a step.
+      branches: off each row; 0 where rows have none.
     """
     (prefill, reads), (proceed, continues) = programs.items()
     (P, G, C, T, answer, *_), shards = rows, mesh.shape[DATA]
     turns = rows.turns(shards)
     context = Context(_array(mesh, jnp.int32, P, C), _array(mesh, jnp.int32, P))
-    queries = [Rows(_array(mesh, jnp.int32, P, G, T), _array(mesh, jnp.int32, P, G))]
+    row, start = _array(mesh, jnp.int32, P, G, T), _array(mesh, jnp.int32, P, G)
+    queries = [BranchRows(row, row, row, _array(mesh, jnp.int32, P, G, branches)) if branches else Rows(row, start)]
     if answer:
         queries.append(_draw(mesh, P, G))
     prefix = jax.eval_shape(reads, params[1], context)

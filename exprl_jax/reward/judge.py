@@ -16,6 +16,7 @@ from exprl_jax.hosts import fetch_rows, largest_over_processes, put_rows
 from exprl_jax.model.decoder import Params
 from exprl_jax.records import Draw, Rows
 from exprl_jax.reward.answers import opened_thought
+from exprl_jax.reward.branching import BranchedTrace, branch_off, branch_tokens, fill_branch_rows
 from exprl_jax.reward.judge_prompts import CONTINUATION
 from exprl_jax.reward.judgements import (
     MARKER,
@@ -31,7 +32,7 @@ from exprl_jax.reward.judgements import (
 from exprl_jax.reward.rubric import Unit
 from exprl_jax.reward.verifiers import open_ended
 from exprl_jax.reward.verifiers.verdict import Verdict
-from exprl_jax.rollout.call import pad_contexts
+from exprl_jax.rollout.call import pad_contexts, padded_width
 
 # Where nothing is asked about a problem.
 _NOTHING = SplitPrompt((), (), None)
@@ -121,9 +122,12 @@ class Judge(AnswersAtOnce):
           segments: N of the result.
         """
         prompts = _prompts_of(self.prompts.score, problems, queries)
-        traces = [[query.trace for query in of_problem] for of_problem in queries]
         items = [self.items.get(problem.id, 0) for problem in problems]
-        return judgements_of(self.config, self._ask(prompts, traces), queries, self.group, segments, items)
+        if segments > 1 and self.config.unit == "prefix" and self.programs.branches is not None:
+            answers = self._ask_branches(prompts, queries, segments)
+        else:
+            answers = self._ask(prompts, [[query.trace for query in of_problem] for of_problem in queries])
+        return judgements_of(self.config, answers, queries, self.group, segments, items)
 
     def write(self, prompts: Sequence[SplitPrompt | None]) -> list[Answer]:
         """What the judge writes after each prompt with nothing in its hole; `text` alone.
@@ -160,8 +164,7 @@ class Judge(AnswersAtOnce):
             return
         # An answer goes on where the prompt has opened a thought.
         opened = [opened_thought(self.tokenizer.decode(prompt.suffix)) for prompt in prompts]
-        contexts = pad_contexts([prompt.head for prompt in prompts], self.context_width)
-        prefix = self.programs.prefill(self.params, put_rows(self.mesh, contexts, self.problems))
+        prefix = self._prefill(prompts)
         for call in range(calls):
             batch = [of_problem[call * self.group : (call + 1) * self.group] for of_problem in waiting]
             rows = self._rows(batch)
@@ -178,6 +181,44 @@ class Judge(AnswersAtOnce):
                     text = self.tokenizer.decode(answers.tokens_PGR[i, row][written].tolist())
                     ended = bool(answers.ended_PG[i, row])
                     yield Answer(i, j, opened[i] + text, None, not ended, len(tail) + int(written.sum()))
+
+    def _ask_branches(
+        self, prompts: Sequence[SplitPrompt], queries: Sequence[Sequence[Query]], segments: int
+    ) -> Iterator[Answer]:
+        """The same for prefixes of rollouts, all of a rollout's in one row where they fit.
+
+        Args:
+          segments: most prefixes of a rollout.
+        """
+        suffix = max((len(prompt.suffix) for prompt in self.prompts.score.values()), default=0)
+        width = padded_width(branch_tokens(self.config.max_trace_tokens, suffix, segments))
+        waiting: list[list[BranchedTrace]] = []
+        for prompt, of_problem in zip(prompts, queries, strict=True):
+            texts: dict[int, list[tuple[int, Sequence[int]]]] = {}
+            for j, query in enumerate(of_problem):
+                ids = prompt.encode(query.trace)
+                if len(ids) <= self.config.max_trace_tokens:
+                    texts.setdefault(query.g, []).append((j, ids))
+            rows = (branch_off(of_rollout, prompt.suffix, width, segments) for of_rollout in texts.values())
+            waiting.append([row for of_rollout in rows for row in of_rollout])
+        calls = largest_over_processes(max(-(-len(of_problem) // self.group) for of_problem in waiting))
+        if not calls:
+            return
+        prefix = self._prefill(prompts)
+        for call in range(calls):
+            batch = [of_problem[call * self.group : (call + 1) * self.group] for of_problem in waiting]
+            rows = fill_branch_rows(batch, self.group, width, segments, self.tokenizer.pad_id)
+            rows = put_rows(self.mesh, rows, self.problems)
+            probability_PGN5 = fetch_rows(self.programs.branches(self.params, prefix, rows))
+            for i, of_problem in enumerate(batch):
+                for g, row in enumerate(of_problem):
+                    for n, (j, _, own) in enumerate(row.branches):
+                        tokens = len(own) if n else len(row.trace) + len(own)
+                        yield Answer(i, j, None, probability_PGN5[i, g, n], False, tokens)
+
+    def _prefill(self, prompts: Sequence[SplitPrompt]) -> Any:
+        contexts = pad_contexts([prompt.head for prompt in prompts], self.context_width)
+        return self.programs.prefill(self.params, put_rows(self.mesh, contexts, self.problems))
 
     def _rows(self, batch: Sequence[Sequence[tuple[int, list[int]]]]) -> Rows:
         tokens = np.full((len(batch), self.group, self.row_width), self.tokenizer.pad_id, np.int32)
@@ -242,7 +283,10 @@ class JudgePrograms:
     Attributes:
       prefill: judge params, Context → Prefix.
       judge: judge params, Prefix, Rows → probabilities [P, J, 5] (`logits`); with a Draw more → Rollouts (`text`).
+      branches: judge params, Prefix, BranchRows → probabilities [P, J, N, 5], for `logits`; None where rows cannot
+        branch: a `text` judge writes, and the TPU's kernel knows only segments.
     """
 
     prefill: Callable
     judge: Callable
+    branches: Callable | None = None

@@ -24,7 +24,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
@@ -35,6 +34,7 @@ from exprl_jax.data.problem_sources import Row, read_rows, split_sources
 from exprl_jax.data.problems import Problem, read_choices, read_domain, read_text
 from exprl_jax.data.tokenizer import SplitPrompt, Tokenizer
 from exprl_jax.hosts import say
+from exprl_jax.reward.branching import common_prefix
 from exprl_jax.reward.judge import score_prompt
 from exprl_jax.reward.judge_prompts import (
     CONTINUATION,
@@ -152,7 +152,7 @@ def teach(
     asked = [(*prompt.head, *trace, *prompt.suffix) for trace in traces]
     answers = [_answer(judge_config, tokenizer, digit_ids, lesson.where, label) for label in lesson.labels]
     whole = (*prompt.head, *max(traces, key=len))
-    shared = [min(_common(ids, whole), len(ids) - 1) if len(traces) > 1 else 0 for ids in asked]
+    shared = [min(common_prefix(ids, whole), len(ids) - 1) if len(traces) > 1 else 0 for ids in asked]
     examples = [Example(ids, answer) for ids, (answer, _) in zip(asked, answers)]
     return Taught(Branches(examples, shared), tuple(share for _, share in answers))
 
@@ -172,11 +172,6 @@ def _answer(judge_config, tokenizer, digit_ids, where, label) -> tuple[tuple[int
             )
         text = render_score(round(digits))
     return (*tokenizer.encode(text), tokenizer.eos_ids[0]), 0.0
-
-
-def _common(ids: Sequence[int], others: Sequence[int]) -> int:
-    """How many tokens two sequences begin with in common."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, others)))
 
 
 def likert(score: Any) -> Any:

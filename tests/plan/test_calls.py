@@ -154,12 +154,14 @@ def test_what_a_run_keeps_lies_beside_every_program():
     assert set(resident) == {"policy", "Adam", "frozen reference", "frozen judge"}
     assert resident["Adam"] == pytest.approx(2 * resident["policy"], rel=0.01)
     assert set(calls["sample"].beside) == {"Adam", "frozen reference", "frozen judge"}
-    assert set(calls["judge"].beside) == {"policy", "Adam", "frozen reference"}
+    assert set(calls["judge_branches"].beside) == {"policy", "Adam", "frozen reference"}
     assert set(calls["train_step"].beside) == {"frozen reference", "frozen judge", "batch"}
     # A state is made of the policy's start, which stays where the run has it as a frozen model.
     assert set(calls["init_state"].beside) == {"frozen judge"}
-    # Scores of prefixes: as many judge calls a wave as a rollout has segments.
-    assert calls["judge"].times == config.segments.max_segments * calls["judge_prefill"].times
+    # Scores of prefixes: one row a rollout, or, of steps, as many judge calls a wave as a rollout has segments.
+    assert calls["judge_branches"].times == calls["judge_prefill"].times
+    steps = calls_on(config_of("tiny", "mixed", {"judge.unit": "step"}))
+    assert steps["judge"].times == config.segments.max_segments * steps["judge_prefill"].times
 
 
 def test_the_papers_update_can_be_traced_at_its_size():

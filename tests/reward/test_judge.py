@@ -13,6 +13,7 @@ from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.hosts import put_rows
 from exprl_jax.records import Rollouts
 from exprl_jax.resolve import resolve
+from exprl_jax.reward.branching import branch_off, fill_branch_rows
 from exprl_jax.reward.judge import Judge, JudgePrompts, NoJudge, Query, score_prompt, verify_prompt
 from exprl_jax.reward.judge_prompts import digit_token_ids
 from exprl_jax.reward.verifiers.verdict import Verdict
@@ -44,6 +45,8 @@ QUERIES = [
     [Query(1, 0, "x" * 200)],
     [Query(0, 0, HOSTILE[:TRACE]), Query(1, 0, "twice " * 4), Query(1, 2, "y" * 200)],
 ]
+# Tokens of `a` and `ab`, which begin `abc` and are not read by themselves.
+REPEATED = 3
 FITTING = [(i, query) for i, of_problem in enumerate(QUERIES) for query in of_problem if len(query.trace) < 200]
 
 
@@ -102,7 +105,8 @@ def plain_digits(tokens, last):
 
 @pytest.mark.parametrize("unit, value", [("prefix", "expected"), ("outcome", "argmax"), ("step", "expected")])
 def test_logits_scores_are_those_of_the_whole_prompts(built, unit, value):
-    judge = make_judge(built, judging(readout="logits", logits_value=value), unit)
+    how = judging(readout="logits", logits_value=value, unit="step" if unit == "step" else "prefix")
+    judge = make_judge(built, how, unit)
     got = judge.score(PROBLEMS, QUERIES, SEGMENTS)
     digits = expected_digits(judge.prompts.score, FITTING)
     likert = digits @ np.arange(1, 6) if value == "expected" else digits.argmax(-1) + 1
@@ -120,7 +124,42 @@ def test_logits_scores_are_those_of_the_whole_prompts(built, unit, value):
     np.testing.assert_array_equal(got.asked_PGN, asked)
     np.testing.assert_array_equal(got.cut_PGN, cut)
     assert got.text == {}
-    assert got.tokens == sum(len(judge.prompts.score[PROBLEMS[i].id].tail(query.trace)) for i, query in FITTING)
+    tails = sum(len(judge.prompts.score[PROBLEMS[i].id].tail(query.trace)) for i, query in FITTING)
+    # Prefixes of a rollout are read once, each with the closing instruction of its own.
+    assert got.tokens == tails - (0 if unit == "step" else REPEATED)
+
+
+def test_prefixes_in_one_row_are_scored_as_in_passes_of_their_own(built):
+    """More prefixes than a row has room for, prefixes whose ids part early from the whole trace's, and repeated ones;
+    seen to fail where a branch sees the whole trace."""
+    how, traces = judging(readout="logits"), ["", "Two", "Two and", "Two and two", "Twofold", "Two and"]
+    queries = [[Query(g, n, trace) for g in range(GROUP) for n, trace in enumerate(traces)], [], [Query(0, 0, "5")], []]
+    packed = make_judge(built, how)
+    got, alone = (
+        judge.score(PROBLEMS, queries, len(traces)) for judge in (packed, make_judge(built, how, branches=None))
+    )
+    assert np.ptp(alone.score_PGN[0]) > 0.01 and alone.valid_PGN.sum() == 13
+    np.testing.assert_allclose(got.score_PGN, alone.score_PGN, atol=1e-5)
+    np.testing.assert_array_equal(got.valid_PGN, alone.valid_PGN)
+    # Of six texts a rollout only the longest is read, and what another has after the point at which it parts from it.
+    assert alone.tokens - got.tokens == GROUP * (len("Two") + 2 * len("Two and") + len("Two"))
+
+
+def test_rows_of_branches():
+    """As records.BranchRows draws it, and what has no room goes into another row."""
+    texts = [(0, (1, 2)), (1, (1, 2, 3)), (2, (1, 2, 3, 4)), (3, (1, 7))]
+    (row,) = branch_off(texts[:3], (8, 9), 10, 3)
+    assert row.trace == (1, 2, 3, 4) and row.tokens == 10
+    assert row.branches == [(2, 4, (8, 9)), (1, 3, (8, 9)), (0, 2, (8, 9))]
+    made = fill_branch_rows([[row], []], 2, 11, 3, 0)
+    assert made.tokens_PGT[0, 0].tolist() == [1, 2, 3, 4, 8, 9, 8, 9, 8, 9, 0] and not made.tokens_PGT[1].any()
+    assert made.segment_PGT[0, 0].tolist() == [1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 0]
+    assert made.position_PGT[0, 0].tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 2, 3, 0]
+    assert made.last_PGN[0, 0].tolist() == [5, 7, 9]
+    first, second = branch_off(texts, (8, 9), 10, 3)
+    assert [number for number, *_ in first.branches] == [2, 1, 0] and second.branches == [(3, 2, (8, 9))]
+    assert [len(x.branches) for x in branch_off(texts[:3], (8, 9), 9, 3)] == [2, 1]  # too narrow for the third
+    assert [len(x.branches) for x in branch_off(texts[:3], (8, 9), 10, 1)] == [1, 1, 1]
 
 
 def counting(program, calls):
@@ -132,16 +171,25 @@ def counting(program, calls):
 
 
 def test_a_problem_is_prefilled_once_however_many_queries_it_has(built):
-    how, prefills, passes = judging(readout="logits"), [], []
+    prefills, passes, branches = [], [], []
     of_readout = built[1]["logits"]
-    judge = make_judge(
-        built, how, prefill=counting(of_readout.prefill, prefills), judge=counting(of_readout.judge, passes)
+    counted = dict(
+        prefill=counting(of_readout.prefill, prefills),
+        judge=counting(of_readout.judge, passes),
+        branches=counting(of_readout.branches, branches),
     )
+    # Of steps, each query is a row; of prefixes, each rollout: two of the first problem, in a call of two.
+    make_judge(built, judging(readout="logits", unit="step"), "step", **counted).score(PROBLEMS, QUERIES, SEGMENTS)
+    assert (len(prefills), len(passes), len(branches)) == (1, 3, 0)
+    judge = make_judge(built, judging(readout="logits"), **counted)
     judge.score(PROBLEMS, QUERIES, SEGMENTS)
-    assert (len(prefills), len(passes)) == (1, 3)
+    assert (len(prefills), len(passes), len(branches)) == (2, 3, 1)
     nothing = judge.score(PROBLEMS, [[], [], [], []], SEGMENTS)
-    assert (len(prefills), len(passes)) == (1, 3)
+    assert (len(prefills), len(passes), len(branches)) == (2, 3, 1)
     assert not nothing.asked_PGN.any() and not nothing.valid_PGN.any() and nothing.tokens == 0
+    # Nor has a judge that only verifies a prompt to make rows for.
+    verifying = dataclasses.replace(judge, prompts=JudgePrompts({}, judge.prompts.verify))
+    assert not verifying.score(PROBLEMS, [[], [], [], []], SEGMENTS).asked_PGN.any()
 
 
 def test_generated_answers_of_a_random_judge_do_not_parse(built):
