@@ -109,7 +109,7 @@ def base() -> ConfigDict:
             checkpoint=dict(every=10, keep=2, best="solve/accuracy", best_is="highest"),
             evaluate=dict(every=0, source="", training_problems=0, samples=10, k="", temperature=0.8),
             log=dict(rollouts=16, to="tensorboard"),
-            grader=dict(seconds=5.0, workers=4),
+            grader=dict(seconds=5.0, workers=4, function=""),
             code=dict(seconds=10.0, memory_mb=1024, allow_unsandboxed=False),
             probe=dict(strict=False),
             watch=dict(window=10, strict=False),

@@ -39,5 +39,5 @@ def get_config(arm: str = "outcome"):
     config.updates = dict(per_batch=1, row_tokens=640, microbatch=1, logp_chunk=512)
     config.checkpoint.update(every=4, keep=1)
     config.log.rollouts = 16
-    config.grader = dict(seconds=5.0, workers=1)
+    config.grader.workers = 1
     return config.lock()

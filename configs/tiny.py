@@ -41,7 +41,7 @@ def get_config(arm: str = "outcome"):
     config.advantage.update(overlong="penalty", overlong_penalty=-0.5)
     config.checkpoint = dict(every=1, keep=2, best="", best_is="highest")
     config.log.rollouts = 4
-    config.grader = dict(seconds=5.0, workers=1)
+    config.grader.workers = 1
     if arm == "text":
         config.judge.readout = "text"
     elif arm == "mixed":

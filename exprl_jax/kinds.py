@@ -55,6 +55,14 @@ KINDS = {
         "right result from wrong reasoning, or by guessing, is worth no more than 2.",
         by_judge=True,
     ),
+    "custom": ProblemKind(
+        ("custom",),
+        f"{_VERIFIERS}.custom:VERIFIER",
+        "problems that `grader.function` verifies",
+        "problem",
+        "A different method counts as much as the reference's where it is valid. A right result from wrong reasoning, "
+        "or by guessing, is worth no more than 2.",
+    ),
     "code": ProblemKind(
         ("code",),
         f"{_VERIFIERS}.code:VERIFIER",

@@ -20,6 +20,7 @@ from exprl_jax.config import (
     AnyConfig,
     Calibrate,
     Config,
+    Grader,
     Judge,
     JudgeTraining,
     Lora,
@@ -189,6 +190,8 @@ def _check_section(section: Any, path: str) -> None:
         is_url = endpoint.base_url.startswith(("http://", "https://"))
         _require(is_url, f"{path}.endpoint.base_url", endpoint.base_url, "an http:// or https:// URL")
         _require(bool(endpoint.model), f"{path}.endpoint.model", endpoint.model, "the model's name there")
+    if isinstance(section, Grader) and section.function:
+        _require_function(section.function, f"{path}.function")
     if isinstance(section, Judge) and section.backend == "function":
         _require_function(section.function, f"{path}.function")
 

@@ -34,7 +34,7 @@ from exprl_jax.reward.routes import ROUTES, RewardRoute
 from exprl_jax.reward.rubric import Unit
 from exprl_jax.reward.segments import Splitter, segment_rule
 from exprl_jax.reward.truth import AnyTruth, open_truth, truth_files
-from exprl_jax.reward.verifiers.grading import Graders, check_answers, open_graders
+from exprl_jax.reward.verifiers.grading import Graders, check_answers, open_graders, verifier_files
 from exprl_jax.rollout.call import Prompts, Sampler, make_prompts
 from exprl_jax.run.evaluating import Evaluation
 from exprl_jax.run.loop import Task
@@ -111,6 +111,7 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
     held_out = read_held_out(config, problems)
     check_answers([*problems, *held_out])
     kinds = kinds_of(problems)
+    files = verifier_files(config.grader, kinds_of([*problems, *held_out]))
     builder = _judge_builder(config, problems, held_out, policy)
     programs = programs_room.build(config, mesh, policy)
     check_lengths(config, policy.arch)
@@ -172,7 +173,7 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
         splitter=Splitter(policy.tokenizer.token_bytes, rule),
         frozen=frozen,
         models=models,
-        files={**builder.files, **truth_files(config.truth)},
+        files={**builder.files, **files, **truth_files(config.truth)},
     )
 
 

@@ -13,6 +13,7 @@ from tiny_runs import LIVELY, ROOT, config_dict
 
 from configs import ablations
 from exprl_jax.config import TASKS, Config, Evaluate, Sft
+from exprl_jax.kinds import KINDS
 from exprl_jax.layout import check_layout
 from exprl_jax.resolve import differences, resolve, to_dict
 from exprl_jax.reward.segments import segment_rule
@@ -269,7 +270,7 @@ def test_what_must_not_be_negative_is_not(path):
     changed({path: typed(path, 0)})
 
 
-PROCESS = dict(math="process", choice="process", science="process", code="process")
+PROCESS = dict.fromkeys(KINDS, "process")
 OPENAI = {
     "judge.backend": "openai",
     "judge.readout": "text",
@@ -341,6 +342,7 @@ DISTILL = {"task": "distill", "loss.kl_coef": 0.0}
             )
             for name in ("", "rewards.py", "rewards:", ":score", "my rewards:score", "rewards.py:1st")
         ),
+        ({"grader.function": "mine"}, "grader.function: got 'mine', expected 'package.module:name' or"),
         ({"judge.workers.seconds": 1e5}, "judge.workers.seconds: got 100000.0, expected a positive number of seconds"),
         ({"judge.workers.max_missing": 1.0}, r"judge.workers.max_missing: got 1.0, expected a number in \[0, 1\)"),
         (DISTILL | {"updates.per_batch": 2}, "updates.per_batch: got 2, expected 1 with task = 'distill': on-policy"),

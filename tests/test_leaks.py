@@ -14,9 +14,10 @@ from tiny_runs import ROOT, opened, read_jsonl, run, tiny, write_problems
 from exprl_jax import programs
 from exprl_jax.data.prompts import teacher_prompt
 from exprl_jax.distill import open_distill_run
+from exprl_jax.kinds import KINDS
 
 REFERENCE, ANSWER = "canary-of-the-reference", "canary-of-the-answer"
-VERIFIER = {f"routes.{kind}": "verifier" for kind in ("math", "choice", "science", "code")}
+VERIFIER = {f"routes.{kind}": "verifier" for kind in KINDS}
 ARMS = {
     "outcome": ("outcome", {}),
     "process": ("process", {}),

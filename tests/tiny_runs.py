@@ -19,6 +19,7 @@ from safetensors.numpy import load_file
 from exprl_jax.batch import Batch
 from exprl_jax.config import Config
 from exprl_jax.distill import distill
+from exprl_jax.kinds import KINDS
 from exprl_jax.records import Packed, Rollouts, TrainState
 from exprl_jax.resolve import resolve
 from exprl_jax.rl_run import RLRun, open_run
@@ -86,7 +87,7 @@ def tiny(arm: str = "outcome", changes: dict | None = None) -> Config:
 
 def sparse(changes: dict | None = None) -> Config:
     """Stage II: the verifier's word alone; no KL, so that the policy is the only model."""
-    routes = {f"routes.{kind}": "verifier" for kind in ("math", "choice", "science", "code")}
+    routes = {f"routes.{kind}": "verifier" for kind in KINDS}
     return tiny("outcome", routes | {"loss.kl_coef": 0.0, "advantage.std_normalise": False} | (changes or {}))
 
 

@@ -228,15 +228,18 @@ class Advantage:
 
 @dataclasses.dataclass(frozen=True)
 class Grader:
-    """The answer grader (SymPy and pint) in worker processes.
+    """The answer grader (SymPy and pint), and a verifier of one's own, in worker processes.
 
     Attributes:
       seconds: wall-clock limit for one answer.
       workers: grader processes a host.
+      function: what verifies problems of the domain `custom`, `package.module:name` or `path/to/file.py:name`
+        (docs/extending.md); empty for nothing.
     """
 
-    seconds: Positive
+    seconds: Seconds
     workers: Workers
+    function: str
 
 
 @dataclasses.dataclass(frozen=True)

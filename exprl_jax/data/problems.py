@@ -40,7 +40,7 @@ class Problem:
       problem: the statement.
       reference: a worked solution, for judges and teachers only; None where the reader was told to leave it out.
       answer: the final answer, for verifiers only (for code: whatever the code verifier runs).
-      domain: `math`, `science` or `code`.
+      domain: `math`, `science`, `code`, or `custom`.
       choices: (label, text) of each answer choice; empty unless multiple choice.
       extra: the row's other columns, by name, as JSON has them; for functions of the user's only.
     """

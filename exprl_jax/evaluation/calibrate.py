@@ -23,6 +23,7 @@ import contextlib
 import jax
 
 from exprl_jax.config import Calibrate
+from exprl_jax.data.training import kinds_of
 from exprl_jax.evaluation.calibration_tables import write_calibration
 from exprl_jax.evaluation.continuations import CONTINUATION_FIELDS, CONTINUATION_KEY, continue_prefixes
 from exprl_jax.evaluation.fixed_rollouts import check_unchanged, read_rollouts
@@ -35,6 +36,7 @@ from exprl_jax.mesh import make_mesh
 from exprl_jax.resolve import to_dict
 from exprl_jax.reward.checklists import check_rubric
 from exprl_jax.reward.judges import judge_files
+from exprl_jax.reward.verifiers.grading import verifier_files
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.workdir import check_workdir, open_workdir
 from exprl_jax.weights.language_model import LanguageModel, open_model
@@ -64,9 +66,10 @@ def calibrate(config: Calibrate, workdir_path: str) -> None:
     passes = scoring_passes(config, judged, prefixes)
     left_out: dict[str, str] = {}
     models = _open_models(config, left_out)
+    files = {name: paths for judge in config.judges.values() for name, paths in judge_files(judge).items()}
+    files |= verifier_files(config.grader, kinds_of([trace.rollout.problem for trace in prefixes]))
     with contextlib.ExitStack() as stack:
         workdir = stack.enter_context(open_workdir(workdir_path, to_dict(config), folders=()))
-        files = {name: paths for judge in config.judges.values() for name, paths in judge_files(judge).items()}
         check_models(workdir, [model for model in (policy, *models.values()) if model is not None], files)
         scores = Ledger(workdir.path / "scores.jsonl", "score", SCORE_KEY, SCORE_FIELDS)
         check_unchanged(scores, judged)

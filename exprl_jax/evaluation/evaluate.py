@@ -39,7 +39,7 @@ from exprl_jax.model.decoder import Params
 from exprl_jax.resolve import to_dict
 from exprl_jax.reward.judges import JudgeBuilder
 from exprl_jax.reward.statistics import VERDICTS
-from exprl_jax.reward.verifiers.grading import check_answers, open_graders
+from exprl_jax.reward.verifiers.grading import check_answers, open_graders, verifier_files
 from exprl_jax.rollout.call import Prompts, describe_problem, make_prompts
 from exprl_jax.run.stopping import StopRequest
 from exprl_jax.run.workdir import check_workdir, open_workdir
@@ -75,7 +75,7 @@ def evaluate(config: Evaluate, workdir_path: str) -> None:
                 workdir_path, to_dict(config), folders=("samples",), process=jax.process_index(), barrier=barrier
             )
         )
-        check_models(workdir, [parts.policy, *parts.judge.models], parts.judge.files)
+        check_models(workdir, [parts.policy, *parts.judge.models], parts.files)
         folder, run = workdir.path, open_evaluation(config, sets, parts, stack)
         stop = stack.enter_context(StopRequest())
         if jax.process_index() == 0:
@@ -126,12 +126,17 @@ def set_name(source: str) -> str:
 
 
 class Parts(NamedTuple):
-    """What an evaluation is made of, checked against one another; no weights are loaded."""
+    """What an evaluation is made of, checked against one another; no weights are loaded.
+
+    Attributes:
+      files: of the functions of the user's that it calls, by their names in the config.
+    """
 
     policy: LanguageModel
     mesh: Mesh
     prompts: Prompts
     judge: JudgeBuilder
+    files: Mapping[str, Sequence[pathlib.Path]]
 
 
 def open_parts(config: Evaluate, sets: Mapping[str, Sequence[Problem]]) -> Parts:
@@ -146,7 +151,8 @@ def open_parts(config: Evaluate, sets: Mapping[str, Sequence[Problem]]) -> Parts
     prompts = checked_prompts(config, policy, problems)
     builder = checked_judge(config, problems, policy)
     check_layout(config, mesh.shape[DATA])
-    return Parts(policy, mesh, prompts, builder)
+    files = {**builder.files, **verifier_files(config.grader, kinds_of(problems))}
+    return Parts(policy, mesh, prompts, builder, files)
 
 
 def open_evaluation(
@@ -160,7 +166,7 @@ def open_evaluation(
     Raises:
       ValueError: what only shows when weights or an endpoint are opened.
     """
-    policy, mesh, prompts, builder = parts
+    policy, mesh, prompts, builder, _ = parts
     problems = [problem for of_set in sets.values() for problem in of_set]
     sampling = config.sampling
     say(

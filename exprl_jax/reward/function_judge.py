@@ -20,8 +20,8 @@ from exprl_jax.reward.verifiers.verdict import Verdict
 class FunctionJudge:
     """A function as judge: it gives scores in [0, 1], or None for none.
 
-    A call that took too long or whose process died has no scores: they are missing.  More than `workers.max_missing` of
-    what was asked at a time missing so, and an exception, end the run.
+    A call that took too long or whose process died twice has no scores: they are missing.  More than
+    `workers.max_missing` of what was asked at a time missing so, and an exception, end the run.
 
     Attributes:
       pool: open for as long as the judge is at work.
@@ -86,7 +86,7 @@ class FunctionJudge:
         rows = [(i, j, one) for i, of_problem in enumerate(asked) for j, one in enumerate(of_problem)]
         size = self.config.workers.batch
         calls = [rows[start : start + size] for start in range(0, len(rows), size)]
-        futures = self.pool.submit([[one for _, _, one in call] for call in calls])
+        futures = self.pool.submit([[one for _, _, one in call] for call in calls], self._scores)
 
         def answers() -> list[Answer]:
             values = self._wait(calls, futures, wanted)
@@ -97,7 +97,7 @@ class FunctionJudge:
     def _wait(
         self,
         calls: Sequence[Sequence[tuple[int, int, Asked]]],
-        futures: Sequence[concurrent.futures.Future[list[Any] | Lost]],
+        futures: Sequence[concurrent.futures.Future[list[float | None] | Lost]],
         wanted: str,
     ) -> list[float | None]:
         """A score for each row of the calls.  All processes raise if one of them does."""
@@ -108,7 +108,7 @@ class FunctionJudge:
                 if isinstance(made, Lost):
                     values, lost, why = values + [None] * len(call), lost + len(call), made.value
                 else:
-                    values += [self._score(one.problem, value) for (_, _, one), value in zip(call, made, strict=True)]
+                    values += made
         except ValueError as error:
             fault = str(error)
         faults, lost_of_all, asked = sum_over_processes([bool(fault), lost, sum(map(len, calls))])
@@ -122,6 +122,11 @@ class FunctionJudge:
                 f"than the fraction workers.max_missing = {workers.max_missing:g}; the last: {reason}"
             )
         return values
+
+    def _scores(self, asked: Sequence[Asked], values: list[Any] | Lost) -> list[float | None] | Lost:
+        if isinstance(values, Lost):
+            return values
+        return [self._score(one.problem, value) for one, value in zip(asked, values, strict=True)]
 
     def _score(self, problem: Problem, value: Any) -> float | None:
         if value is None:

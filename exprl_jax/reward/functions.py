@@ -5,7 +5,7 @@ waits without an end:
 
   the function raises, or returns no such list   ValueError with function, problem and exception: the run ends
   the call takes longer than its limit           the process is killed and replaced; `Lost.timed_out`
-  the process dies during the call               it is replaced; `Lost.died`
+  the process dies during the call               once more in a fresh one, then `Lost.died`
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import concurrent.futures
 import enum
 import pathlib
 import queue
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 from exprl_jax.data.problems import Problem
 from exprl_jax.reward.line_worker import START_LIMIT_S, Died, LineWorker
+
+T = TypeVar("T")
 
 
 class Asked(NamedTuple):
@@ -85,14 +87,19 @@ class FunctionPool:
         """Process ids of the workers; a worker that is replaced gets another."""
         return tuple(worker.pid for worker in self._workers)
 
-    def submit(self, calls: Sequence[Sequence[Asked]]) -> list[concurrent.futures.Future[list[Any] | Lost]]:
+    def submit(
+        self, calls: Sequence[Sequence[Asked]], read: Callable[[Sequence[Asked], list[Any] | Lost], T]
+    ) -> list[concurrent.futures.Future[T]]:
         """Begins to make some calls and returns at once.
 
+        Args:
+          read: makes a result of a call and its values, or of why there are none.
+
         Returns:
-          The values of each call, or why it has none.  `result` raises ValueError where the function raised, and
-          CancelledError where the pool was closed first.
+          A result each.  `result` raises ValueError where the function raised, what `read` raises, and CancelledError
+          where the pool was closed first.
         """
-        return [self._threads.submit(self._call, call) for call in calls]
+        return [self._threads.submit(lambda call: read(call, self._call(call)), call) for call in calls]
 
     def close(self) -> None:
         """Drops the calls that are waiting, and ends the workers with those that are in work."""
@@ -106,10 +113,8 @@ class FunctionPool:
     def _call(self, asked: Sequence[Asked]) -> list[Any] | Lost:
         worker = self._idle.get()
         try:
-            reply = worker.ask(request_of(asked))
+            reply = self._ask(worker, request_of(asked))
         except Died:
-            if not self._closing:
-                worker.restart()
             return Lost.died
         except ValueError as error:
             raise ValueError(f"config.{self._key}: {error}") from None
@@ -120,6 +125,21 @@ class FunctionPool:
         if "fault" in reply:
             raise ValueError(f"config.{self._key}: {self._name}, problem {reply['problem']!r}: {reply['fault']}")
         return reply["values"]
+
+    def _ask(self, worker: LineWorker, request: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            return worker.ask(request)
+        except Died:
+            # A worker that something else killed says nothing about the attempts.
+            if self._closing:
+                raise
+            worker.restart()
+        try:
+            return worker.ask(request)
+        except Died:
+            if not self._closing:
+                worker.restart()
+            raise
 
 
 def request_of(asked: Sequence[Asked]) -> dict[str, Any]:

@@ -70,7 +70,7 @@ BY_KIND = (
     "response/overlong",
     "advantage/live_groups",
 )
-"""Where the data holds problems of several kinds, these have a `/<kind>` (math, choice, science, code) each besides."""
+"""Where the data holds problems of several kinds (math, choice, science, ...), these have a `/<kind>` each besides."""
 
 
 def verdict_indices(verdicts: Sequence[Sequence[Verdict]]) -> np.ndarray:

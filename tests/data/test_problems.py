@@ -186,7 +186,10 @@ def test_a_question_has_no_reference_and_no_answer():
         ([PLAIN[0], PLAIN[1] | {"problem": 3}], "line 2: problem must be a non-empty string, got 3"),
         ([PLAIN[0] | {"reference": "  "}], "line 1: reference must be a non-empty string"),
         ([PLAIN[0] | {"answer": 2.5}], "line 1: answer must be a non-empty string, got 2.5"),
-        ([PLAIN[0] | {"domain": "poetry"}], "line 1: domain must be one of math, science, physics, code, got 'poetry'"),
+        (
+            [PLAIN[0] | {"domain": "poetry"}],
+            "line 1: domain must be one of math, science, physics, custom, code, got 'poetry'",
+        ),
         ([PLAIN[0] | {"domain": 1}], "line 1: domain must be one of"),
         ([PLAIN[0] | {"choices": "AB"}], "line 1: choices must be"),
         ([PLAIN[0] | {"choices": {"label": ["A"], "text": ["x", "y"]}}], "line 1: choices must be"),

@@ -12,6 +12,7 @@ from tiny_runs import config_dict
 
 from configs.base import QWEN3_4B
 from exprl_jax import compile_check
+from exprl_jax.kinds import KINDS
 from exprl_jax.mesh import mesh_over
 from exprl_jax.plan import compiled
 from exprl_jax.plan.calls import calls_of, known_model
@@ -184,7 +185,7 @@ def test_a_step_at_best_is_the_sum_of_its_calls_at_their_slowest(report):
 def test_a_program_that_does_not_fit_is_named_with_its_owners_and_its_settings_and_the_others_go_on(monkeypatch):
     monkeypatch.setitem(PUBLISHED, QWEN3_4B, dataclasses.replace(SMALL, layers=36))
     known_model.cache_clear()
-    sparse = dict.fromkeys(("routes.math", "routes.choice", "routes.science", "routes.code"), "verifier")
+    sparse = {f"routes.{kind}": "verifier" for kind in KINDS}
     many = {"rollout.max_tokens": 3840, "rollout.group": 128, "updates.row_tokens": 4096, "updates.per_batch": 1}
     report = compile_for(small(**sparse, **many, **{"loss.kl_coef": 0.0}), topology("v5e:4x4"), "")
     known_model.cache_clear()

@@ -7,6 +7,7 @@ import jax
 import pytest
 from tiny_runs import config_dict, opened, tiny
 
+from exprl_jax.kinds import KINDS
 from exprl_jax.plan.dry_run import describe
 from exprl_jax.resolve import resolve, to_dict
 from exprl_jax.rl_run import first_state
@@ -166,7 +167,7 @@ def test_what_asks_about_fixed_rollouts_is_planned_too(in_bytes):
     assert "not on this mesh  annotator" in report and report.endswith("no program runs on this mesh")
 
 
-SPARSE = {f"routes.{kind}": "verifier" for kind in ("math", "choice", "science", "code")}
+SPARSE = {f"routes.{kind}": "verifier" for kind in KINDS}
 
 
 def test_what_a_run_does_not_load_takes_no_memory():

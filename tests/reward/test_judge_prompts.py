@@ -22,7 +22,9 @@ from exprl_jax.reward.judge_prompts import (
 )
 
 MARKER = "⟦trace⟧"
-VARIANTS = list(itertools.product(["math", "science", "code"], ["outcome", "prefix", "step"], ["text", "logits"]))
+VARIANTS = list(
+    itertools.product(["math", "science", "custom", "code"], ["outcome", "prefix", "step"], ["text", "logits"])
+)
 
 
 def messages(problem="What is 2+2?", choices=(), reference="It is 4.", domain="math", unit="outcome", readout="text"):
@@ -93,7 +95,7 @@ def test_a_hostile_trace_is_between_the_same_tokens_as_any_other(hostile):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"domain": "poetry"}, "unknown judge domain 'poetry'; expected one of math, science, code"),
+        ({"domain": "poetry"}, "unknown judge domain 'poetry'; expected one of math, science, custom, code"),
         ({"unit": "token"}, "unknown judge unit 'token'"),
         ({"readout": "json"}, "unknown judge readout 'json'"),
         ({"reference": " \n"}, "has no reference solution"),

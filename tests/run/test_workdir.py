@@ -282,6 +282,7 @@ BINDING = {
     "policy.execution.compute_dtype": "bfloat16",
     "judge.readout": "text",
     "judge.function": "mine:score",
+    "grader.function": "mine:verify",
     "code.memory_mb": 1,
 }
 

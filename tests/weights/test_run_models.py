@@ -12,6 +12,7 @@ from tiny_runs import ROOT, run, tiny
 
 from exprl_jax.config import Execution, Model
 from exprl_jax.data.tokenizer import Message, load_tokenizer
+from exprl_jax.kinds import KINDS
 from exprl_jax.resolve import to_dict
 from exprl_jax.run.workdir import Workdir
 from exprl_jax.weights import run_models
@@ -192,7 +193,7 @@ def test_a_model_that_nothing_uses_may_go(tmp_path):
     """A run on verifiers alone neither opens its judge nor minds what becomes of it."""
     judge = tmp_path / "judge"
     changes = {"judge.model.weights": str(judge), "steps": 1, "log.rollouts": 0}
-    changes |= {f"routes.{kind}": "verifier" for kind in ("math", "choice", "science", "code")}
+    changes |= {f"routes.{kind}": "verifier" for kind in KINDS}
     run(tiny("outcome", changes), tmp_path / "run")
     model_folder(judge, "llama")
     run(tiny("outcome", changes | {"steps": 2}), tmp_path / "run")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pathlib
 import threading
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -154,6 +155,15 @@ def check_answers(problems: Sequence[Problem]) -> None:
             verifier_of(problem.kind).check(problem)
         except ValueError as error:
             raise ValueError(f"problem {problem.id!r}: {error}") from error
+
+
+def verifier_files(grader: config.Grader, kinds: Collection[str]) -> dict[str, Sequence[pathlib.Path]]:
+    """The files of the functions of the user's that verify some kinds of problems, by their names.
+
+    Raises:
+      ValueError: there is none, or it cannot be loaded; names the config's key.
+    """
+    return {name: paths for kind in kinds for name, paths in verifier_of(kind).files(grader).items()}
 
 
 def open_graders(grader: Any, code: Any, kinds: Sequence[str], grades: bool = True) -> Graders:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Hashable
+import pathlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 from exprl_jax import config
@@ -24,6 +25,8 @@ class Verifier:
       check: raises ValueError for a problem whose answer it could not use; called before a run starts.
       vote: (problem, response) → the answer as majority votes count it, None for none; None for kinds without a vote.
       readable: whether any answer can equal the problem's; a run warns of those that none can.
+      files: those of the functions of the user's that it calls, by their names; raises ValueError where there are none
+        and it needs one.
     """
 
     open: Callable[[config.Grader, config.Code], Any] | None
@@ -31,6 +34,7 @@ class Verifier:
     check: Callable[[Problem], None]
     vote: Callable[[Problem, str], Hashable | None] | None
     readable: Callable[[Problem], bool] = lambda problem: True
+    files: Callable[[config.Grader], Mapping[str, Sequence[pathlib.Path]]] = lambda grader: {}
 
 
 def verifier_of(kind: str) -> Verifier:
