@@ -177,6 +177,9 @@ def _check_section(section: Any, path: str) -> None:
     if isinstance(section, Judge):
         unused = section.per_problem or not section.checklists
         _require(unused, f"{path}.checklists", section.checklists, f"'' unless {path}.rubric is 'per_problem'")
+        if section.backend == "function":
+            expected = "'' with backend = 'function': a function is asked by no words"
+            _require(not section.rubric, f"{path}.rubric", section.rubric, expected)
         if section.per_problem and section.backend == "local" and section.readout == "logits":
             expected = f"a JSONL file: with readout = 'logits' {path} writes nothing, so another judge must write them"
             _require(bool(section.checklists), f"{path}.checklists", section.checklists, expected)

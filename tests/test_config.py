@@ -343,6 +343,10 @@ DISTILL = {"task": "distill", "loss.kl_coef": 0.0}
             for name in ("", "rewards.py", "rewards:", ":score", "my rewards:score", "rewards.py:1st")
         ),
         ({"grader.function": "mine"}, "grader.function: got 'mine', expected 'package.module:name' or"),
+        (
+            {"judge.backend": "function", "judge.function": "a:b", "judge.rubric": "mine.txt"},
+            "judge.rubric: got 'mine.txt', expected '' with backend = 'function'",
+        ),
         ({"judge.workers.seconds": 1e5}, "judge.workers.seconds: got 100000.0, expected a positive number of seconds"),
         ({"judge.workers.max_missing": 1.0}, r"judge.workers.max_missing: got 1.0, expected a number in \[0, 1\)"),
         (DISTILL | {"updates.per_batch": 2}, "updates.per_batch: got 2, expected 1 with task = 'distill': on-policy"),

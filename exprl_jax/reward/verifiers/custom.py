@@ -63,7 +63,7 @@ def _files(grader: config.Grader) -> Mapping[str, Sequence[pathlib.Path]]:
             f"config.{_KEY}: got '', expected 'package.module:name' or 'path/to/file.py:name': it verifies the data's "
             "problems of the domain 'custom'"
         )
-    return {grader.function: function_files(_KEY, grader.function)}
+    return {f"function {grader.function}": function_files(_KEY, grader.function)}
 
 
 VERIFIER = Verifier(
