@@ -24,6 +24,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from exprl_jax.packaged import locate
 from exprl_jax.reward.attempt import Attempt
 
 # The parent kills at the limit; this is for a worker whose parent was killed first.
@@ -38,7 +39,7 @@ def load_function(name: str) -> tuple[Callable, list[str]]:
     """
     where, _, attribute = name.rpartition(":")
     try:
-        module = _load_file(Path(where).expanduser()) if where.endswith(".py") else importlib.import_module(where)
+        module = _load_file(where) if where.endswith(".py") else importlib.import_module(where)
     except BaseException as error:
         raise ValueError(f"{name}: {_described(error)}") from error
     function = getattr(module, attribute, None)
@@ -48,7 +49,8 @@ def load_function(name: str) -> tuple[Callable, list[str]]:
     return function, sorted(_files(module, function))
 
 
-def _load_file(path: Path) -> ModuleType:
+def _load_file(name: str) -> ModuleType:
+    path = Path(locate(name)).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no such file in {Path.cwd()}")
     path = path.resolve()

@@ -13,6 +13,8 @@ import sys
 import tempfile
 import zipfile
 
+from exprl_jax.packaged import locate
+
 
 @dataclasses.dataclass(frozen=True)
 class PackagedModel:
@@ -102,7 +104,7 @@ def resolve_model(spec: str, cache_dir: str | os.PathLike[str] | None = None) ->
     """
     if spec.startswith("pip:"):
         return ModelSource(spec, _packaged(spec.removeprefix("pip:"), pathlib.Path(cache_dir or default_cache_dir())))
-    path = pathlib.Path(spec).expanduser()
+    path = pathlib.Path(locate(spec)).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ValueError(f"model folder {spec} holds no config.json; expected a Hugging Face model folder")

@@ -9,6 +9,7 @@ import zipfile
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
+from tiny_runs import ROOT
 
 from exprl_jax.weights import sources
 from exprl_jax.weights.sources import PackagedModel, resolve_model
@@ -180,3 +181,12 @@ def test_a_hub_that_fails(error, reason, monkeypatch, tmp_path):
     with pytest.raises(ValueError, match=reason) as caught:
         resolve_model("Qwen/Qwen3-0.6B")
     assert "\n" not in str(caught.value)
+
+
+def test_a_committed_model_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = resolve_model("configs/mini/models/base")
+    assert found.path == ROOT / "configs/mini/models/base"
+    (tmp_path / "configs/mini/models/base").mkdir(parents=True)
+    with pytest.raises(ValueError, match="holds no config.json"):  # one's own folder of that name comes first
+        resolve_model("configs/mini/models/base")
