@@ -239,11 +239,9 @@ def hand_out_pages(
         first_own = jnp.where(copies_A[slot], layer_page + number_A[slot], len(pool))
         return pool.at[first_own].set(pool[tail], mode="drop")
 
-    # Only in the few steps in which a row begins.  The loop has one trip a slot: `plan.hlo` counts no loop that values
-    # end inside another.
-    pool = jax.lax.cond(
-        jnp.any(copies_A), lambda pool: jax.lax.fori_loop(0, A, copy_tail, pool), lambda pool: pool, pool
-    )
+    # One trip a slot in every step, most of which read a page and write nothing.  Around a branch for steps in which
+    # a row begins, the TPU's compiler copies the whole pool; and `plan.hlo` counts no loop that values end in another.
+    pool = jax.lax.fori_loop(0, A, copy_tail, pool)
     # What is fed to an empty slot is padding: nothing of it is kept.
     start_PG = jnp.where(kept_A, 0, jnp.iinfo(jnp.int32).max)[:, None]
     return kept_A, pool, Pages(table[:, None], length_A, start_PG, problem_A, owner)
