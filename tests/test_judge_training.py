@@ -196,7 +196,8 @@ def test_the_judge_that_a_run_asks_has_learned(tmp_path):
     before = judge.score([problem] * 8, queries, 1).score_PGN[0, :, 0]
     _, state = steps_of(run, run.steps)
     after = dataclasses.replace(judge, params=state.params).score([problem] * 8, queries, 1).score_PGN[0, :, 0]
-    assert (abs(before - 0.3) > 0.1).all() and (abs(after - 0.3) < 0.03).all(), (before, after)
+    # A whole digit would be 0.05 off or more.
+    assert (abs(before - 0.3) > 0.1).all() and (abs(after - 0.3) < 0.04).all(), (before, after)
 
 
 # Several scores of one text.
