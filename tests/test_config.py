@@ -43,7 +43,7 @@ ARMS = {
     "mini.evaluate": ("held_out", "tune", "train"),
     "mini.judge": ("judge", "listed", "short"),
     "mini.sft": ("base", "answer_first", "forward"),
-    "mini.stage1": ("outcome", "process", "end", "group", "sparse"),
+    "mini.stage1": ("outcome", "process", "end", "group", "sparse", "learned"),
     "one_chip": ("large", "small"),
     "smoke": ("outcome", "process", "stage2"),
     "stage1": ("outcome", "process"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import operator as op
 import pathlib
 import re
 import sys
@@ -32,12 +33,14 @@ class Case(NamedTuple):
       fault: the kind of the first fault.
       exact: the digit that an exact judge writes.
       judged: the learned judge's; None where it wrote no score.
+      counted: steps that it wrote down before its first `!`; None where it wrote nothing.
     """
 
     right: int
     fault: str
     exact: int
     judged: int | None
+    counted: int | None
 
 
 def cases(rows: Iterator[Mapping[str, Any]]) -> Iterator[Case]:
@@ -47,7 +50,15 @@ def cases(rows: Iterator[Mapping[str, Any]]) -> Iterator[Case]:
         exact = digit(row["problem"], likert(row["problem"], row["response"], "outcome"))
         right = progress(puzzle, row["response"]).right
         judged = None if score is None else round(1 + 4 * score)
-        yield Case(right, first_fault(puzzle, row["response"]), exact, judged)
+        yield Case(right, first_fault(puzzle, row["response"]), exact, judged, counted(row["segments"][0]["judge"]))
+
+
+def counted(judgement: str | None) -> int | None:
+    """Steps without a `!` at the beginning of what a judge wrote."""
+    if judgement is None:
+        return None
+    steps = re.split(r"(?:^|\n)### ", judgement.partition("\n\\boxed{")[0])[1:]
+    return next((n for n, step in enumerate(steps) if "!" in step), len(steps))
 
 
 def first_fault(puzzle: Puzzle, text: str) -> str:
@@ -73,6 +84,9 @@ def report(found: list[Case]) -> str:
         f"{len(found)} rollouts, {len(found) - len(told)} without a score; Spearman {rank:.3f} with the exact digit"
     ]
     lines[0] += f", {by_right:.3f} with leading right steps"
+    if compared := [(case.right, case.counted) for case in found if case.counted is not None]:
+        shares = [sum(test(a, b) for a, b in compared) / len(compared) for test in (op.lt, op.eq, op.gt)]
+        lines.append("right steps counted: {:.3f} too many, {:.3f} equal, {:.3f} too few".format(*shares))
     for least in (2, 3, 4, 5):
         low = [case.judged >= least for case in told if case.exact < least]
         high = [case.judged < least for case in told if case.exact >= least]

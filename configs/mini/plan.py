@@ -18,12 +18,13 @@ STAGE_1 = {
     "process": ("ExpRL-Process, Delta", "stage1.py:process", ()),
     "end": ("ExpRL-Process, End", "stage1.py:end", ()),
     "group": ("ExpRL-Process, Group", "stage1.py:group", ()),
+    "learned": ("Outcome, learned judge", "stage1.py:learned", ()),
     "noisy_10": ("Outcome, 10 % of scores misplaced", "stage1.py:outcome", (f"{_NOISE}10",)),
     "noisy_20": ("Outcome, 20 % of scores misplaced", "stage1.py:outcome", (f"{_NOISE}20",)),
     "noisy_50": ("Outcome, 50 % of scores misplaced", "stage1.py:outcome", (f"{_NOISE}50",)),
 }
 QUICK = ("sparse", "outcome", "process")
-NO_STAGE_2 = ("noisy_10", "noisy_20", "noisy_50")
+NO_STAGE_2 = ("learned", "noisy_10", "noisy_20", "noisy_50")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from configs.mini.plan import STAGE_1
+from configs.mini.plan import QUICK, STAGE_1
 from exprl_jax.evaluation.curves import write_curves
 from exprl_jax.evaluation.report_page import read_workdirs
 from exprl_jax.evaluation.tables import EvaluatedModel, read_results
@@ -108,7 +108,7 @@ def table_rows(runs: Mapping[str, Mapping[int, Run]]) -> list[list[str]]:
 
 
 def write(root: pathlib.Path, output: pathlib.Path, page: pathlib.Path, difficulties: Sequence[str]) -> None:
-    """Writes curves.csv and curves_<difficulty>.png, and the table into a page, between its lines `BEGIN` and `END`.
+    """Writes curves.csv, curves_<difficulty>.png of `QUICK`'s arms, and the table into a page between `BEGIN` and `END`.
 
     Raises:
       ValueError: the page has no such lines.
@@ -124,8 +124,8 @@ def write(root: pathlib.Path, output: pathlib.Path, page: pathlib.Path, difficul
                 at = difficulty, label, seed
                 points += [[*at, *(row.get(name) for name in _POINT)] for row in run.rows if "solve/none" in row]
         folders = [path.parent for path in sorted((root / difficulty).glob("*/metrics.jsonl"))]
-        stage_1 = [folder for folder in folders if "stage2" not in folder.name]
-        curves = read_workdirs(stage_1)[0].runs if stage_1 else []
+        drawn = [folder for folder in folders if folder.name.rpartition("-")[0] in QUICK]
+        curves = read_workdirs(drawn)[0].runs if drawn else []
         if curves := [run for run in curves if "evaluate/pass@1" in run["series"]]:
             write_curves(curves, output / f"curves_{difficulty}.png")
     before, begin, rest = page.read_text(encoding="utf-8").partition(BEGIN)

@@ -5,7 +5,7 @@ from ml_collections import ConfigDict
 from configs.base import base, model, supervised
 
 DATA = "configs/mini/data/"
-BASE = "configs/mini/models/base"
+BASE, JUDGE = "configs/mini/models/base", "configs/mini/models/judge"
 STEPS = {"hard": 10, "mild": 6}
 ONE_CORE = dict(param_dtype="float32", compute_dtype="float32", scan_layers=False, remat="none")
 

@@ -3,12 +3,24 @@
     python -m exprl_jax.main --config=configs/mini/stage1.py --workdir=runs/mini
     python -m exprl_jax.main --config=configs/mini/stage1.py:sparse --workdir=runs/mini-sparse
     python -m exprl_jax.main --config=configs/mini/stage1.py:process --workdir=runs/mini-process
+    python -m exprl_jax.main --config=configs/mini/stage1.py:learned --workdir=runs/mini-learned
 
 docs/mini.md says what the puzzles are and what came of each arm.
 """
 
+from ml_collections import ConfigDict
+
 from configs.base import process, sparse
-from configs.mini.settings import shared
+from configs.mini.settings import JUDGE, shared
+
+
+def learned(config: ConfigDict) -> ConfigDict:
+    """ExpRL-Outcome with scores of a model on the mesh, and all of them logged for configs/mini/judged.py."""
+    config.judge.backend = "local"
+    config.judge.model.weights = JUDGE
+    config.log.rollouts = 128
+    return config
+
 
 ARMS = {
     "outcome": lambda c: c,
@@ -16,12 +28,13 @@ ARMS = {
     "end": lambda c: process(c, "end_norm"),
     "group": lambda c: process(c, "group_norm"),
     "sparse": sparse,
+    "learned": learned,
 }
 
 
 def get_config(arm: str = "outcome"):
-    """Args: `outcome`, `process` (DeltaNorm), `end`, `group` (the other process estimators), or `sparse` (GRPO on
-    final answers)."""
+    """Args: `outcome`, `process` (DeltaNorm), `end`, `group` (the other process estimators), `sparse` (GRPO on final
+    answers) or `learned` (Outcome with the learned judge in the exact one's place)."""
     if arm not in ARMS:
         raise ValueError(f"configs/mini/stage1.py:{arm}: expected {', '.join(ARMS)}")
     config = ARMS[arm](shared())

@@ -89,10 +89,16 @@ def test_a_judges_agreement_is_told_by_fault():
     wrong = text.replace("\n### B g0307", "\n### B g0407")
     assert (likert(puzzle.statement, text, "outcome"), likert(puzzle.statement, wrong, "outcome")) == (5.0, 1.8)
     rows = [
-        {"problem": puzzle.statement, "response": response, "segments": [{"score": score}]}
-        for response, score in ((text, 1.0), (wrong, 0.0), (wrong, 1.0), (wrong, None))
+        {"problem": puzzle.statement, "response": response, "segments": [{"score": score, "judge": judge}]}
+        for response, score, judge in (
+            (text, 1.0, lessons.judgement(puzzle, right_states(puzzle), text)),
+            (wrong, 0.0, lessons.judgement(puzzle, right_states(puzzle), wrong)),
+            (wrong, 1.0, "### A f!\nScore: 5"),
+            (wrong, None, None),
+        )
     ]
     told = judged.report(list(judged.cases(iter(rows))))
     assert told.startswith("4 rollouts, 1 without a score; Spearman 0.500")
+    assert "counted: 0.000 too many, 0.667 equal, 0.333 too few" in told
     assert "at least 5: false positives 0.500 of 2, false negatives 0.000 of 1" in told
     assert re.search(r"x +2 +1 +1 +0", told) and re.search(r"none +1 +0 +1 +0", told)
