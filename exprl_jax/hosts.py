@@ -112,6 +112,11 @@ def fetch_rows(tree: Any) -> Any:
     return jax.tree.map(fetch, tree)
 
 
+def fetch_whole(x: jax.Array) -> np.ndarray:
+    """A global array as numpy, all of it on every process; every process must call this."""
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+
+
 def gather_rows(table: dict[str, np.ndarray], index_P: np.ndarray) -> dict[str, np.ndarray]:
     """Joins every process's rows of host arrays into the whole batch, in the batch's order.
 

@@ -23,6 +23,7 @@ from exprl_jax.data.training import (
     within_budget,
 )
 from exprl_jax.hosts import owned_problems, say
+from exprl_jax.kinds import KINDS
 from exprl_jax.layout import check_layout, check_lengths
 from exprl_jax.mesh import DATA, make_mesh
 from exprl_jax.model import decoder
@@ -111,6 +112,8 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
     held_out = read_held_out(config, problems)
     check_answers([*problems, *held_out])
     kinds = kinds_of(problems)
+    if config.task == "rl":
+        _check_routes(config, kinds)
     files = verifier_files(config.grader, kinds_of([*problems, *held_out]))
     builder = _judge_builder(config, problems, held_out, policy)
     programs = programs_room.build(config, mesh, policy)
@@ -194,6 +197,20 @@ def settle_run_sizes(config: Config, mesh: Mesh, models: Sequence[LanguageModel]
     frozen = {model.config: model.parameter_bytes // mesh.size for model in models[0 if config.lora.rank else 1 :]}
     held = held_bytes(abstract, shardings) + sum(frozen.values())
     return settle_sizes(config, lengths, policy.arch, mesh, held)
+
+
+def _check_routes(config: Config, kinds: Sequence[str]) -> None:
+    """Refuses to ask for the likelihood of answers that are no text which a policy could write.
+
+    Raises:
+      ValueError: names the route.
+    """
+    for kind in kinds:
+        if ROUTES[config.routes.of(kind)].answer_likelihood and not KINDS[kind].keeps_answer:
+            raise ValueError(
+                f"config.routes.{kind}: got {config.routes.of(kind)!r}, expected another route: the answers of "
+                f"{KINDS[kind].plural} are nothing that a policy could write"
+            )
 
 
 def check_enough(problems: Sequence[Problem], batch: int) -> None:

@@ -10,6 +10,7 @@ A wave is as many problems as are sampled and judged at a time; a step has `roll
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,10 +19,13 @@ import numpy as np
 
 from exprl_jax.data.problems import Problem
 from exprl_jax.hosts import agree_rows, largest_over_processes, local_problems, owned_problems
+from exprl_jax.layout import packed_shape
 from exprl_jax.learning.advantages import SegmentAdvantages, assign_advantages
 from exprl_jax.model import decoder
 from exprl_jax.records import Rollouts, Usage
 from exprl_jax.reward.judgements import Judgements, Pending, Query
+from exprl_jax.reward.likelihood import answer_likelihoods, answer_row
+from exprl_jax.reward.routes import ROUTES
 from exprl_jax.reward.statistics import VERDICTS, verdict_indices
 from exprl_jax.reward.verifiers.grading import submit_owned
 from exprl_jax.reward.verifiers.verdict import Verdict
@@ -77,6 +81,7 @@ class PendingWave(NamedTuple):
       truths: what is known of the progress of what the judge scores; in the place of scores.
       judge_verdicts: a judge's, on open-ended answers; none for other problems.
       grading: waits for the verifiers' verdicts, by problem; `missing` where another process has them graded.
+      likelihoods: scores [P, G] of the problems' answers, and where there is one; None where no route asks for any.
     """
 
     request: WaveRequest
@@ -85,6 +90,7 @@ class PendingWave(NamedTuple):
     truths: Pending[Judgements]
     judge_verdicts: Pending[list[list[Verdict]]]
     grading: Callable[[], list[list[Verdict]]]
+    likelihoods: tuple[np.ndarray, np.ndarray] | None
 
 
 class ScoredWave(NamedTuple):
@@ -131,7 +137,9 @@ def start_wave(run: RLRun, policy: decoder.Params, request: WaveRequest, clock: 
         judgements = judge_wave(run, wave, asks_P)
         verdicts = verify_wave(run, wave, asks_P)
     truths = run.truth.submit(wave.problems, judge_queries(run, wave, owned_P), run.splitter.rule.max_segments)
-    return PendingWave(request, wave, judgements, truths, verdicts, grading)
+    with clock.phase("logp"):
+        likelihoods = weigh_answers(run, policy, wave, request.index_P)
+    return PendingWave(request, wave, judgements, truths, verdicts, grading, likelihoods)
 
 
 def finish_wave(run: RLRun, policy: decoder.Params, pending: PendingWave, clock: Clock) -> ScoredWave:
@@ -207,6 +215,26 @@ def verify_wave(run: RLRun, wave: Wave, asks_P: np.ndarray) -> Pending[list[list
     return run.judge.submit_verify(wave.problems, asked)
 
 
+def weigh_answers(
+    run: RLRun, policy: decoder.Params, wave: Wave, index_P: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The policy's likelihood of each problem's answer after each of its rollouts, where the route is that."""
+    if not any(ROUTES[run.config.routes.of(kind)].answer_likelihood for kind in run.kinds):
+        return None
+    tokenizer = run.policy.tokenizer
+    rows = [
+        [
+            answer_row(tokenizer, run.prompts.ids[problem.id], response, problem.answer)
+            if run.route(problem).answer_likelihood and len(ends)
+            else None
+            for response, ends in zip(responses, group, strict=True)
+        ]
+        for problem, responses, group in zip(wave.problems, wave.responses, wave.ends, strict=True)
+    ]
+    logp_of = functools.partial(run.programs.token_logp, policy)
+    return answer_likelihoods(rows, index_P, logp_of, run.mesh, packed_shape(run.config), run.policy.arch.max_positions)
+
+
 def score_wave(run: RLRun, pending: PendingWave, clock: Clock) -> ScoredWave:
     """Waits for the verifiers, agrees with the other processes, and turns scores into advantages."""
     wave = pending.wave
@@ -219,6 +247,7 @@ def score_wave(run: RLRun, pending: PendingWave, clock: Clock) -> ScoredWave:
     judgements, verdicts = _agree(pending.request.index_P, judgements, verdicts)
     truths = truths._replace(**agree_rows(truths.arrays, pending.request.index_P))
     judgements = add_verdict_rewards(run, wave, judgements, verdicts)
+    judgements = add_likelihoods(run, wave, judgements, pending.likelihoods)
     routes = [run.route(problem) for problem in wave.problems]
     advantages = assign_advantages(
         judgements.score_PGN,
@@ -226,7 +255,9 @@ def score_wave(run: RLRun, pending: PendingWave, clock: Clock) -> ScoredWave:
         wave.count_PG,
         overlong_PG=~wave.rollouts.ended_PG,
         process_P=np.array([route.per_segment for route in routes]),
-        logits_P=np.array([route.judged and run.config.judge.reads_digits for route in routes]),
+        logits_P=np.array(
+            [route.answer_likelihood or route.judged and run.config.judge.reads_digits for route in routes]
+        ),
         rules=run.config.advantage,
     )
     resampled_P = (pending.request.live_P & (pending.request.attempt > 0)).astype(np.int32)
@@ -248,6 +279,19 @@ def add_verdict_rewards(
         score_PGN[i], valid_PGN[i] = 0.0, False
         score_PGN[i, :, 0] = [0.0 if reward is None else reward for reward in rewards]
         valid_PGN[i, :, 0] = sampled_PG[i] & [reward is not None for reward in rewards]
+    return judgements._replace(score_PGN=score_PGN, valid_PGN=valid_PGN)
+
+
+def add_likelihoods(
+    run: RLRun, wave: Wave, judgements: Judgements, likelihoods: tuple[np.ndarray, np.ndarray] | None
+) -> Judgements:
+    """Puts the likelihoods of answers in the place of scores, on the routes that take their rewards from them."""
+    if likelihoods is None:
+        return judgements
+    score_PGN, valid_PGN = judgements.score_PGN.copy(), judgements.valid_PGN.copy()
+    for i, problem in enumerate(wave.problems):
+        if run.route(problem).answer_likelihood:
+            score_PGN[i, :, 0], valid_PGN[i, :, 0] = likelihoods[0][i], likelihoods[1][i]
     return judgements._replace(score_PGN=score_PGN, valid_PGN=valid_PGN)
 
 

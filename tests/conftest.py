@@ -36,12 +36,11 @@ jaxtyping.install_import_hook([f"exprl_jax.{name}" for name in ANNOTATED], "bear
 
 # They compile models or start programs; what the other files test is the quick tier.
 LONG = """
-    attention calibration calls checkpoint code_verifier compile_check costs decoder diagnostics distill dry_run
-    evaluate
-    extending families folder gguf_file gpu_benchmark grader_agreement hlo judge judge_training leaks logprobs lora
-    lora_run losses
-    main mesh notebook package packed paged probe processes resume rl_run run_models sampler sandbox scoring sft slots
-    supervised tpu_scripts train update wave
+    attention calibration calls checkpoint code_verifier compile_check costs custom_verifier decoder diagnostics
+    distill dry_run evaluate extending families folder function_judge gguf_file gpu_benchmark grader_agreement hlo
+    judge judge_training leaks likelihood logprobs lora lora_run losses main mesh notebook package packed paged
+    probe processes resume rl_run run_models sampler sandbox scoring sft slots supervised tpu_scripts train
+    update wave
 """.split()
 
 

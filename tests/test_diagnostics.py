@@ -13,10 +13,11 @@ import pytest
 from tiny_runs import opened, take_step, tiny
 
 from exprl_jax import distill, train
+from exprl_jax.kinds import KINDS
 from exprl_jax.reward.judge import AnswersAtOnce
 from exprl_jax.reward.judgements import Judgements
 from exprl_jax.reward.verifiers.verdict import Verdict
-from exprl_jax.rl_run import first_state
+from exprl_jax.rl_run import first_state, open_run
 from exprl_jax.wave import WaveRequest, sample_wave
 
 # A group and its prompt fill a row.
@@ -109,6 +110,63 @@ def test_a_signal_moves_the_policy_its_way(arm, changes, part):
         for step in range(STEPS):
             state, _ = take_step(train, signed, state, step)
         share[sign] = shares(run, state, part)
+    assert share[1] > share[0] + 0.05, share
+    assert share[-1] < share[0] - 0.02, share
+
+
+FUNCTIONS = """
+def share(trace):
+    return sum("a" <= c <= "z" for c in trace[-4:]) / max(len(trace[-4:]), 1)
+def right(attempts):
+    return [share(attempt.trace) for attempt in attempts]
+def wrong(attempts):
+    return [1 - share(attempt.trace) for attempt in attempts]
+"""
+
+
+@pytest.mark.parametrize("arm", ["process", pytest.param("outcome", marks=pytest.mark.slow)])
+def test_a_functions_signal_moves_the_policy_its_way(arm, tmp_path):
+    (tmp_path / "letters.py").write_text(FUNCTIONS)
+    share, changes = {}, FAST | {"judge.backend": "function", "judge.workers.seconds": 60.0}
+    for sign, name in ((1, "right"), (-1, "wrong")):
+        with contextlib.ExitStack() as stack:
+            run = open_run(tiny(arm, changes | {"judge.function": f"{tmp_path}/letters.py:{name}"}), stack)
+            state = first_state(run)
+            share[0] = shares(run, state, slice(4, 8))
+            for step in range(STEPS):
+                state, _ = take_step(train, run, state, step)
+            share[sign] = shares(run, state, slice(4, 8))
+    assert share[1] > share[0] + 0.05, share
+    assert share[-1] < share[0] - 0.02, share
+
+
+def letters_before_the_answer(sign):
+    """Log-probs of a policy that finds an answer the likelier the more letters it has written before it."""
+
+    def token_logp(params, packed, used):
+        tokens, segment = np.asarray(packed.tokens_BT), np.asarray(packed.segment_BT)
+        logp, small = np.zeros(tokens.shape, np.float32), (tokens >= ord("a")) & (tokens <= ord("z"))
+        for row in np.ndindex(tokens.shape[:-1]):
+            for own in range(1, segment[row].max() + 1):
+                part = segment[row] == own
+                share = np.clip(small[row][part].sum(), 1, 99) / 100  # a prompt's segment has more, and no answer
+                logp[row][part] = np.log(share if sign > 0 else 1 - share)
+        return logp
+
+    return token_logp
+
+
+def test_likelihood_moves_the_policy_towards_what_makes_the_answer_likelier():
+    share, routes = {}, dict.fromkeys((f"routes.{kind}" for kind in KINDS), "likelihood")
+    run = opened(tiny("outcome", FAST | routes))
+    for sign in (1, -1):
+        programs = dataclasses.replace(run.programs, token_logp=letters_before_the_answer(sign))
+        signed = dataclasses.replace(run, programs=programs, graders=LetterGraders(sign))
+        state = first_state(run)
+        share[0] = shares(run, state, slice(0, 8))
+        for step in range(STEPS):
+            state, _ = take_step(train, signed, state, step)
+        share[sign] = shares(run, state, slice(0, 8))
     assert share[1] > share[0] + 0.05, share
     assert share[-1] < share[0] - 0.02, share
 

@@ -113,7 +113,10 @@ def test_a_narrow_terminal_is_filled_and_no_more(monkeypatch):
         ("judge.model", ["judge.model.execution.remat what the backward pass"]),
         (
             "routes.math",
-            ["routes.math (rl, distill): route of math problems. One of `process`, `outcome`, `verifier`."],
+            [
+                "routes.math (rl, distill): route of math problems. One of `process`, `outcome`, `verifier`, "
+                "`likelihood`."
+            ],
         ),
         ("sft", ["epochs passes over the data, where `steps` is 0. (int)", "data.held_out sources"]),
         ("data", ["data (sft): problems whose references are trained on.", "data.held_out sources"]),

@@ -23,10 +23,11 @@ ARMS = {
     "process": ("process", {}),
     "sparse": ("outcome", VERIFIER),
     "stage two": ("outcome", VERIFIER | {"loss.kl_coef": 0.0, "rollout.max_resample": 1}),
+    "likelihood": ("outcome", {f"routes.{kind}": "likelihood" for kind in KINDS} | {"loss.kl_coef": 0.0}),
     "sampled": ("distill", {"distillation.kl": "sampled"}),
     "full": ("distill", {"distillation.kl": "full"}),
 }
-SPARSE, DISTILL = ("sparse", "stage two"), ("sampled", "full")
+SPARSE, DISTILL = ("sparse", "stage two", "likelihood"), ("sampled", "full")
 
 
 def recording(made, texts, shows):
@@ -91,7 +92,9 @@ def test_no_program_of_the_policy_is_given_a_canary(seen):
     names |= {"policy beside the teacher"} if seen.arm in DISTILL else set()
     if seen.arm == "full":
         names -= {"train_step"}
-    assert names == set(seen.text) - {"judge_prefill", "judge", "teacher"}
+    # Without a KL the log-prob program has one use: to weigh answers.
+    others = {"judge_prefill", "judge", "teacher", *(["token_logp"] if seen.arm == "likelihood" else [])}
+    assert names == set(seen.text) - others
     for name in names:
         assert seen.text[name] and "canary" not in seen.text[name], name
     for name in names - {"sample"}:
@@ -104,6 +107,12 @@ def test_the_judge_is_given_the_reference_and_not_the_answer(seen):
         assert ANSWER not in seen.text["judge_prefill"] and ANSWER not in seen.text["judge"]
     else:
         assert "judge_prefill" not in seen.text and "judge" not in seen.text
+
+
+def test_the_pass_that_weighs_answers_is_given_the_answer_and_not_the_reference(seen):
+    """And nothing else is, by the test above."""
+    assert (ANSWER in seen.text.get("token_logp", "")) == (seen.arm == "likelihood")
+    assert REFERENCE not in seen.text.get("token_logp", "")
 
 
 def test_the_teacher_is_given_the_reference_and_not_the_answer(seen):

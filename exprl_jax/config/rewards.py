@@ -20,7 +20,7 @@ from exprl_jax.config.values import (
 )
 from exprl_jax.kinds import KINDS
 
-Route = Literal["process", "outcome", "verifier"]
+Route = Literal["process", "outcome", "verifier", "likelihood"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +43,7 @@ class _RouteByKind:
     `process`: the judge scores every prefix or step of a rollout; advantages by `advantage.estimator`.
     `outcome`: the judge scores the whole rollout; advantages by `advantage.rollout_estimator`.
     `verifier`: 1 for a correct answer and 0 for any other; advantages likewise (sparse GRPO).
+    `likelihood`: the policy's own mean probability of the answer's tokens after the rollout; advantages likewise.
     """
 
     def of(self, kind: str) -> Route:
@@ -53,6 +54,11 @@ class _RouteByKind:
     def all(self) -> set[Route]:
         """The routes that are in use."""
         return set(dataclasses.astuple(self))
+
+    @property
+    def reference_free(self) -> bool:
+        """Whether no route has any use for reference solutions: these take their rewards from answers alone."""
+        return self.all <= {"verifier", "likelihood"}
 
 
 _ROUTE_MEANINGS = "".join(f"\n  {name}: route of {kind.plural}." for name, kind in KINDS.items())
@@ -207,8 +213,8 @@ class Advantage:
         `rloo` (less the mean of the group's others) or `maxrl` (less the group's mean, divided by it).
       std_normalise: `grpo` divides by the group's standard deviation.
       min_spread: of `rollout_estimator`: a group whose standard deviation is below this gets advantage 0.
-      min_logits_spread: the same where the scores are a judge's by `logits`: they are never quite equal, and
-        `std_normalise` would make advantages of 1 out of differences of 0.0001.
+      min_logits_spread: the same where the scores are a judge's by `logits`, or likelihoods: they are never quite
+        equal, and `std_normalise` would make advantages of 1 out of differences of 0.0001.
       overlong: what happens to rollouts that never ended: `zero_score` (every score 0), `mask` (no loss), `penalty`, or
         `keep` (scored like any other, as in the released sparse runs).
       overlong_penalty: the advantage of every token of an overlong rollout under `penalty`; negative.

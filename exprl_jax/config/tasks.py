@@ -91,7 +91,7 @@ class Config:
     @property
     def reads_references(self) -> bool:
         """Whether the run has any use for reference solutions; Stage II and sparse GRPO have none."""
-        return self.task == "distill" or self.routes.all != {"verifier"}
+        return self.task == "distill" or not self.routes.reference_free
 
     @property
     def has_reference_model(self) -> bool:
@@ -102,7 +102,7 @@ class Config:
     def has_local_judge(self) -> bool:
         """Whether any route is scored by a model on the mesh; open-ended science in the data has one verify it
         besides."""
-        return self.task == "rl" and self.routes.all != {"verifier"} and self.judge.backend == "local"
+        return self.task == "rl" and not self.routes.reference_free and self.judge.backend == "local"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -236,6 +236,8 @@ def _reinforced(config: Config, mesh: Mesh) -> list[Call]:
     # A step's updates are packed together, and lie there until their turn comes.
     waiting = {BATCH: (updates - 1) * tree_bytes(experience)}
     scored = [("token_logp", policy.acting)] if updates > 1 else []
+    if "likelihood" in config.routes.all:
+        scored.append(("token_logp (answers)", policy.acting))
     if config.loss.kl_coef > 0:
         scored.append(("token_logp (reference)", _frozen(config, mesh, config.reference)))
     for name, params in scored:

@@ -80,7 +80,7 @@ def answer_likelihoods(
     Returns:
       (score_PG, valid_PG): float64 in [0, 1], 0 where not valid; False where nothing was asked or a row was too long.
     """
-    table = _table(rows, min(most_tokens, shape[2]))
+    table = _table(rows, min(most_tokens, shape[2])) | {"index_P": index_P}
     whole = gather_rows(table, index_P)
     length_PG, answer_PG = whole["length_PG"], whole["answer_PG"]
     score_PG, valid_PG = np.zeros(length_PG.shape), length_PG > 0
@@ -105,7 +105,7 @@ def answer_likelihoods(
         for i, row, slot in zip(chosen, packed.row_N, packed.first_N):
             end = slot + len(examples[i].response)
             score_PG[group_N[i], index_N[i]] = np.exp(logp_rows[row, end - answers[i] : end].astype(np.float64)).mean()
-    mine = np.searchsorted(np.sort(np.unique(whole["index_P"])), index_P)
+    mine = np.searchsorted(whole["index_P"], index_P)
     return score_PG[mine], valid_PG[mine]
 
 

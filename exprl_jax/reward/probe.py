@@ -38,7 +38,7 @@ def warnings(row: Mapping[str, float | None], config: Config) -> list[str]:
         return row[name] if row[name] is not None else 0.0
 
     problems, routes = [], [ROUTES[name] for name in config.routes.all]
-    sparse, function = not any(route.judged for route in routes), config.judge.backend == "function"
+    sparse, function = all(route.verdict_reward for route in routes), config.judge.backend == "function"
     if value("response/overlong") > 0.5:
         scored = "" if config.advantage.overlong == "keep" else " and are not scored"
         problems.append(
@@ -50,9 +50,11 @@ def warnings(row: Mapping[str, float | None], config: Config) -> list[str]:
         if any(route.per_segment for route in routes):
             cure = f"choose a segments.rule that cuts these rollouts, {_FINER[function]}"
         else:
-            key = "min_logits_spread" if config.judge.reads_digits and not sparse else "min_spread"
+            nearly_equal = any(route.answer_likelihood for route in routes) or config.judge.reads_digits
+            key = "min_logits_spread" if nearly_equal and not sparse else "min_spread"
             cure = f"raise rollout.group or rollout.max_resample, lower advantage.{key}"
-            cure += ", start from a primed policy" if sparse else f", {_FINER[function]}"
+            judged = any(route.judged for route in routes)
+            cure += f", {_FINER[function]}" if judged else ", start from a primed policy"
         problems.append(
             f"only {value('advantage/live_groups'):.0%} of the groups have any advantage: {cure}, or take problems of "
             "another difficulty"

@@ -21,11 +21,14 @@ class RewardRoute:
       per_segment: every segment has a score, and `advantage.estimator` makes advantages of them; else a rollout has one
         score, compared within its group (`advantage.rollout_estimator`).
       verdict_reward: the reward of a verdict in [0, 1], None where there is none; for routes without a judge.
+      answer_likelihood: the reward is the policy's own likelihood of the problem's answer (`reward.likelihood`); for
+        routes without a judge and without `verdict_reward`.
     """
 
     judged: bool
     per_segment: bool
     verdict_reward: Callable[[Verdict], float | None] | None
+    answer_likelihood: bool = False
 
 
 def sparse_reward(verdict: Verdict) -> float | None:
@@ -37,4 +40,5 @@ ROUTES = {
     "process": RewardRoute(judged=True, per_segment=True, verdict_reward=None),
     "outcome": RewardRoute(judged=True, per_segment=False, verdict_reward=None),
     "verifier": RewardRoute(judged=False, per_segment=False, verdict_reward=sparse_reward),
+    "likelihood": RewardRoute(judged=False, per_segment=False, verdict_reward=None, answer_likelihood=True),
 }

@@ -172,6 +172,8 @@ def _judged(
                 chat = task.chat(scoring_pass, rollout.problem)
                 tokenizer = None if task.model is None else task.model.tokenizer
                 question = _question(tokenizer, chat, trace.text, CONTINUATION[task.judge.readout])
+                if task.judge.backend == "function":  # which takes no prompt
+                    question = None
                 asked.append({"pass": scoring_pass.name, **answer, "question": question})
     return {"name": task.name} | asked_model(task.judge) | {"answers": asked}
 

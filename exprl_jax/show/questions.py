@@ -22,8 +22,8 @@ def written(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
 
 def asked_model(judge: config.Judge) -> dict[str, str]:
     """Where a judge is, and how it is read."""
-    model = judge.endpoint.model if judge.backend == "openai" else judge.model.weights
-    return {"backend": judge.backend, "model": model, "readout": judge.readout}
+    readout = "scores" if judge.backend == "function" else judge.readout
+    return {"backend": judge.backend, "model": judge.source, "readout": readout}
 
 
 def score_question(judge: Any, problem: str, trace: str) -> dict[str, Any] | None:

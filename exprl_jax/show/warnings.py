@@ -69,7 +69,8 @@ def _why_dead(route: str, scores: Sequence[float], config: Config) -> str:
     if route == "process":
         return f"advantage.estimator = {config.advantage.estimator!r} comes to 0 everywhere"
     spread = float(np.std(scores, ddof=1))
-    key = "min_logits_spread" if config.judge.readout == "logits" and route != "verifier" else "min_spread"
+    nearly_equal = route == "likelihood" or (route != "verifier" and config.judge.reads_digits)
+    key = "min_logits_spread" if nearly_equal else "min_spread"
     return f"its scores spread by {spread:.2g}, advantage.{key} = {getattr(config.advantage, key):g}"
 
 

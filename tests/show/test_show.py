@@ -12,6 +12,7 @@ from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.evaluation.behaviour import FIELDS
 from exprl_jax.evaluation.calibrate import calibrate
 from exprl_jax.evaluation.evaluate import evaluate
+from exprl_jax.kinds import KINDS
 from exprl_jax.resolve import resolve
 from exprl_jax.show.page import page_lines
 from exprl_jax.show.questions import written
@@ -97,7 +98,7 @@ def test_an_endpoint_is_shown_what_it_was_sent():
 
 def test_open_ended_answers_have_the_question_that_decides(tmp_path):
     rows = [{"id": f"s{n}", "problem": f"Why {n}?", "answer": "gravity", "domain": "science"} for n in range(8)]
-    routes = {f"routes.{kind}": "verifier" for kind in ("math", "choice", "science", "code")}
+    routes = {f"routes.{kind}": "verifier" for kind in KINDS}
     changes = routes | {"data.source": write_problems(tmp_path / "problems.jsonl", rows), "loss.kl_coef": 0.0}
     changes |= {"judge.backend": "openai", "judge.readout": "text", "judge.endpoint.model": "stub"}
     changes |= {"judge.endpoint.api_key_variable": ""}
