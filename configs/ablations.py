@@ -7,9 +7,10 @@ Every arm is an arm of the paper, as its line below says, with the keys of that 
 configs/stage1.py.  None has been run at this size.
 """
 
-from configs.base import base, distill, process
+from configs.base import base, distill, process, sparse
 
-OUTCOME, PROCESS, DISTILL = base, lambda: process(base(), "delta_norm"), lambda: distill(base())
+OUTCOME, PROCESS = base, lambda: process(base(), "delta_norm")
+DISTILL, GRPO = lambda: distill(base()), lambda: sparse(base())
 ARMS = {
     # What the judge sees, and how its score is read.
     "step": (PROCESS, {"judge.unit": "step"}),
@@ -26,6 +27,8 @@ ARMS = {
     "maxrl": (OUTCOME, {"advantage.rollout_estimator": "maxrl", "advantage.std_normalise": False}),
     "spread": (OUTCOME, {"advantage.min_spread": 0.1}),
     "resample": (OUTCOME, {"rollout.max_resample": 2}),
+    # Sparse GRPO, and hints from the frozen base where a group has no success (NuRL, arXiv 2509.25666).
+    "hints": (GRPO, {"rollout.hints": 256}),
     # The loss.
     "sequence_mean": (OUTCOME, {"loss.aggregate": "sequence_mean"}),
     "constant": (OUTCOME, {"loss.aggregate": "constant"}),

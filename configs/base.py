@@ -79,6 +79,7 @@ def base() -> ConfigDict:
                 slots=0,
                 expected_tokens=0,
                 max_resample=0,
+                hints=0,
             ),
             segments=dict(rule="heading", max_segments=32),
             advantage=dict(

@@ -30,7 +30,7 @@ class Batch(NamedTuple):
     """A step's rollouts, the same on every process, in the batch's order.
 
     Attributes:
-      prompts: token ids of each problem's.
+      prompts: token ids of each problem's, with the hint that its rollouts were sampled with, if any.
       mask_PGR: tokens that carry a loss, of those that were sampled.
       advantage_PGR: of each token; 0 where the mask is False.
     """
@@ -61,7 +61,22 @@ class PackedUpdate(NamedTuple):
 def join_waves(run: RLRun, problems: Sequence[Problem], waves: Sequence[ScoredWave]) -> Batch:
     """Joins the processes' rollouts: rows are packed from all of them, so that every device has its fair share."""
     parts = [_by_token(run, scored) for scored in waves]
-    return join_batch(run, problems, parts, np.concatenate([scored.index_P for scored in waves]))
+    index_P = np.concatenate([scored.index_P for scored in waves])
+    batch = join_batch(run, problems, parts, index_P)
+    return batch._replace(prompts=_hinted_prompts(run, waves, index_P, batch.prompts)) if run.hints else batch
+
+
+def _hinted_prompts(
+    run: RLRun, waves: Sequence[ScoredWave], index_P: np.ndarray, bare: Sequence[Sequence[int]]
+) -> list[Sequence[int]]:
+    """Each problem's prompt as its group was sampled from it, with a hint or without: of all processes' problems."""
+    hinted = {name: prompt for scored in waves for name, prompt in scored.nudged.prompts.items()}
+    mine = [hinted.get(problem.id, ()) for scored in waves for problem in scored.wave.problems]
+    tokens = np.zeros((len(mine), run.hints.limit), np.int32)
+    for row, prompt in zip(tokens, mine):
+        row[: len(prompt)] = prompt
+    whole = gather_rows({"tokens": tokens, "length": np.array([len(prompt) for prompt in mine])}, index_P)
+    return [row[:n].tolist() if n else prompt for row, n, prompt in zip(whole["tokens"], whole["length"], bare)]
 
 
 def _by_token(run: RLRun, scored: ScoredWave) -> tuple[Rollouts, np.ndarray, np.ndarray]:

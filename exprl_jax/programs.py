@@ -121,6 +121,12 @@ def build_sampler(
     return Sampler(_jit("prefill", _prefill(model, mesh)), sampling, mesh, wave, max_tokens)
 
 
+def build_hint_sampler(model: LanguageModel, mesh: Mesh, *, hints: int, wave: int) -> Sampler:
+    """`build_sampler` of the frozen model that writes hints: it alone is shown references."""
+    sampling = _jit("hint_sample", _sample(model, mesh, hints), (rows_sharding(mesh), replicated(mesh)))
+    return Sampler(_jit("hint_prefill", _prefill(model, mesh)), sampling, mesh, wave, hints)
+
+
 def build_judge(judge_config: Judge, mesh: Mesh, judge: LanguageModel) -> JudgePrograms:
     """The programs of a local judge."""
     prefill = _jit("judge_prefill", _prefill(judge, mesh))

@@ -254,6 +254,12 @@ def _check_rl(c: Config) -> None:
     # Steps and attempts share 32 bits of a row's identity (`rollout.call`).
     require(c.steps < 1 << 20, "steps", f"less than {1 << 20}")
     require(c.rollout.max_resample < 1 << 10, "rollout.max_resample", f"less than {1 << 10}")
+    if c.rollout.hints:
+        # What is made from a reference reaches the policy: nothing that a judge's reward may be earned with.
+        judged = sorted(c.routes.all - {"verifier"})
+        expected = f"0 with the route {judged[0]!r}: hints are for the route 'verifier' alone" if judged else ""
+        require(not judged, "rollout.hints", expected)
+        require(c.task == "rl", "rollout.hints", "0 with task = 'distill', whose teacher has the reference")
     require(c.loss.clip_low <= 1, "loss.clip_low", "at most 1")
     require(c.loss.dual_clip == 0 or c.loss.dual_clip > 1, "loss.dual_clip", "more than 1, or 0 for none")
     require(prompts % c.rollout.wave == 0, "rollout.wave", whole_batch)

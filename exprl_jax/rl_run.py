@@ -18,6 +18,7 @@ from exprl_jax.data.training import (
     check_budget,
     kinds_of,
     policy_prompts,
+    prompt_style,
     read_held_out,
     read_training_problems,
     within_budget,
@@ -36,7 +37,8 @@ from exprl_jax.reward.rubric import Unit
 from exprl_jax.reward.segments import Splitter, segment_rule
 from exprl_jax.reward.truth import AnyTruth, open_truth, truth_files
 from exprl_jax.reward.verifiers.grading import Graders, check_answers, open_graders, verifier_files
-from exprl_jax.rollout.call import Prompts, Sampler, make_prompts
+from exprl_jax.rollout.call import Prompts, Sampler, make_prompts, padded_width
+from exprl_jax.rollout.hints import FRAME, HintWriter, make_hint_writer
 from exprl_jax.run.evaluating import Evaluation
 from exprl_jax.run.loop import Task
 from exprl_jax.run.workdir import Workdir
@@ -57,6 +59,7 @@ class RLRun:
       frozen: parameters that never change, by the model they are of; equal models share one entry.
       models: all that the run has opened.
       files: others that the config names and the run has read, by its key and their name.
+      hints: writes hints, where the run has any.
     """
 
     config: Config
@@ -75,6 +78,7 @@ class RLRun:
     frozen: Mapping[Model, decoder.Params]
     models: Sequence[LanguageModel]
     files: Mapping[str, Sequence[pathlib.Path]]
+    hints: HintWriter | None
 
     @property
     def base(self) -> Any:
@@ -152,6 +156,10 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
         group=rollout.group,
     )
     grades = bool(owned_problems(mesh, rollout.wave).any())
+    # One width for all, and for prompts with hints: one program of the sampler serves them.
+    prompts = make_prompts({p.id: ids[p.id] for p in (*problems, *held_out)})
+    longest = _longest_prompt(config, [len(ids[p.id]) for p in problems])
+    prompts = Prompts(prompts.ids, max(prompts.width, padded_width(longest - 1)))
     return RLRun(
         config=config,
         mesh=mesh,
@@ -171,13 +179,46 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
         problems=problems,
         held_out=held_out,
         kinds=kinds,
-        # One width for all: the sampler's program serves both.
-        prompts=make_prompts({p.id: ids[p.id] for p in (*problems, *held_out)}),
+        prompts=prompts,
         splitter=Splitter(policy.tokenizer.token_bytes, rule),
         frozen=frozen,
         models=models,
         files={**builder.files, **files, **truth_files(config.truth)},
+        hints=_open_hints(config, mesh, reference, frozen, problems, prompts) if rollout.hints else None,
     )
+
+
+def _open_hints(
+    config: Config,
+    mesh: Mesh,
+    base: LanguageModel,
+    frozen: Mapping[Model, decoder.Params],
+    problems: Sequence[Problem],
+    prompts: Prompts,
+) -> HintWriter:
+    """The frozen base as a writer of hints."""
+    hints = config.rollout.hints
+    writer = make_hint_writer(
+        programs_room.build_hint_sampler(base, mesh, hints=hints, wave=config.rollout.wave),
+        frozen[config.reference],
+        base.tokenizer,
+        prompt_style(config),
+        problems,
+        prompts,
+        hints=hints,
+        context=base.arch.max_positions,
+        limit=_longest_prompt(config, [len(prompts.ids[p.id]) for p in problems]),
+        temperature=config.rollout.temperature,
+        seed=config.seed,
+    )
+    say(f"hints of up to {hints} tokens, from the references of {len(writer.able)} of {len(problems)} problems")
+    return writer
+
+
+def _longest_prompt(config: Config, prompts: Sequence[int]) -> int:
+    """The longest that the policy may be given: of these lengths, or with a hint."""
+    hints = config.rollout.hints
+    return min(config.data.max_prompt_tokens, max(prompts) + hints + FRAME) if hints else max(prompts)
 
 
 def settle_run_sizes(config: Config, mesh: Mesh, models: Sequence[LanguageModel], prompts: Sequence[int]) -> Config:
@@ -188,7 +229,7 @@ def settle_run_sizes(config: Config, mesh: Mesh, models: Sequence[LanguageModel]
       prompts: tokens of each problem's.
     """
     policy, rollout = models[0], config.rollout
-    longest = max(prompts) + rollout.max_tokens
+    longest = _longest_prompt(config, prompts) + rollout.max_tokens
     lengths = Lengths(longest, longest, rollout.prompts // config.updates.per_batch * rollout.group)
     abstract, shardings = (
         programs_room.abstract_state(config, policy.arch),

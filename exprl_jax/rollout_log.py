@@ -13,7 +13,7 @@ from exprl_jax.reward.statistics import verdict_indices
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import RLRun
 from exprl_jax.rollout.call import describe_problem
-from exprl_jax.wave import ScoredWave, Wave
+from exprl_jax.wave import ScoredWave, Wave, prompt_of
 
 
 def gather_table(run: RLRun, waves: Sequence[ScoredWave]) -> dict[str, np.ndarray]:
@@ -24,14 +24,14 @@ def gather_table(run: RLRun, waves: Sequence[ScoredWave]) -> dict[str, np.ndarra
 
 
 def _wave_table(run: RLRun, scored: ScoredWave) -> dict[str, np.ndarray]:
-    wave, judgements, advantages = scored.wave, scored.judgements, scored.advantages
+    wave, judgements, advantages, nudged = scored.wave, scored.judgements, scored.advantages, scored.nudged
     # Counts of the whole wave stand in its first problem's row, so that sums over problems are right.
     others = [0] * (len(wave.problems) - 1)
     table = {
         "kind_P": np.array([run.kinds.index(problem.kind) for problem in wave.problems]),
         "length_PG": wave.rollouts.mask_PGR.sum(-1),
         "ended_PG": wave.rollouts.ended_PG,
-        "verdict_PG": verdict_indices(scored.verdicts),
+        "verdict_PG": verdict_indices(nudged.bare if nudged else scored.verdicts),
         "count_PG": wave.count_PG,
         "score_PGN": judgements.score_PGN.astype(np.float32),
         "valid_PGN": judgements.valid_PGN,
@@ -42,6 +42,8 @@ def _wave_table(run: RLRun, scored: ScoredWave) -> dict[str, np.ndarray]:
         "judge_tokens_P": np.array([judgements.tokens, *others]),
         "sampled_P": np.array([scored.sampled, *others]),
         "resampled_P": scored.resampled_P,
+        "hinted_P": nudged.hinted_P if nudged else np.zeros(len(wave.problems), bool),
+        "nudged_P": nudged.solved_P if nudged else np.zeros(len(wave.problems), bool),
         "advantage_PGN": advantages.advantage_PGN,
         "counted_PGN": advantages.counted_PGN,
         "live_P": advantages.live_P,
@@ -63,7 +65,8 @@ def sample_rows(run: RLRun, waves: Sequence[ScoredWave], count: int) -> list[dic
 def scored_row(run: RLRun, scored: ScoredWave, i: int, g: int) -> dict[str, Any]:
     """Rollout g of the wave's i-th problem, with what its segments came to."""
     row = rollout_row(run, scored.wave, i, g, scored.verdicts[i][g])
-    return row | {"segments": _segments(run, scored, i, g)}
+    prompt = run.policy.tokenizer.decode(prompt_of(run, scored, i))
+    return row | {"prompt": prompt, "segments": _segments(run, scored, i, g)}
 
 
 def rollout_row(run: RLRun, wave: Wave, i: int, g: int, verdict: Verdict) -> dict[str, Any]:

@@ -5,13 +5,15 @@ A wave is as many problems as are sampled and judged at a time; a step has `roll
     WaveRequest ─ sample ─→ Wave ─ verify, judge ─→ PendingWave ─ advantages ─→ ScoredWave
          ↑                                                                          │
          └──────────────── groups without any advantage, sampled again ─────────────┘
+                           then, where a run has hints, groups without any success
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -30,7 +32,7 @@ from exprl_jax.reward.statistics import VERDICTS, verdict_indices
 from exprl_jax.reward.verifiers.grading import submit_owned
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import RLRun
-from exprl_jax.rollout.call import texts_of
+from exprl_jax.rollout.call import Prompts, texts_of
 from exprl_jax.run.clock import Clock
 
 
@@ -41,6 +43,7 @@ class WaveRequest(NamedTuple):
       index_P: of the problems in the step's batch.
       step, attempt: with problem and index in the group, the identity of a rollout's random numbers.
       live_P: problems to sample; the rollouts of the others are empty.
+      hinted: prompts with hints by problem id, for the attempt after the last of `rollout.max_resample`.
     """
 
     problems: Sequence[Problem]
@@ -48,6 +51,7 @@ class WaveRequest(NamedTuple):
     step: int
     attempt: int
     live_P: np.ndarray
+    hinted: Mapping[str, Sequence[int]] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +97,22 @@ class PendingWave(NamedTuple):
     likelihoods: tuple[np.ndarray, np.ndarray] | None
 
 
+class Nudged(NamedTuple):
+    """What hints have changed of a wave.
+
+    Attributes:
+      hinted_P: groups without any success that were sampled again with a hint.
+      solved_P: those of them with a success then; they have taken the place of the first ones.
+      prompts: that the groups of `solved_P` were sampled from, by problem id.
+      bare: verdicts of the groups without hints, of which `solve/` is.
+    """
+
+    hinted_P: np.ndarray
+    solved_P: np.ndarray
+    prompts: Mapping[str, Sequence[int]]
+    bare: Sequence[Sequence[Verdict]]
+
+
 class ScoredWave(NamedTuple):
     """A wave with its scores and advantages.
 
@@ -101,7 +121,8 @@ class ScoredWave(NamedTuple):
       truths: what is known of the progress of what was judged.
       verdicts: by problem and index within the group.
       resampled_P: times that the group was sampled again.
-      sampled: tokens drawn for it, those of groups that were thrown away included.
+      sampled: tokens drawn for it, those of groups that were thrown away and of hints included.
+      nudged: what hints have changed, where the run has any.
     """
 
     index_P: np.ndarray
@@ -112,6 +133,7 @@ class ScoredWave(NamedTuple):
     verdicts: Sequence[Sequence[Verdict]]
     resampled_P: np.ndarray
     sampled: int
+    nudged: Nudged | None = None
 
 
 def wave_requests(run: RLRun, problems: Sequence[Problem], step: int) -> list[WaveRequest]:
@@ -153,15 +175,58 @@ def finish_wave(run: RLRun, policy: decoder.Params, pending: PendingWave, clock:
         request = pending.request._replace(attempt=attempt, live_P=dead_P)
         again = score_wave(run, start_wave(run, policy, request, clock), clock)
         scored = replace_groups(scored, again, dead_P)
-    return scored
+    return nudge(run, policy, pending, scored, clock) if run.hints else scored
+
+
+def nudge(run: RLRun, policy: decoder.Params, pending: PendingWave, scored: ScoredWave, clock: Clock) -> ScoredWave:
+    """Groups without any success, sampled once more with a hint in the prompt; those that then have one take the
+    others' place, and are trained on as they were sampled: with the hint."""
+    known_P, success_P = (_any_verdict(scored, which) for which in (lambda v: v != Verdict.missing, _is_correct))
+    wanted_P = known_P & ~success_P & pending.request.live_P
+    hinted_P, nudged = np.zeros_like(wanted_P), scored
+    prompts: dict[str, Sequence[int]] = {}
+    # Every process makes the same calls: sampling is one program over the whole mesh.
+    if largest_over_processes(int(wanted_P.sum())):
+        with clock.phase("sample"):
+            hints = run.hints(scored.wave.problems, wanted_P)
+        nudged = scored._replace(sampled=scored.sampled + hints.tokens)
+        hinted_P = np.array([problem.id in hints.prompts for problem in scored.wave.problems], bool)
+    solved_P = np.zeros_like(hinted_P)
+    if largest_over_processes(int(hinted_P.sum())):
+        attempt = run.config.rollout.max_resample + 1
+        request = pending.request._replace(attempt=attempt, live_P=hinted_P, hinted=hints.prompts)
+        again = score_wave(run, start_wave(run, policy, request, clock), clock)
+        solved_P = hinted_P & _any_verdict(again, _is_correct)
+        prompts = {p.id: hints.prompts[p.id] for p, solved in zip(scored.wave.problems, solved_P) if solved}
+        nudged = replace_groups(nudged, again, solved_P)._replace(resampled_P=scored.resampled_P)
+    return nudged._replace(nudged=Nudged(hinted_P, solved_P, prompts, scored.verdicts))
+
+
+def prompt_of(run: RLRun, scored: ScoredWave, i: int) -> Sequence[int]:
+    """The prompt that the group of the wave's i-th problem was sampled from, in token ids."""
+    name = scored.wave.problems[i].id
+    hinted = scored.nudged.prompts if scored.nudged else {}
+    return hinted.get(name, run.prompts.ids[name])
+
+
+def _any_verdict(scored: ScoredWave, which: Callable[[Verdict], bool]) -> np.ndarray:
+    """Problems of which some rollout has such a verdict."""
+    return np.array([any(map(which, group)) for group in scored.verdicts], bool)
+
+
+def _is_correct(verdict: Verdict) -> bool:
+    return verdict == Verdict.correct
 
 
 def sample_wave(run: RLRun, policy: decoder.Params, request: WaveRequest) -> Wave:
-    """G rollouts of each problem from the bare prompt, with their text, cut where the judge is to score."""
-    rollout = run.config.rollout
+    """G rollouts of each problem from the bare prompt, or from that with a hint, with their text, cut where the judge
+    is to score."""
+    rollout, prompts = run.config.rollout, run.prompts
+    if request.hinted:
+        prompts = Prompts({**prompts.ids, **request.hinted}, prompts.width)
     rollouts, usage = run.sampler(
         policy,
-        run.prompts,
+        prompts,
         request.problems,
         group=rollout.group,
         temperature=rollout.temperature,

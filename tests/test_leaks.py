@@ -24,6 +24,7 @@ ARMS = {
     "sparse": ("outcome", VERIFIER),
     "stage two": ("outcome", VERIFIER | {"loss.kl_coef": 0.0, "rollout.max_resample": 1}),
     "likelihood": ("outcome", {f"routes.{kind}": "likelihood" for kind in KINDS} | {"loss.kl_coef": 0.0}),
+    "hints": ("outcome", VERIFIER | {"loss.kl_coef": 0.0, "rollout.hints": 16, "data.max_prompt_tokens": 280}),
     "sampled": ("distill", {"distillation.kl": "sampled"}),
     "full": ("distill", {"distillation.kl": "full"}),
 }
@@ -53,6 +54,8 @@ def recording(made, texts, shows):
 SHOWN = {
     "build": {"token_logp": {"token_logp": (1,)}, "train_step": {"train_step": (2,)}},
     "build_sampler": {"prefill": {"prefill": (1,)}, "sample": {"sample": (2,)}},
+    # The one place where a policy's run shows references to a model beside the judge: the frozen writer of hints.
+    "build_hint_sampler": {"prefill": {"hint_prefill": (1,)}, "sample": {"hint_sample": (2,)}},
     "build_judge": {"prefill": {"judge_prefill": (1,)}, "judge": {"judge": (2,)}},
     "build_teacher": {
         "signal": {"teacher": (2,), "policy beside the teacher": (3,)},
@@ -94,6 +97,7 @@ def test_no_program_of_the_policy_is_given_a_canary(seen):
         names -= {"train_step"}
     # Without a KL the log-prob program has one use: to weigh answers.
     others = {"judge_prefill", "judge", "teacher", *(["token_logp"] if seen.arm == "likelihood" else [])}
+    others |= {"hint_prefill", "hint_sample"} if seen.arm == "hints" else set()
     assert names == set(seen.text) - others
     for name in names:
         assert seen.text[name] and "canary" not in seen.text[name], name
@@ -113,6 +117,13 @@ def test_the_pass_that_weighs_answers_is_given_the_answer_and_not_the_reference(
     """And nothing else is, by the test above."""
     assert (ANSWER in seen.text.get("token_logp", "")) == (seen.arm == "likelihood")
     assert REFERENCE not in seen.text.get("token_logp", "")
+
+
+def test_who_writes_hints_is_given_the_reference_and_not_the_answer_and_the_policy_its_words_alone(seen):
+    assert ("hint_prefill" in seen.text) == (seen.arm == "hints")
+    if seen.arm == "hints":
+        assert REFERENCE in seen.text["hint_prefill"] and ANSWER not in seen.text["hint_prefill"]
+        assert "Hint: " in seen.text["prefill"] and "Hint: " not in seen.text["hint_prefill"]
 
 
 def test_the_teacher_is_given_the_reference_and_not_the_answer(seen):

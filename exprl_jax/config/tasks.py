@@ -90,13 +90,13 @@ class Config:
 
     @property
     def reads_references(self) -> bool:
-        """Whether the run has any use for reference solutions; Stage II and sparse GRPO have none."""
-        return self.task == "distill" or not self.routes.reference_free
+        """Whether the run has any use for reference solutions; Stage II and sparse GRPO have none without hints."""
+        return self.task == "distill" or not self.routes.reference_free or self.rollout.hints > 0
 
     @property
     def has_reference_model(self) -> bool:
-        """Whether the run has a frozen model beside the policy: for the loss's KL, or as the teacher."""
-        return self.task == "distill" or self.loss.kl_coef > 0
+        """Whether the run has a frozen model beside the policy: for the loss's KL, as the teacher, or for hints."""
+        return self.task == "distill" or self.loss.kl_coef > 0 or self.rollout.hints > 0
 
     @property
     def has_local_judge(self) -> bool:

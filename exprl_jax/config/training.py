@@ -24,6 +24,9 @@ class Rollout:
         pages that others do not need, and where none is left the youngest begin anew later, to the same tokens.  0
         keeps pages for max_tokens of each slot.
       max_resample: how often a group without any advantage is sampled again, on any route.
+      hints: longest hint, in tokens, with which a group without any success is then sampled once more; 0 for none.
+        `reference`, frozen, writes it from the reference solution.  Only where every route is `verifier`: it shows the
+        policy what was made from references.
     """
 
     prompts: Count
@@ -34,6 +37,7 @@ class Rollout:
     slots: CountOrNone
     expected_tokens: CountOrNone
     max_resample: CountOrNone
+    hints: CountOrNone
 
 
 @dataclasses.dataclass(frozen=True)

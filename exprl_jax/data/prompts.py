@@ -81,6 +81,27 @@ def teacher_prompt(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     return tokenizer.render([Message("user", content)])
 
 
+def hint_prompt(tokenizer: Tokenizer, problem: Problem) -> list[int]:
+    """The token ids of the prompt of a frozen model that writes a hint: it is shown the reference.
+
+    Raises:
+      ValueError: the problem was read without its reference.
+    """
+    if problem.reference is None:
+        raise ValueError(f"problem {problem.id!r} has no reference solution, from which its hint is made")
+    content = (
+        f"Problem:\n{question_text(problem.question)}\n\nHere is a solution that is known to be correct:\n"
+        f"{problem.reference.strip()}\n\nA student cannot solve this problem. Write a hint of one or two sentences: "
+        "name the fact or the idea on which the solution rests. Do not give the answer, and do no step of the solution."
+    )
+    return tokenizer.render([Message("user", content)])
+
+
+def hinted_prompt(tokenizer: Tokenizer, question: Question, hint: str, style: PromptStyle) -> list[int]:
+    """The token ids of the policy's prompt with a hint below the problem; see `rollout.hints` for who may have one."""
+    return policy_prompt(tokenizer, Question(f"{question_text(question)}\n\nHint: {hint}"), style)
+
+
 def question_text(question: Question) -> str:
     """The problem's text, with its choices below it, one a line, as policy, judge and teacher see them."""
     choices = "".join(f"\n{label}. {text}" for label, text in question.choices)

@@ -34,10 +34,15 @@ def kinds_of(problems: Sequence[Problem]) -> list[str]:
     return sorted({problem.kind for problem in problems})
 
 
+def prompt_style(config: Any) -> PromptStyle:
+    """What the config's prompts contain besides the problem."""
+    examples = read_problems(config.data.worked_examples) if config.data.worked_examples else []
+    return PromptStyle(examples=worked_examples(examples))
+
+
 def policy_prompts(config: Any, tokenizer: Tokenizer, problems: Sequence[Problem]) -> dict[str, list[int]]:
     """The bare prompt of each problem, by its id (D11)."""
-    examples = read_problems(config.data.worked_examples) if config.data.worked_examples else []
-    style = PromptStyle(examples=worked_examples(examples))
+    style = prompt_style(config)
     return {p.id: policy_prompt(tokenizer, p.question, style) for p in problems}
 
 

@@ -108,6 +108,8 @@ def _derived(config: Planned) -> dict[str, Any]:
         "optimizer updates in all": config.steps * updates,
         "sequence": f"{config.data.max_prompt_tokens} + {rollout.max_tokens} tokens",
     } | derived
+    if config.rollout.hints:
+        derived["hints"] = f"not planned for; {config.reference.weights} writes them with programs of its own"
     if config.task == "rl" and config.judge.backend == "local" and not config.has_local_judge:
         # Which kinds of problems there are, a plan without data cannot know.
         judge = config.judge.model.weights

@@ -32,6 +32,11 @@ METRICS: Mapping[str, str] = {
         "groups that were sampled again because they gave no advantage, every time counted; all else here is of the "
         "last time"
     ),
+    "rollout/hinted": (
+        "groups without any success that were sampled again with a hint (`rollout.hints`); `solve/` is of the bare "
+        "prompts all the same"
+    ),
+    "rollout/nudged": "those of them with a success then, which are trained on; reward and advantage are of these",
     "segments/mean": "segments a rollout",
     "segments/max": "most segments of a rollout",
     "advantage/mean": "mean advantage over counted segments",
@@ -85,9 +90,8 @@ def summarise(
 
     Args:
       rows: of the whole batch: kind_P (index into `kinds`), length_PG, ended_PG, verdict_PG (index into `VERDICTS`),
-        score_PGN, valid_PGN, asked_PGN, cut_PGN, count_PG, advantage_PGN, counted_PGN, live_P, resampled_P,
-        truth_PGN, known_PGN (whether it is); and
-        fallback_P of a judge that has checklists.
+        score_PGN, valid_PGN, asked_PGN, cut_PGN, count_PG, advantage_PGN, counted_PGN, live_P, resampled_P, hinted_P,
+        nudged_P, truth_PGN, known_PGN (whether it is); and fallback_P of a judge that has checklists.
       advantage: for what an overlong rollout is worth.
       kinds: of the problems in the data.
     """
@@ -126,6 +130,8 @@ def _summarise(rows: Mapping[str, np.ndarray], advantage: config.Advantage) -> d
         "reward/std": _std(reward[given]),
         **rollout_statistics(rows),
         "rollout/resampled": float(rows["resampled_P"].sum()),
+        "rollout/hinted": float(rows["hinted_P"].sum()),
+        "rollout/nudged": float(rows["nudged_P"].sum()),
         "segments/mean": mean(rows["count_PG"]),
         "segments/max": float(rows["count_PG"].max()) if length.size else None,
         "advantage/mean": mean(values),

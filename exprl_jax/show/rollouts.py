@@ -18,7 +18,7 @@ from exprl_jax.rollout_log import scored_row
 from exprl_jax.run.clock import Clock
 from exprl_jax.show.questions import asked_model, score_question, verdict_question, written
 from exprl_jax.show.warnings import rollout_warnings, score_warnings
-from exprl_jax.wave import ScoredWave, WaveRequest, finish_wave, start_wave, trace_of, wave_requests
+from exprl_jax.wave import ScoredWave, WaveRequest, finish_wave, prompt_of, start_wave, trace_of, wave_requests
 
 # Of a rollout's row, what is said of the problem once for all its rollouts.
 _OF_PROBLEM = ("id", "domain", "kind", "problem", "reference", "answer", "prompt")
@@ -66,9 +66,8 @@ def policy_record(weights: str, written_prompt: str, tokens: int) -> dict[str, A
     return {"weights": weights, "prompt": written_prompt, "prompt_tokens": tokens}
 
 
-def policy_of(run: RLRun, problem: Problem) -> dict[str, Any]:
-    """The run's policy and its prompt for a problem."""
-    ids = run.prompts.ids[problem.id]
+def policy_of(run: RLRun, ids: Sequence[int]) -> dict[str, Any]:
+    """The run's policy and a prompt of its."""
     return policy_record(run.config.policy.weights, written(run.policy.tokenizer, ids), len(ids))
 
 
@@ -80,7 +79,7 @@ def without_problem(row: dict[str, Any]) -> dict[str, Any]:
 def _scored(run: RLRun, scored: ScoredWave, i: int) -> dict[str, Any]:
     wave, problem, route = scored.wave, scored.wave.problems[i], run.route(scored.wave.problems[i])
     rollouts = [_rollout(run, scored, i, g) for g in range(run.config.rollout.group)]
-    record = problem_record("rl", problem, policy_of(run, problem))
+    record = problem_record("rl", problem, policy_of(run, prompt_of(run, scored, i)))
     record |= {"route": run.config.routes.of(problem.kind), "judge": None, "rollouts": rollouts}
     shown = record["shown"] = shown_rollout(rollouts)
     if route.judged and rollouts[shown]["segments"]:

@@ -60,7 +60,7 @@ def _taught(
 ) -> dict[str, Any]:
     run, problem = distilled.run, wave.problems[i]
     teacher_ids, spell = distilled.prompts.ids[problem.id], run.policy.tokenizer.spell
-    record = problem_record("distill", problem, policy_of(run, problem))
+    record = problem_record("distill", problem, policy_of(run, run.prompts.ids[problem.id]))
     record["teacher"] = {
         "weights": run.config.reference.weights,
         "prompt": written(run.policy.tokenizer, teacher_ids),

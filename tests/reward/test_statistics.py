@@ -33,6 +33,8 @@ def rows(seed=0):
     return {
         "kind_P": np.array([1, 1, 0, 1, 2, 0]),
         "resampled_P": np.array([0, 2, 0, 0, 1, 0]),
+        "hinted_P": np.array([True, False, True, True, False, False]),
+        "nudged_P": np.array([True, False, False, True, False, False]),
         "length_PG": random.integers(1, 30, (P, G)),
         "ended_PG": ended,
         "verdict_PG": verdict,
@@ -124,6 +126,8 @@ def counted_by_hand(rows, overlong_rule):
         "response/length_max": max(rows["length_PG"].ravel()),
         "response/overlong": mean(not e for e in rows["ended_PG"].ravel()),
         "rollout/resampled": sum(rows["resampled_P"]),
+        "rollout/hinted": sum(rows["hinted_P"]),
+        "rollout/nudged": sum(rows["nudged_P"]),
         "segments/mean": mean(rows["count_PG"].ravel()),
         "segments/max": max(rows["count_PG"].ravel()),
         "advantage/mean": mean(advantages),
