@@ -56,7 +56,7 @@ SHOWN = {
     "build_sampler": {"prefill": {"prefill": (1,)}, "sample": {"sample": (2,)}},
     # The one place where a policy's run shows references to a model beside the judge: the frozen writer of hints.
     "build_hint_sampler": {"prefill": {"hint_prefill": (1,)}, "sample": {"hint_sample": (2,)}},
-    "build_judge": {"prefill": {"judge_prefill": (1,)}, "judge": {"judge": (2,)}},
+    "build_judge": {"prefill": {"judge_prefill": (1,)}, "judge": {"judge": (2,)}, "branches": {"judge": (2,)}},
     "build_teacher": {
         "signal": {"teacher": (2,), "policy beside the teacher": (3,)},
         "distill_step": {"teacher": (3,), "policy beside the teacher": (4,)},
@@ -167,7 +167,7 @@ def test_where_references_are_not_read_no_trace_of_them_is_left(seen):
     files = [path for path in seen.folder.rglob("*") if path.is_file()]
     holding = {path.relative_to(seen.folder).parts[0] for path in files if REFERENCE.encode() in path.read_bytes()}
     assert len(files) > 10 and "step 1/1" in seen.said
-    assert holding == (set() if seen.arm in SPARSE else {"rollouts"})
+    assert holding == (set() if seen.arm in SPARSE else {"report.html", "rollouts"})  # for people to read
 
 
 def test_a_teacher_without_references_is_refused(tmp_path):
