@@ -108,7 +108,7 @@ def table_rows(runs: Mapping[str, Mapping[int, Run]]) -> list[list[str]]:
 
 
 def write(root: pathlib.Path, output: pathlib.Path, page: pathlib.Path, difficulties: Sequence[str]) -> None:
-    """Writes curves.csv, curves_<difficulty>.png of `QUICK`'s arms, and the table into a page between `BEGIN` and `END`.
+    """Writes curves.csv, curves_<difficulty>.png of `QUICK`'s arms, and a page's table, between `BEGIN` and `END`.
 
     Raises:
       ValueError: the page has no such lines.
