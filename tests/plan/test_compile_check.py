@@ -96,7 +96,7 @@ PEAKS = {
     "prefill": 4.77,
     "sample": 19.6,
     "judge_prefill": 7.24,
-    "judge": 37.6,
+    "judge": 41.6,  # with the closing instruction
     "token_logp": 10.2,
     "token_logp (reference)": 9.60,
     "train_step": 22.5,

@@ -94,8 +94,9 @@ def test_a_decode_step_reads_the_weights_and_the_keys_and_values_that_it_attends
 
 
 def test_a_judge_reads_the_weights_once_for_each_chunk_of_a_trace_and_once_for_each_token_it_writes():
-    """By hand, as above: 16,639 tokens of a trace in 17 chunks of 1,024, then 2,048 tokens of judgement."""
-    rows, context, read, chunks, answer, token = 4 * 10 / 2, 20_480, 16_639, 17, 2048, 36 * 2 * 128 * 2
+    """By hand, as above: a row of 16,864 holds 16,640 tokens of a trace and at most 218 of closing instruction; but for
+    its last token it is read in 17 chunks of 1,024, then come 2,048 tokens of judgement."""
+    rows, context, read, chunks, answer, token = 4 * 10 / 2, 20_480, 16_863, 17, 2048, 36 * 2 * 128 * 2
     weights = (4_022_468_096 * 2 + (36 * (2 * 2560 + 2 * 128) + 2560) * (2 * 7 + 4 * 1)) / 8
     mean = context + (read + 1) / 2  # keys that a token of a trace sees
     keys = chunks * mean + sum(context + read + step for step in range(1, answer + 1))

@@ -92,8 +92,9 @@ def test_scores_stand_where_their_queries_do():
     assert {seen.body["max_tokens"] for seen in stub.seen} == {30}
     # Word for word the local judge's prompt, with the trace in its place.
     p = PROBLEMS[0]
-    whole = judge_messages(p.problem, p.choices, p.reference, p.domain, "prefix", "text", "ab")
-    assert [dict(message._asdict()) for message in whole] in [seen.body["messages"] for seen in stub.seen]
+    whole = judge_messages(p.problem, p.choices, p.reference, p.domain, "prefix", "text", "MARKER")
+    asked = [dict(message._replace(content=message.content.replace("MARKER", "ab"))._asdict()) for message in whole]
+    assert asked in [seen.body["messages"] for seen in stub.seen]
 
 
 def test_nothing_to_score_asks_nothing():
@@ -205,8 +206,9 @@ def test_scores_from_log_probabilities(dialect, value):
         assert got.score_PGN[index] == pytest.approx((expected - 1) / 4)
     assert got.asked_PGN.sum() == 5 and not got.cut_PGN.any() and got.text == {} and got.tokens > 0
     p = PROBLEMS[0]
-    whole = judge_messages(p.problem, p.choices, p.reference, p.domain, "prefix", "logits", "ab")
-    assert [dict(message._asdict()) for message in whole] in [seen.body["messages"] for seen in stub.seen]
+    whole = judge_messages(p.problem, p.choices, p.reference, p.domain, "prefix", "logits", "MARKER")
+    asked = [dict(message._replace(content=message.content.replace("MARKER", "ab"))._asdict()) for message in whole]
+    assert asked in [seen.body["messages"] for seen in stub.seen]
     assert all(seen.body["max_tokens"] == 1 and seen.body["logprobs"] is True for seen in stub.seen)
 
 
