@@ -19,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from configs.mini import results
 from configs.mini.plan import QUICK, STAGE_1, Job, jobs
@@ -100,14 +100,14 @@ def _start(job: Job, root: pathlib.Path, core: int) -> subprocess.Popen[bytes]:
     print(f"core {core}: python {shlex.join(command)}", flush=True)
     log = (root / job.name).with_suffix(".log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as file:
-        return subprocess.Popen(
-            [sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, preexec_fn=_pin(core)
-        )
-
-
-def _pin(core: int) -> Callable[[], None]:
-    return lambda: os.sched_setaffinity(0, [core])
+    # A process inherits the cores of the thread that starts it; setting them after a fork is not safe beside threads.
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, [core])
+    try:
+        with log.open("ab") as file:
+            return subprocess.Popen([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT)
+    finally:
+        os.sched_setaffinity(0, own)
 
 
 def _interrupt(number: int, frame: object) -> None:
