@@ -13,12 +13,11 @@ from __future__ import annotations
 import concurrent.futures
 import enum
 import pathlib
-import queue
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from exprl_jax.data.problems import Problem
-from exprl_jax.reward.line_worker import START_LIMIT_S, Died, LineWorker
+from exprl_jax.reward.line_worker import START_LIMIT_S, Died, LineWorker, WorkerPool
 
 T = TypeVar("T")
 
@@ -57,7 +56,7 @@ def function_files(key: str, name: str) -> list[pathlib.Path]:
         worker.stop()
 
 
-class FunctionPool:
+class FunctionPool(WorkerPool[LineWorker]):
     """Worker processes that call one function; use as a context manager."""
 
     def __init__(self, key: str, name: str, *, workers: int, seconds: float):
@@ -70,22 +69,7 @@ class FunctionPool:
           seconds: wall-clock limit of one call.
         """
         self._key, self._name, self._closing = key, name, False
-        self._workers = [_worker(key, name, seconds) for _ in range(workers)]
-        self._idle: queue.SimpleQueue[LineWorker] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
-        self._threads = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="function")
-
-    def __enter__(self) -> FunctionPool:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """Process ids of the workers; a worker that is replaced gets another."""
-        return tuple(worker.pid for worker in self._workers)
+        super().__init__([_worker(key, name, seconds) for _ in range(workers)], "function")
 
     def submit(
         self, calls: Sequence[Sequence[Asked]], read: Callable[[Sequence[Asked], list[Any] | Lost], T]
@@ -106,20 +90,16 @@ class FunctionPool:
         self._closing = True
         for worker in self._workers:
             worker.kill()
-        self._threads.shutdown(cancel_futures=True)
-        for worker in self._workers:
-            worker.stop()
+        super().close()
 
     def _call(self, asked: Sequence[Asked]) -> list[Any] | Lost:
-        worker = self._idle.get()
         try:
-            reply = self._ask(worker, request_of(asked))
+            with self._borrowed() as worker:
+                reply = self._ask(worker, request_of(asked))
         except Died:
             return Lost.died
         except ValueError as error:
             raise ValueError(f"config.{self._key}: {error}") from None
-        finally:
-            self._idle.put(worker)
         if reply is None:
             return Lost.timed_out
         if "fault" in reply:

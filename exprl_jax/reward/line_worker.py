@@ -6,16 +6,19 @@ Its first line, before any request, is `{"ready": true, ...}`, or `{"error": "..
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextlib
 import json
 import os
+import queue
 import select
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Self, TypeVar
 
 START_LIMIT_S = 120.0
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -166,3 +169,43 @@ class LineWorker:
             self._unread += received
         line, _, self._unread = self._unread.partition(b"\n")
         return json.loads(line)
+
+
+W = TypeVar("W", bound=LineWorker)
+
+
+class WorkerPool(Generic[W]):
+    """Workers and as many threads, each of which borrows one for a request; use as a context manager."""
+
+    def __init__(self, workers: Sequence[W], name: str):
+        """Args: name: what the threads are called."""
+        self._workers = list(workers)
+        self._idle: queue.SimpleQueue[W] = queue.SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._threads = concurrent.futures.ThreadPoolExecutor(len(self._workers), thread_name_prefix=name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Process ids of the workers; a worker that is replaced gets another."""
+        return tuple(worker.pid for worker in self._workers)
+
+    def close(self) -> None:
+        """Drops what is waiting, lets what is in work end (within the limit) and ends the workers."""
+        self._threads.shutdown(cancel_futures=True)
+        for worker in self._workers:
+            worker.stop()
+
+    @contextlib.contextmanager
+    def _borrowed(self) -> Iterator[W]:
+        worker = self._idle.get()
+        try:
+            yield worker
+        finally:
+            self._idle.put(worker)

@@ -7,13 +7,12 @@ is killed.  Training metrics, sparse rewards and evaluation all grade here.
 from __future__ import annotations
 
 import concurrent.futures
-import queue
 from collections.abc import Callable, Sequence
 
 from exprl_jax.data.problems import Problem
 from exprl_jax.reward.line_worker import START_LIMIT_S as _START_LIMIT_S
 from exprl_jax.reward.line_worker import Died as _Died
-from exprl_jax.reward.line_worker import LineWorker
+from exprl_jax.reward.line_worker import LineWorker, WorkerPool
 from exprl_jax.reward.verifiers.math_answers.box import last_boxed, unboxed
 from exprl_jax.reward.verifiers.math_answers.tokens import Unreadable, tokenize
 from exprl_jax.reward.verifiers.verdict import Verdict
@@ -57,7 +56,7 @@ class Grading:
         return [future.result() for future in self._futures]
 
 
-class MathGrader:
+class MathGrader(WorkerPool["_Worker"]):
     """Worker processes that grade answers; use as a context manager.
 
     The processes start at once and load in the background.  They live in sessions of their own, so that Ctrl-C reaches
@@ -78,22 +77,7 @@ class MathGrader:
             raise ValueError(f"the grader got workers={workers}; expected at least 1")
         if not limit_s > 0:
             raise ValueError(f"the grader got limit_s={limit_s}; expected a positive number of seconds")
-        self._workers = [_Worker(limit_s) for _ in range(workers)]
-        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
-        for worker in self._workers:
-            self._idle.put(worker)
-        self._threads = concurrent.futures.ThreadPoolExecutor(workers, thread_name_prefix="grader")
-
-    def __enter__(self) -> MathGrader:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    @property
-    def pids(self) -> tuple[int, ...]:
-        """Process ids of the workers; a worker that is replaced gets another."""
-        return tuple(worker.pid for worker in self._workers)
+        super().__init__([_Worker(limit_s) for _ in range(workers)], "grader")
 
     def submit(self, rows: Sequence[tuple[str, str]]) -> Grading:
         """Begins to grade (response text, reference answer) rows and returns at once."""
@@ -110,20 +94,13 @@ class MathGrader:
         """
         return self.submit(rows).result()
 
-    def close(self) -> None:
-        """Drops the rows that are waiting, lets those in work end (within the limit) and ends the workers."""
-        self._threads.shutdown(cancel_futures=True)
-        for worker in self._workers:
-            worker.stop()
-
     def _grade_row(self, response: str, answer: str) -> Verdict:
         boxed = last_boxed(response)
         if boxed is None:
             return Verdict.no_answer
         if not boxed.strip() or len(boxed) > MAX_ANSWER:
             return Verdict.unparsable
-        worker = self._idle.get()
-        try:
+        with self._borrowed() as worker:
             # Twice: a worker that something else killed says nothing about the answer.
             for _ in range(2):
                 try:
@@ -131,8 +108,6 @@ class MathGrader:
                 except _Died:
                     worker.restart()
             return Verdict.unparsable
-        finally:
-            self._idle.put(worker)
 
 
 class _Worker(LineWorker):
