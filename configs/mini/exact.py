@@ -22,6 +22,13 @@ def score(attempts: Sequence[Attempt]) -> list[float]:
     return [(likert(attempt.problem, attempt.trace, attempt.unit) - 1) / 4 for attempt in attempts]
 
 
+def right_so_far(attempts: Sequence[Attempt]) -> list[float]:
+    """A judge that gives nothing for progress: 1 while every step is right, of a whole solution the answer too, else
+    0."""
+    scores = [likert(attempt.problem, attempt.trace, attempt.unit) for attempt in attempts]
+    return [float(x == 5 if attempt.unit == "outcome" else x > 3) for x, attempt in zip(scores, attempts)]
+
+
 def likert(statement: str, trace: str, unit: str) -> float:
     """The score.
 

@@ -19,12 +19,29 @@ STAGE_1 = {
     "end": ("ExpRL-Process, End", "stage1.py:end", ()),
     "group": ("ExpRL-Process, Group", "stage1.py:group", ()),
     "learned": ("Outcome, learned judge", "stage1.py:learned", ()),
+    "likelihood": ("the answer's likelihood, no judge", "stage1.py:likelihood", ()),
+    "distill": ("self-distillation", "stage1.py:distill", ()),
     "noisy_10": ("Outcome, 10 % of scores misplaced", "stage1.py:outcome", (f"{_NOISE}10",)),
     "noisy_20": ("Outcome, 20 % of scores misplaced", "stage1.py:outcome", (f"{_NOISE}20",)),
     "noisy_50": ("Outcome, 50 % of scores misplaced", "stage1.py:outcome", (f"{_NOISE}50",)),
 }
 QUICK = ("sparse", "outcome", "process")
 NO_STAGE_2 = ("learned", "noisy_10", "noisy_20", "noisy_50")
+# One change each to the arm `process`: what makes DeltaNorm collapse, and what keeps it?
+VARIANTS = {
+    "heading": ("heading counted to the segment that it opens", (r"--config.segments.rule=regex:(?=\n### )",)),
+    "flat": ("score 1 while all is right, else 0", ("--config.judge.function=configs/mini/exact.py:right_so_far",)),
+    "penalty": (
+        "overlong: advantage −0.5",
+        ("--config.advantage.overlong=penalty", "--config.advantage.overlong_penalty=-0.5"),
+    ),
+    "mask": ("overlong: no loss", ("--config.advantage.overlong=mask",)),
+    "kl": ("KL 0.01 to the base", ("--config.loss.kl_coef=0.01",)),
+    "heading_flat": (
+        "heading to the segment that it opens, flat score",
+        (r"--config.segments.rule=regex:(?=\n### )", "--config.judge.function=configs/mini/exact.py:right_so_far"),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,9 +87,7 @@ def jobs(seeds: Sequence[int], arms: Sequence[str], difficulty: str, *, second: 
       difficulty: `hard` or `mild`.
       second: Stage II from each arm, and from the base.
     """
-    data = (f"--config.data.source={problems(difficulty, 'train')}",)
-    held_out = f"{problems(difficulty, 'held_out')},{problems(difficulty, 'tune')}"
-    rl = (*data, f"--config.data.held_out={held_out}", f"--config.evaluate.source={problems(difficulty, 'held_out')}")
+    rl = _reinforced(difficulty)
     sets = (f"--config.data.source={problems(difficulty, 'held_out')},{problems(difficulty, 'train')}",)
     share = STEPS[difficulty] / STEPS["hard"]
     made = [_evaluation(f"{difficulty}/base", BASE, sets, share)]
@@ -91,6 +106,33 @@ def jobs(seeds: Sequence[int], arms: Sequence[str], difficulty: str, *, second: 
             made.append(Job(name, "stage2.py", (f"--config.seed={seed}", *rl), start, "export", 70 * share))
             made.append(_evaluation(name, name, sets, share))
     return made
+
+
+def variants(seeds: Sequence[int], difficulty: str) -> list[Job]:
+    """The jobs of `VARIANTS`; what is shown of them is in their own metrics."""
+    _, config, _ = STAGE_1["process"]
+    return [
+        Job(
+            f"{difficulty}/process_{name}-{seed}",
+            config,
+            (f"--config.seed={seed}", *changes, *_reinforced(difficulty)),
+            "",
+            "export",
+            120 * STEPS[difficulty] / STEPS["hard"],
+        )
+        for seed in seeds
+        for name, (_, changes) in VARIANTS.items()
+    ]
+
+
+def _reinforced(difficulty: str) -> tuple[str, ...]:
+    """Problem sets of a run of RL."""
+    held_out = problems(difficulty, "held_out")
+    return (
+        f"--config.data.source={problems(difficulty, 'train')}",
+        f"--config.data.held_out={held_out},{problems(difficulty, 'tune')}",
+        f"--config.evaluate.source={held_out}",
+    )
 
 
 def _evaluation(name: str, start: str, sets: tuple[str, ...], share: float) -> Job:

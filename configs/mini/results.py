@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from configs.mini.plan import QUICK, STAGE_1
+from configs.mini.plan import QUICK, STAGE_1, VARIANTS
 from exprl_jax.evaluation.curves import write_curves
 from exprl_jax.evaluation.report_page import read_workdirs
 from exprl_jax.evaluation.tables import EvaluatedModel, read_results
@@ -25,9 +25,11 @@ COLUMNS = (
     "at the end",
     "minutes",
 )
+VARIANT_COLUMNS = ("variant", "seeds", "best held-out pass@1 (step)", "at the last step", "collapse", "at the end")
 _POINT = ("step", "solve/accuracy", "solve/none", "segments/mean", "evaluate/pass@1", "evaluate/pass@16")
 BEGIN, END = "<!-- table -->", "<!-- end -->"
 _LAST = 10  # steps that what is said of a run's end is the mean of
+_WINDOW = 5  # steps that an accuracy is the mean of where a collapse is looked for
 Row = Mapping[str, Any]
 
 
@@ -83,14 +85,7 @@ def table_rows(runs: Mapping[str, Mapping[int, Run]]) -> list[list[str]]:
     for label, by_seed in runs.items():
         several = list(by_seed.values())
         held, train = ([run.evaluated.sets[i] for run in several] for i in (0, 1))
-        end = ""
-        if several[0].rows and "reward/mean" in several[0].rows[0]:
-            names = ("solve/accuracy", "policy/entropy", "response/length_mean", "segments/mean")
-            accuracy, entropy, length, segments = (
-                statistics.fmean(_mean(run.rows[-_LAST:], name) or 0.0 for run in several) for name in names
-            )
-            end = f"accuracy {100 * accuracy:.0f}, entropy {entropy:.3f}, length {length:.0f}"
-            end += f", segments {segments:.1f}" if segments > 1 else ""
+        end = _end([run.rows for run in several])
         minutes = statistics.fmean(sum(row["time/step_seconds"] for row in run.rows) for run in several) / 60
         made.append(
             [
@@ -105,6 +100,53 @@ def table_rows(runs: Mapping[str, Mapping[int, Run]]) -> list[list[str]]:
             ]
         )
     return made
+
+
+def read_variants(root: pathlib.Path, difficulty: str) -> dict[str, dict[int, Sequence[Row]]]:
+    """Metrics by label and seed of DeltaNorm, of its `VARIANTS`, and of what it is compared with."""
+    names = {"process": "DeltaNorm"} | {f"process_{name}": label for name, (label, _) in VARIANTS.items()}
+    names |= {name: STAGE_1[name][0] for name in ("end", "group", "outcome")}
+    found: dict[str, dict[int, Sequence[Row]]] = {}
+    for name, label in names.items():
+        for folder in sorted((root / difficulty).glob(f"{name}-*/metrics.jsonl")):
+            seed = folder.parent.name.removeprefix(f"{name}-")
+            if seed.isdecimal() and (folder.parent / "export").exists():
+                found.setdefault(label, {})[int(seed)] = list(read_jsonl(folder))
+    return found
+
+
+def variant_rows(variants: Mapping[str, Mapping[int, Sequence[Row]]]) -> list[list[str]]:
+    """The variants' table without its header: each seed's value."""
+    made = []
+    for label, by_seed in variants.items():
+        curves = [[(r["step"], r.get("evaluate/pass@1")) for r in rows] for rows in by_seed.values()]
+        curves = [[(step, 100 * value) for step, value in curve if value is not None] for curve in curves]
+        best = [max(curve, key=lambda point: point[1]) for curve in curves]
+        trained = [[row for row in rows if row["step"]] for rows in by_seed.values()]
+        steps = [collapse([row["solve/accuracy"] for row in rows]) for rows in trained]
+        made.append(
+            [
+                label,
+                ", ".join(map(str, by_seed)),
+                ", ".join(f"{value:.1f} ({step})" for step, value in best),
+                ", ".join(f"{curve[-1][1]:.1f}" for curve in curves),
+                ", ".join("–" if step is None else f"step {step}" for step in steps),
+                _end(trained),
+            ]
+        )
+    return made
+
+
+def collapse(accuracies: Sequence[float]) -> int | None:
+    """The first step from which a run's accuracy, as the mean over five steps, is less than half of its highest before;
+    None where that does not come, or where there was never a tenth to lose."""
+    means = [statistics.fmean(accuracies[i : i + _WINDOW]) for i in range(len(accuracies) - _WINDOW + 1)]
+    highest = 0.0
+    for i, mean in enumerate(means):
+        highest = max(highest, mean)
+        if highest >= 0.1 and mean < highest / 2:
+            return i + 1
+    return None
 
 
 def write(root: pathlib.Path, output: pathlib.Path, page: pathlib.Path, difficulties: Sequence[str]) -> None:
@@ -123,6 +165,13 @@ def write(root: pathlib.Path, output: pathlib.Path, page: pathlib.Path, difficul
             for seed, run in by_seed.items():
                 at = difficulty, label, seed
                 points += [[*at, *(row.get(name) for name in _POINT)] for row in run.rows if "solve/none" in row]
+        if len(variants := read_variants(root, difficulty)) > 1 and "DeltaNorm" in variants:
+            table = markdown([VARIANT_COLUMNS, *variant_rows(variants)])
+            parts.append(f"**{difficulty}: what DeltaNorm needs to keep what it has learned**\n\n{table}\n")
+            for label in [label for label, _ in VARIANTS.values() if label in variants]:
+                for seed, rows in variants[label].items():
+                    at = difficulty, label, seed
+                    points += [[*at, *(row.get(name) for name in _POINT)] for row in rows if row["step"]]
         folders = [path.parent for path in sorted((root / difficulty).glob("*/metrics.jsonl"))]
         drawn = [folder for folder in folders if folder.name.rpartition("-")[0] in QUICK]
         curves = read_workdirs(drawn)[0].runs if drawn else []
@@ -135,6 +184,18 @@ def write(root: pathlib.Path, output: pathlib.Path, page: pathlib.Path, difficul
     write_atomically(page, "\n".join([f"{before}{begin}\n", *parts, f"{end}{after}"]))
     header = ["difficulty", "run", "seed", *_POINT]
     write_atomically(output / "curves.csv", as_csv(header, points))
+
+
+def _end(runs: Sequence[Sequence[Row]]) -> str:
+    """The last steps of runs of RL, as means over their seeds; nothing of other runs."""
+    if not runs[0] or "reward/mean" not in runs[0][0]:
+        return ""
+    names = ("solve/accuracy", "policy/entropy", "response/length_mean", "segments/mean")
+    accuracy, entropy, length, segments = (
+        statistics.fmean(_mean(rows[-_LAST:], name) or 0.0 for rows in runs) for name in names
+    )
+    end = f"accuracy {100 * accuracy:.0f}, entropy {entropy:.3f}, length {length:.0f}"
+    return end + (f", segments {segments:.1f}" if segments > 1 else "")
 
 
 def _mean(rows: Sequence[Row], name: str) -> float | None:

@@ -7,6 +7,7 @@ from configs.base import base, model, supervised
 DATA = "configs/mini/data/"
 BASE, JUDGE = "configs/mini/models/base", "configs/mini/models/judge"
 STEPS = {"hard": 10, "mild": 6}
+RATE = 3e-4  # of all RL
 ONE_CORE = dict(param_dtype="float32", compute_dtype="float32", scan_layers=False, remat="none")
 
 
@@ -33,7 +34,7 @@ def shared() -> ConfigDict:
     config.segments.max_segments = 12
     config.updates = dict(per_batch=1, row_tokens=256, microbatch=8, logp_chunk=4096)
     config.loss.kl_coef = 0.0
-    config.optimizer.update(learning_rate=3e-4, weight_decay=0.0)
+    config.optimizer.update(learning_rate=RATE, weight_decay=0.0)
     config.evaluate.update(every=10, source=problems("hard", "held_out"), samples=16, k="16", temperature=1.0)
     config.grader.update(seconds=5.0, workers=1)
     return config

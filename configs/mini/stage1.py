@@ -10,8 +10,8 @@ docs/mini.md says what the puzzles are and what came of each arm.
 
 from ml_collections import ConfigDict
 
-from configs.base import process, sparse
-from configs.mini.settings import JUDGE, shared
+from configs.base import distill, process, sparse
+from configs.mini.settings import JUDGE, RATE, shared
 
 
 def learned(config: ConfigDict) -> ConfigDict:
@@ -22,6 +22,20 @@ def learned(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def likelihood(config: ConfigDict) -> ConfigDict:
+    """The policy's own likelihood of the answer in the judge's place."""
+    config.routes.math = "likelihood"
+    return config
+
+
+def taught(config: ConfigDict) -> ConfigDict:
+    """On-policy self-distillation; the teacher's prompt is in words that the base has never read."""
+    config = distill(config)
+    config.updates.row_tokens = 512
+    config.optimizer.learning_rate = RATE
+    return config
+
+
 ARMS = {
     "outcome": lambda c: c,
     "process": lambda c: process(c, "delta_norm"),
@@ -29,16 +43,19 @@ ARMS = {
     "group": lambda c: process(c, "group_norm"),
     "sparse": sparse,
     "learned": learned,
+    "likelihood": likelihood,
+    "distill": taught,
 }
 
 
 def get_config(arm: str = "outcome"):
     """Args: `outcome`, `process` (DeltaNorm), `end`, `group` (the other process estimators), `sparse` (GRPO on final
-    answers) or `learned` (Outcome with the learned judge in the exact one's place)."""
+    answers), `learned` (Outcome with the learned judge in the exact one's place), `likelihood` or `distill`
+    (self-distillation)."""
     if arm not in ARMS:
         raise ValueError(f"configs/mini/stage1.py:{arm}: expected {', '.join(ARMS)}")
     config = ARMS[arm](shared())
-    config.rollout.update(group=8, wave=16)
+    config.rollout.update(prompts=16, group=8, wave=16)
     config.steps = 60
     config.checkpoint.update(every=10, keep=1)
     return config.lock()

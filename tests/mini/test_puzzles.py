@@ -11,7 +11,7 @@ import pytest
 from tiny_runs import ROOT
 
 from configs.mini import puzzles, start
-from configs.mini.exact import likert, score
+from configs.mini.exact import likert, right_so_far, score
 from configs.mini.noise import misplaced
 from configs.mini.task import (
     OPERATIONS,
@@ -220,6 +220,16 @@ class Text(NamedTuple):
     problem: str
     trace: str
     unit: str = "outcome"
+
+
+def test_a_flat_score_is_of_what_a_second_evaluator_finds_right_so_far():
+    told = {}
+    for statement, trace in traces(np.random.default_rng(6)):
+        for unit, right in (("outcome", 5.0), ("prefix", 3.01)):
+            (flat,) = right_so_far([Text(statement, trace, unit)])
+            assert flat == (exact(statement, trace, unit) >= right), (trace, unit)
+            told.setdefault(unit, set()).add(flat)
+    assert told == {"outcome": {0.0, 1.0}, "prefix": {0.0, 1.0}}
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5])

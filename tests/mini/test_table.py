@@ -1,10 +1,15 @@
 """The miniature's table: the order of its jobs, going on after a stop, and what it shows."""
 
 import dataclasses
+import fcntl
 import json
+import subprocess
+import sys
+
+import pytest
 
 from configs.mini import results, table
-from configs.mini.plan import NO_STAGE_2, QUICK, STAGE_1, Job, jobs
+from configs.mini.plan import NO_STAGE_2, QUICK, STAGE_1, VARIANTS, Job, jobs, variants
 from exprl_jax.evaluation.pass_at_k import Summary
 from exprl_jax.evaluation.tables import EvaluatedModel, write_results
 
@@ -54,6 +59,43 @@ def test_what_has_ended_is_not_done_again_and_what_waits_for_a_failure_is_left(t
     assert (tmp_path / "order").read_text().split()[4:] == ["b", "after-b"]
 
 
+@pytest.mark.parametrize("ends_well", [True, False])
+def test_a_job_that_outlived_its_table_is_waited_for(tmp_path, ends_well):
+    """What a table that was killed left running is not started beside itself, and again only if it came to nothing."""
+    job = script("a")
+    writes = f"; open({str(tmp_path / 'a/export')!r}, 'w')" if ends_well else ""
+    (tmp_path / "a").mkdir()
+    with (tmp_path / "a.log").open("ab") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        code = f"import time; time.sleep(0.5); open({str(tmp_path / 'first')!r}, 'w'){writes}"
+        left = subprocess.Popen([sys.executable, "-c", code], stdout=log)
+    restarted = dataclasses.replace(job, config="fail")  # it would find the folder there
+    assert table.run([restarted], tmp_path, [0]) == ([] if ends_well else ["a"])
+    assert (tmp_path / "first").exists() and left.wait() == 0
+    assert (tmp_path / "order").exists() != ends_well
+
+
+def test_a_variant_differs_from_the_arm_by_its_own_keys():
+    process = next(job for job in jobs([2], ["process"], "hard", second=False) if job.name == "hard/process-2")
+    made = variants([2], "hard")
+    assert len({job.name for job in made}) == len(made) == len(VARIANTS)
+    for job, (_, changes) in zip(made, VARIANTS.values()):
+        assert (job.config, set(job.overrides)) == (process.config, {*process.overrides, *changes}) and changes
+
+
+@pytest.mark.parametrize(
+    "accuracies, step",
+    [
+        ([0.0] * 10 + [0.5] * 10 + [0.1] * 10, 20),  # means of five: .5 from step 16, .42, .34, .26, .18
+        ([0.0] * 10 + [0.5] * 10 + [0.3] * 10, None),
+        ([0.09] * 10 + [0.0] * 10, None),
+        ([0.5] * 3, None),
+    ],
+)
+def test_a_collapse_is_the_loss_of_half_of_what_was_there(accuracies, step):
+    assert results.collapse(accuracies) == step
+
+
 def workdir(root, name, accuracies, held_out, train):
     """A run of some steps (none: no run), and its evaluation: pass@1 and pass@16 of both sets."""
     folder, evaluated = root / "hard" / name, root / "hard" / f"{name}-eval"
@@ -77,6 +119,9 @@ def workdir(root, name, accuracies, held_out, train):
 
 
 def test_the_page_shows_what_is_there(tmp_path):
+    for name, accuracies in (("process-1", [0.5] * 10 + [0.0] * 10), ("process_flat-1", [0.5] * 20)):
+        workdir(tmp_path, name, accuracies, (0.4, 0.9), (0.3, 0.9))
+        (tmp_path / "hard" / name / "export").mkdir()
     workdir(tmp_path, "base", [], (0.002, 0.03), (0.001, 0.04))
     workdir(tmp_path, "outcome-1", [0.1] * 5 + [0.75] * 10, (0.5, 0.9), (0.6, 0.95))
     workdir(tmp_path, "outcome-2", [0.1] * 5 + [0.25] * 10, (0.7, 0.8), (0.6, 0.85))
@@ -94,6 +139,9 @@ def test_the_page_shows_what_is_there(tmp_path):
     assert cells["base"] == ["–", "–", "0.2 [-0.8, 1.2]", "3.0 [2.0, 4.0]", "96.0 [95.0, 97.0]", "–", "–"]
     outcome = ["2", "1920", "60.0 (50.0, 70.0)", "85.0 (90.0, 80.0)", "10.0 (5.0, 15.0)"]
     assert cells["ExpRL-Outcome"] == [*outcome, "accuracy 50, entropy 0.250, length 55", "7.5"]
-    assert list(cells)[2] == "Stage II from base" and cells["Stage II from base"][1] == "128"
+    assert list(cells)[3] == "Stage II from base" and cells["Stage II from base"][1] == "128"
     assert (tmp_path / "page/curves_hard.png").stat().st_size > 1000
-    assert len((tmp_path / "page/curves.csv").read_text().splitlines()) == 1 + 15 + 15 + 1
+    assert len((tmp_path / "page/curves.csv").read_text().splitlines()) == 1 + 15 + 15 + 20 + 20 + 1
+    kept = cells["score 1 while all is right, else 0"]
+    assert cells["DeltaNorm"][:4] == ["1", "10.0 (1)", "10.0", "step 9"]
+    assert kept == ["1", "10.0 (1)", "10.0", "–", "accuracy 50, entropy 0.250, length 55"]
