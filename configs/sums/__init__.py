@@ -1,0 +1,1 @@
+"""Story sums: seeded problems for a small pretrained model, and their exact score."""
