@@ -84,6 +84,7 @@ def base() -> ConfigDict:
             segments=dict(rule="heading", max_segments=32),
             advantage=dict(
                 estimator="delta_norm",
+                one_segment="zero",
                 rollout_estimator="grpo",
                 std_normalise=True,
                 min_spread=0.0,

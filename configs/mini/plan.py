@@ -31,6 +31,7 @@ NO_STAGE_2 = ("learned", "noisy_10", "noisy_20", "noisy_50")
 VARIANTS = {
     "heading": ("heading counted to the segment that it opens", (r"--config.segments.rule=regex:(?=\n### )",)),
     "flat": ("score 1 while all is right, else 0", ("--config.judge.function=configs/mini/exact.py:right_so_far",)),
+    "released": ("one segment: advantage s₁, as released", ("--config.advantage.one_segment=score",)),
     "penalty": (
         "overlong: advantage −0.5",
         ("--config.advantage.overlong=penalty", "--config.advantage.overlong_penalty=-0.5"),

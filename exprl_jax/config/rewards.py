@@ -209,6 +209,8 @@ class Advantage:
 
     Attributes:
       estimator: advantages on the route `process`: `delta_norm` (Eq. 2/5), `end_norm` (Eq. 4) or `group_norm` (Eq. 6).
+      one_segment: what `delta_norm` gives a rollout of one segment: `zero`, as the equation says, or its `score`, as
+        the released code does.
       rollout_estimator: advantages on the other routes, which have one score a rollout: `grpo` (less the group's mean),
         `rloo` (less the mean of the group's others) or `maxrl` (less the group's mean, divided by it).
       std_normalise: `grpo` divides by the group's standard deviation.
@@ -223,6 +225,7 @@ class Advantage:
     """
 
     estimator: Literal["delta_norm", "end_norm", "group_norm"]
+    one_segment: Literal["zero", "score"]
     rollout_estimator: Literal["grpo", "rloo", "maxrl"]
     std_normalise: bool
     min_spread: NotNegative

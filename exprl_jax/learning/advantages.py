@@ -84,7 +84,7 @@ def delta_norm(
 ) -> tuple[Float32[np.ndarray, "P G N"], Bool[np.ndarray, "P G N"]]:
     """A_t = s_t − s_{t−1} for t > 1, and A_1 = s_1 − s_T   (paper Eq. 2 and 5).
 
-    The advantages of a rollout sum to 0; a rollout of one segment has advantage 0 (D3).
+    The advantages of a rollout sum to 0; a rollout of one segment has advantage 0 (D3; `delta_norm_or_score` differs).
 
     Returns:
       (advantage_PGN; defined_PGN, True where both scores that the segment needs were given).
@@ -93,6 +93,19 @@ def delta_norm(
     previous, previous_valid = np.roll(score, 1, -1), np.roll(valid, 1, -1)
     previous[..., :1], previous_valid[..., :1] = _final(score, count_PG), _final(valid, count_PG)
     return _where_defined(score - previous, valid & previous_valid)
+
+
+def delta_norm_or_score(
+    score_PGN: Float[np.ndarray, "P G N"], valid_PGN: Bool[np.ndarray, "P G N"], count_PG: Int[np.ndarray, "P G"]
+) -> tuple[Float32[np.ndarray, "P G N"], Bool[np.ndarray, "P G N"]]:
+    """`delta_norm` as the released code computes it: a rollout of one segment has its score as advantage.
+
+    Returns:
+      as `delta_norm`.
+    """
+    score, valid, _ = _segments(score_PGN, valid_PGN, count_PG)
+    advantage, defined = delta_norm(score_PGN, valid_PGN, count_PG)
+    return _where_defined(np.where(np.asarray(count_PG)[..., None] == 1, score, advantage), defined & valid)
 
 
 def end_norm(
@@ -183,7 +196,9 @@ def assign_advantages(
     if rules.missing == "drop_rollout":
         valid = valid & (valid | ~real).all(-1, keepdims=True)
 
-    advantage, counted = PROCESS_ESTIMATORS[rules.estimator](score, valid, count)
+    released = rules.estimator == "delta_norm" and rules.one_segment == "score"
+    estimate = delta_norm_or_score if released else PROCESS_ESTIMATORS[rules.estimator]
+    advantage, counted = estimate(score, valid, count)
     options = {"std_normalise": rules.std_normalise} if rules.rollout_estimator == "grpo" else {}
     least_P1 = np.where(np.asarray(logits_P, bool), rules.min_logits_spread, rules.min_spread)[:, None]
     whole, _ = ROLLOUT_ESTIMATORS[rules.rollout_estimator](score[..., 0], valid[..., 0], min_spread=least_P1, **options)

@@ -18,6 +18,7 @@ STEPS, WHOLE = True, False
 def how(estimator="delta_norm", **changes):
     settings = dict(
         estimator=estimator,
+        one_segment="zero",
         rollout_estimator="grpo",
         std_normalise=True,
         min_spread=0.0,
@@ -110,6 +111,24 @@ def test_overlong_end_norm_is_zero():
 
 def test_single_segment_is_neither_rewarded_nor_punished():
     assert advantages.delta_norm(*pack([[(0.25,), (1,)]]))[0].ravel().tolist() == [0, 0]  # released: +s
+
+
+def test_the_released_code_rewards_a_single_segment_with_its_score():
+    groups = [[[0.75], [0.25, 0.5], [MISSING], [0.5, 0.75, 1.0]]]
+    never = np.zeros((1, 4), bool)
+    released = assigned(pack(groups), never, STEPS, how(one_segment="score"))
+    by_equation = assigned(pack(groups), never, STEPS, how())
+    assert released.advantage_PGN[0, 0].tolist() == [0.75, 0, 0] and by_equation.advantage_PGN[0, 0].tolist() == [
+        0,
+        0,
+        0,
+    ]
+    assert (released.advantage_PGN[0, 1:] == by_equation.advantage_PGN[0, 1:]).all()
+    assert (released.counted_PGN == by_equation.counted_PGN).all() and not released.counted_PGN[0, 2].any()
+    overlong = assigned(pack(groups), ~never, STEPS, how(one_segment="score"))
+    assert not overlong.advantage_PGN.any()
+    other = assigned(pack(groups), never, STEPS, how("end_norm", one_segment="score"))
+    assert (other.advantage_PGN == assigned(pack(groups), never, STEPS, how("end_norm")).advantage_PGN).all()
 
 
 def test_missing_outcome_leaves_the_group_statistics():
