@@ -1,8 +1,8 @@
 """The exact score of a story sum's solution, or of the beginning of one: what a perfect judge would say.
 
 With the first c of K + 1 lines right, the boxed answer the last: c/(K + 1) for a whole solution, less than 1 if
-anything follows the answer; for the beginning of one ½ + ½ · c/(K + 1) while every line is right, and ¼ · c/(K + 1) from
-the first wrong one on.
+anything follows the answer; for the beginning of one ½ + ½ · c/(K + 1) while every line is right, and ¼ · c/(K + 1)
+from the first wrong one on.
 """
 
 from __future__ import annotations
