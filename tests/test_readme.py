@@ -35,6 +35,17 @@ def test_the_first_screen():
         assert wanted in first
 
 
+def test_the_rooms_are_those_that_there_are():
+    """Every folder and file of the package, and every folder beside it."""
+    (listed,) = re.findall(r"^    exprl_jax/\n((?:    .*\n)+)", README, re.MULTILINE)
+    inside = [re.split(" {2,}", line[6:])[0] for line in listed.splitlines() if line.startswith(" " * 6)]
+    named = {name.rstrip("/") for names in inside for name in names.split()}
+    names = {path.name for path in (ROOT / "exprl_jax").iterdir() if not path.name.startswith("__")}
+    assert named == names
+    beside = set(re.findall(r"^    (\w+)/ ", listed, re.MULTILINE))
+    assert beside == {"configs", "benchmarks", "tests", "tpu_scripts"}
+
+
 def test_every_page_is_linked_from_the_readme():
     linked = set(re.findall(r"\]\((?:docs/)?([\w.]+\.md)\)", README))
     assert {page.name for page in PAGES} - {"README.md"} <= linked
