@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from exprl_jax.config import TASKS
 from exprl_jax.help import keys
 from exprl_jax.resolve import resolve
+from exprl_jax.run.workdir import NEUTRAL_KEYS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -133,6 +134,11 @@ def test_keys_that_are_named_exist(page):
         if word.partition(".")[0] in sections and not word.endswith((".md", ".py", ".jsonl")):
             named.add(word)
     assert named <= PATHS, named - PATHS
+
+
+def test_the_keys_that_may_change_when_a_run_resumes_are_told():
+    told = set(re.findall(r"`([^`\n]+)`", TEXT["metrics.md"]))
+    assert set(NEUTRAL_KEYS) <= told, set(NEUTRAL_KEYS) - told
 
 
 def test_help_is_asked_for_what_there_is():

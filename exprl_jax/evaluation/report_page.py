@@ -32,7 +32,9 @@ TEMPLATE = pathlib.Path(__file__).with_name("report.html")
 # What a run is, from the leaves of its config that say so; a config of another task has only some of them.
 _ABOUT = {
     "task": ("task",),
-    "estimator": ("advantage.estimator",),
+    "route of math": ("routes.math",),
+    "process estimator": ("advantage.estimator",),
+    "rollout estimator": ("advantage.rollout_estimator",),
     "judge's unit": ("judge.unit",),
     "policy": ("policy.weights",),
     "judge": ("judge.function", "judge.model.weights", "judge.weights"),

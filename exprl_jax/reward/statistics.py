@@ -14,11 +14,11 @@ VERDICTS = tuple(Verdict)
 
 METRICS: Mapping[str, str] = {
     "reward/mean": (
-        "mean reward of whole rollouts: the judge's normalised score (of the last prefix), or the verifier's 0 or 1; "
-        "overlong ones count as 0 under zero_score"
+        "mean reward of whole rollouts: the judge's normalised score (of the last prefix), the verifier's 0 or 1, or "
+        "the likelihood; overlong rollouts count as 0 under zero_score"
     ),
-    "reward/std": "standard deviation of the same over the batch",
-    "solve/accuracy": "fraction of rollouts that the verifier finds correct (those it gave no verdict on left out)",
+    "reward/std": "standard deviation over the batch of the reward of whole rollouts",
+    "solve/accuracy": "fraction of rollouts that the verifier finds correct, without those that it gave no verdict on",
     "solve/none": "fraction of prompts with no correct rollout (unsolved prompts)",
     "solve/some": "fraction of prompts with some correct rollouts",
     "solve/all": "fraction of prompts with all rollouts correct",
@@ -29,29 +29,30 @@ METRICS: Mapping[str, str] = {
     "response/length_max": "longest rollout",
     "response/overlong": "fraction of rollouts that reached max_tokens without EOS",
     "rollout/resampled": (
-        "groups that were sampled again because they gave no advantage, every time counted; all else here is of the "
-        "last time"
+        "how often a group was sampled again because it gave no advantage; the other metrics are of the last time"
     ),
     "rollout/hinted": (
-        "groups without any success that were sampled again with a hint (`rollout.hints`); `solve/` is of the bare "
-        "prompts all the same"
+        "groups without any success that were sampled again with a hint (`rollout.hints`); `solve/` is still of the "
+        "bare prompts"
     ),
-    "rollout/nudged": "those of them with a success then, which are trained on; reward and advantage are of these",
+    "rollout/nudged": (
+        "groups that had a success with a hint and are trained on as then sampled; reward and advantage are of these"
+    ),
     "segments/mean": "segments a rollout",
     "segments/max": "most segments of a rollout",
     "advantage/mean": "mean advantage over counted segments",
-    "advantage/std": "standard deviation of the same",
-    "advantage/max": "largest",
-    "advantage/min": "smallest",
+    "advantage/std": "standard deviation of the advantage over counted segments",
+    "advantage/max": "largest advantage of a counted segment",
+    "advantage/min": "smallest advantage of a counted segment",
     "advantage/counted": "fraction of segments that carry a loss",
     "advantage/live_groups": "fraction of prompts with any advantage other than 0",
-    "judge/asked": "scores wanted of the judge",
-    "judge/parsed": "fraction of them that came back as a score",
-    "judge/truncated": "fraction of them whose answer reached its budget or whose trace did not fit",
+    "judge/asked": "scores that the judge was asked for",
+    "judge/parsed": "fraction of the scores asked for that the judge gave",
+    "judge/truncated": "fraction of the scores asked for whose answer reached its budget or whose trace did not fit",
     **{f"judge/score_{digit}": f"fraction of scores that round to {digit}" for digit in DIGITS},
     "judge/checklist_fallback": (
-        "fraction of scores that were wanted of problems without a usable checklist, which are scored against their "
-        "reference; null without judge.rubric = 'per_problem'"
+        "fraction of the scores asked for that are of problems without a usable checklist, which are scored against "
+        "their reference; null without judge.rubric = 'per_problem'"
     ),
     "judge/group_spread": "mean over prompts of the standard deviation of their rollouts' rewards",
     "judge/length_correlation": "Pearson correlation of the judge's reward and response length",
@@ -61,9 +62,11 @@ METRICS: Mapping[str, str] = {
         "rank correlation of the judge's reward and the truth over rollouts that the verifier found wrong"
     ),
     "judge/truth_spearman_prefixes": (
-        "rank correlation of the judge's score and the truth over segments but each rollout's last: prefixes, or steps"
+        "rank correlation of the judge's score and the truth over all segments except each rollout's last"
     ),
-    "judge/correct_auroc": "probability that a correct rollout has a higher reward than a wrong one, ties half",
+    "judge/correct_auroc": (
+        "probability that a correct rollout has a higher reward than a wrong one; a tie counts one half"
+    ),
 }
 """Every key of `summarise` and what it is; null where it is not defined (a mean over nothing, no spread)."""
 
@@ -75,7 +78,8 @@ BY_KIND = (
     "response/overlong",
     "advantage/live_groups",
 )
-"""Where the data holds problems of several kinds (math, choice, science, ...), these have a `/<kind>` each besides."""
+"""Where the data holds problems of several kinds (math, choice, science, ...), these have
+one value for each kind too (`<key>/<kind>`)."""
 
 
 def verdict_indices(verdicts: Sequence[Sequence[Verdict]]) -> np.ndarray:

@@ -9,8 +9,10 @@ import numpy as np
 from exprl_jax.records import Usage
 
 METRICS: Mapping[str, str] = {
-    "rollout/occupancy": "fraction of the tokens fed to decode slots that were a row's, and no padding after its end",
-    "rollout/restarts": "rows that gave their pages back to older ones and began anew later",
+    "rollout/occupancy": (
+        "fraction of the tokens fed to decode slots that belong to a row; the others are padding after a row's end"
+    ),
+    "rollout/restarts": "rows that gave their pages back to older rows and began anew later",
     "rollout/pages": (
         "mean fraction of the rows' pages that was in use; null where rows have pages or slots of their own for their "
         "whole budget"

@@ -17,9 +17,10 @@ from exprl_jax.run.clock import Clock
 
 Row = dict[str, float | None]
 _OF_A_SET = {
-    "pass@1": "mean over problems of the chance that a sample is right",
-    "pass@k": "the same of the chance that one of k samples is, for every other k of evaluate.k (unbiased estimate)",
-    "unsolved": "fraction of problems of the set without a right one among their samples",
+    "pass@1": "mean over problems of the chance that one sample is right",
+    "pass@k": "mean over problems of the chance that at least one of k samples is right, for each k of evaluate.k "
+    "(unbiased estimate)",
+    "unsolved": "fraction of problems none of whose samples is right",
     "missing": "fraction of samples whose verifier failed; they count neither as right nor as wrong",
     "length_mean": "tokens a sample, EOS included",
     "overlong": "fraction of samples that reached max_tokens without EOS",

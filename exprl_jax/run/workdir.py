@@ -167,9 +167,7 @@ def open_workdir(
       ValueError: the folder holds another config's run or something else, is in use by another process, cannot be
         written to, or its disk is too small.
     """
-    if "://" in str(path):
-        raise ValueError(f"--workdir {path}: expected a folder, got a URL; mount the bucket and pass the mount's path")
-    folder = pathlib.Path(path).expanduser().absolute()
+    folder = _folder(path)
     config = json.loads(json.dumps(resolved_config))  # as it will be read back: tuples become lists
     with contextlib.ExitStack() as stack:
         if process == 0:
@@ -201,9 +199,10 @@ def check_workdir(path: str | os.PathLike[str], resolved_config: Mapping[str, An
     """Says at once what `open_workdir` would only say after the models are loaded; reads, changes nothing.
 
     Raises:
-      ValueError: the folder holds another config's run.
+      ValueError: the folder holds another config's run or something else, or is no folder.
     """
-    folder = pathlib.Path(path).expanduser().absolute()
+    folder = _folder(path)
+    _refuse_other_content(folder)
     if (folder / "config.json").exists():
         config = json.loads(json.dumps(resolved_config))
         _refuse_other_config(folder, _read_config(folder / "config.json"), config)
@@ -228,16 +227,8 @@ def _enter(
     folder: pathlib.Path, config: dict[str, Any], folders: Sequence[str], needed_bytes: int, stack: contextlib.ExitStack
 ) -> Workdir:
     try:
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--workdir {folder}: expected a folder, got a file; choose another --workdir")
-        # A kill during the first start leaves the lock and a part of the config, which is still an empty workdir.
-        strange = sorted(set(_names(folder)) - {"lock", "config.json.tmp"})
-        if strange and "config.json" not in strange:
-            raise ValueError(
-                f"--workdir {folder}: not empty and not a workdir (it holds {strange[0]} but no config.json); "
-                "choose another --workdir"
-            )
-        if "config.json" in strange:
+        _refuse_other_content(folder)
+        if (folder / "config.json").exists():
             _refuse_other_config(folder, _read_config(folder / "config.json"), config)
         _check_space(folder, needed_bytes)
         folder.mkdir(parents=True, exist_ok=True)
@@ -247,13 +238,32 @@ def _enter(
             shutil.rmtree(leftover)
         if workdir.resumed:  # read again: until the lock was held another process could write it
             _refuse_other_config(folder, _read_config(workdir.config), config)
-        for name in folders:
-            (folder / name).mkdir(exist_ok=True)
+        # Before the folders: without it they are no workdir to another process that looks now.
         if not workdir.resumed or _read_config(workdir.config) != config:
             write_atomically(workdir.config, json.dumps(config, indent=2) + "\n")
+        for name in folders:
+            (folder / name).mkdir(exist_ok=True)
     except OSError as error:
         raise ValueError(f"--workdir {folder}: cannot write there ({error.strerror}); choose another") from error
     return workdir
+
+
+def _folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    if "://" in str(path):
+        raise ValueError(f"--workdir {path}: expected a folder, got a URL; mount the bucket and pass the mount's path")
+    return pathlib.Path(path).expanduser().absolute()
+
+
+def _refuse_other_content(folder: pathlib.Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--workdir {folder}: expected a folder, got a file; choose another --workdir")
+    # A kill during the first start leaves the lock and a part of the config, which is still an empty workdir.
+    strange = sorted(set(_names(folder)) - {"lock", "config.json.tmp"})
+    if strange and "config.json" not in strange:
+        raise ValueError(
+            f"--workdir {folder}: not empty and not a workdir (it holds {strange[0]} but no config.json); "
+            "choose another --workdir"
+        )
 
 
 def _names(folder: pathlib.Path) -> list[str]:

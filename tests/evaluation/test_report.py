@@ -197,7 +197,7 @@ def test_runs_stand_side_by_side_with_what_they_are_and_how_they_differ(tmp_path
     assert [shown["name"] for shown in data["runs"]] == ["one/run", "two/run"]
     about = {row["key"]: row["values"] for row in data["about"]}
     assert about["steps"] == ["2 of 2", "2 of 9"]
-    assert about["estimator"] == [CONFIG["advantage"]["estimator"], "end_norm"]
+    assert about["process estimator"] == [CONFIG["advantage"]["estimator"], "end_norm"]
     assert about["policy"] == [CONFIG["policy"]["weights"], "random:other"]
     assert {row["key"]: row["values"] for row in data["differences"]["runs"]} == {
         "steps": ["2", "9"],

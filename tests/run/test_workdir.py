@@ -318,6 +318,13 @@ def test_a_run_does_not_go_on_with_what_changes_its_numbers(key, tmp_path):
         check_workdir(tmp_path, with_key(RL, key, BINDING[key]))
 
 
+@pytest.mark.parametrize("name, what", [("a file", "got a file"), ("", "not a workdir"), ("gs://a/b", "got a URL")])
+def test_what_is_no_workdir_is_refused_before_anything_is_loaded(name, what, tmp_path):
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(ValueError, match=what):
+        check_workdir(name if "://" in name else tmp_path / name, RL)
+
+
 @pytest.mark.parametrize(
     "steps, done, lost",
     [(range(1, 13), 0, "metrics go to step 12, but it has no checkpoint"), ((), 10, "metrics go to step 0")]
