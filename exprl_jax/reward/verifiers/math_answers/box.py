@@ -6,8 +6,9 @@ import re
 from typing import NamedTuple
 
 _BRACES = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
-_JOINT = re.compile(r"(?:[\s$~]|\\[,; ])*(?:[,;]|,?\s*(?:and|or)|\\text\s*\{\s*(?:and|or)\s*\})(?:[\s$~]|\\[,; ])*")
-_LONGEST_JOINT = 30
+_SPACE = r"(?:[\s$~]|\\[,; ]|\\q?quad(?![A-Za-z]))*"
+_JOINT = re.compile(rf"{_SPACE}(?:[,;]|,?\s*(?:and|or)|\\text\s*\{{\s*(?:and|or)\s*\}}){_SPACE}")
+_LONGEST_JOINT = 40
 
 
 def last_boxed(text: str) -> str | None:

@@ -67,7 +67,9 @@ def without(tokens: list[Token]) -> tuple[list[Token], Domains, tuple[str, ...]]
     if at is None:
         return tokens, (), ()
     head, tail = stripped(tokens[:at]), tokens[at:]
-    domains = _domains(tail)
+    domains = _bound(head, tail) or _domains(tail)
+    if domains is None:
+        domains = _some(head, tail)
     return (head, (), texts(tail)) if domains is None else (head, domains, ())
 
 
@@ -80,8 +82,9 @@ def _start(tokens: Sequence[Token]) -> int | None:
             if _opens(token) or opens and index + 1 < len(tokens) and _opens(tokens[index + 1]):
                 return index
             member = [*tokens[index + 1 : index + 3]]
-            if (opens or token.text in (",", ";")) and len(member) == 2 and member[1].text == r"\in":
-                return index
+            if (opens or token.text in (",", ";")) and len(member) == 2:
+                if member[1].text == r"\in" or _bound(tokens[:index], tokens[index:]):
+                    return index
         depth += token.depth
     return None
 
@@ -101,6 +104,24 @@ def _domains(tokens: Sequence[Token]) -> Domains | None:
     if None in kinds or not (kinds or match["letters"]):
         return None
     return tuple((letter, kind) for letter in (match["letters"] or "").split(" , ") for kind in kinds or [""])
+
+
+def _bound(head: Sequence[Token], tail: Sequence[Token]) -> Domains | None:
+    """Of `, n >= 1` behind `a_n = ...`, that n counts from there; None if that is not what is said."""
+    bound = [token for token in tail if not _opens(token) and not token.is_word("all", "every", "any")]
+    said = " ".join(texts([token for token in bound if token.text not in (",", "(", ")")]))
+    match = re.fullmatch(r"([ijklmnKMN]) (\\ge [01]|> 0)", said)
+    if not match or not re.match(rf"[A-Za-z]_{match[1]}(\(.*\))?=", "".join(texts(head))):
+        return None
+    return ((match[1], "N0" if match[2].endswith("ge 0") else "N"),)
+
+
+def _some(head: Sequence[Token], tail: Sequence[Token]) -> Domains | None:
+    """Of `n = 2^k for some integer k`, what k runs over; None where the letter is the answer's own."""
+    plain = [token for token in tail if not token.is_word("some")]
+    domains = _domains(plain) if len(plain) < len(tail) else None
+    names = texts(head)[: texts(head).index("=")] if "=" in texts(head) else None
+    return domains if domains and names and not {letter for letter, _ in domains} & set(names) else None
 
 
 def _set(text: str) -> str | None:

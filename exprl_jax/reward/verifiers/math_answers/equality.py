@@ -6,13 +6,16 @@ from collections.abc import Sequence
 
 import sympy
 
-from exprl_jax.reward.verifiers.math_answers import numerals, phrases, units
+from exprl_jax.reward.verifiers.math_answers import letters, numerals, phrases, units
 from exprl_jax.reward.verifiers.math_answers.identity import proportional, same_value
 from exprl_jax.reward.verifiers.math_answers.kinds import (
     NOTHING,
     Answer,
     Body,
+    Cases,
     Clock,
+    Congruence,
+    Date,
     Equation,
     Inequality,
     Items,
@@ -48,7 +51,7 @@ def same_answer(expected: Answer, got: Answer) -> bool:
     domains = [{kind for _, kind in answer.domains if kind} for answer in (expected, got)]
     if all(domains) and domains[0] != domains[1]:
         return False
-    return _same(expected.body, got.body)
+    return _same(expected.body, letters.renamed(expected, got).body)
 
 
 def _may_be_left_out(expected: Answer) -> bool:
@@ -86,8 +89,13 @@ def _same(expected: Body, got: Body) -> bool:
             return _same_clock(expected, got)
         case Numeral():
             return _same_numeral(expected, got)
-        case Ordinal():
+        case Ordinal() | Congruence():
             return expected == got
+        case Date():
+            days = [(day.month, day.day) for day in (expected, got)] if isinstance(got, Date) else [None, ()]
+            return days[0] == days[1] and got.year in (expected.year, None)
+        case Cases():
+            return isinstance(got, Cases) and _same_cases(expected, got)
         case Option():
             return _same_option(expected, got)
         case Statement():
@@ -215,6 +223,9 @@ def _same_items(expected: Items, got: Body) -> bool:
         return own is not None and _same_region(own, got)
     if not isinstance(got, Items):
         return False
+    names_alone = all(isinstance(item, (Statement, Option)) for item in expected.items)
+    if names_alone and got.either and not expected.either:
+        return False  # `A or C` for `A and C`; but the roots 1 and 3 are 1 or 3
     named, other_named = _by_name(expected), _by_name(got)
     if expected.brackets in ("", "{}") and not named:
         # `x_1 = 1, x_2 = 2` gives two values of one unknown, `x = 2, y = 1` those of two.
@@ -233,6 +244,26 @@ def _same_items(expected: Items, got: Body) -> bool:
         return False
     both = [list(names.values()) or items.items for names, items in ((named, expected), (other_named, got))]
     return _in_order(*both)
+
+
+def _same_cases(expected: Cases, got: Cases) -> bool:
+    """Whether two functions are equal case by case, in any order."""
+    cases, others = (list(zip(side.values, side.where, strict=True)) for side in (expected, got))
+    if expected.name != got.name or len(cases) != len(others):
+        return False
+    for value, points in cases:
+        match = next(
+            (
+                at
+                for at, (other, theirs) in enumerate(others)
+                if _same_region(Region(points), Region(theirs)) and same_value(value, other)
+            ),
+            None,
+        )
+        if match is None:
+            return False
+        del others[match]
+    return True
 
 
 def _by_name(items: Items) -> dict[str, Body]:
@@ -333,11 +364,11 @@ def _renamed(expected: Named, got: Named) -> Number | None:
     functions = [(named.name[0], named.name[2:-1].split(",")) for named in (expected, got) if named.name[1:2] == "("]
     if len(functions) < 2 or functions[0][0] != functions[1][0] or len(functions[0][1]) != len(functions[1][1]):
         return None
-    letters, others = functions[0][1], functions[1][1]
+    names, others = functions[0][1], functions[1][1]
     is_plain = isinstance(got.value, (Number, Statement)) and got.value.value is not None
-    if not is_plain or not all(len(letter) == 1 and letter.isalpha() for letter in letters + others):
+    if not is_plain or not all(len(letter) == 1 and letter.isalpha() for letter in names + others):
         return None
-    renaming = dict(zip(map(sympy.Symbol, others), map(sympy.Symbol, letters), strict=True))
+    renaming = dict(zip(map(sympy.Symbol, others), map(sympy.Symbol, names), strict=True))
     return Number(got.value.value.subs(renaming, simultaneous=True))
 
 

@@ -48,6 +48,7 @@ _FUNCTIONS: dict[str, Callable[..., sympy.Expr]] = {
     "Re": sympy.re,
     "Im": sympy.im,
     "det": lambda matrix: matrix.det(),
+    "cis": lambda angle: sympy.cos(angle) + sympy.I * sympy.sin(angle),
 }
 _INVERSES = {
     sympy.sin: sympy.asin,
@@ -61,6 +62,7 @@ _INVERSES = {
 _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 _MATRICES = {"matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "array", "vmatrix"}
 _MONEY = set("$€£¥₹₽¢")
+_TRANSPOSED = {"T", "t", r"\top", r"\intercal"}
 _THOUSANDS = {"k": 10**3, "K": 10**3, "M": 10**6, "B": 10**9}  # behind money alone: `$3M`
 _DOLLARS = {"US": "USD", "A": "AUD", "AU": "AUD", "C": "CAD", "CA": "CAD", "HK": "HKD", "NZ": "NZD"}
 _TIMES, _OVER = {r"\cdot", r"\times", "*"}, {"/", r"\div"}
@@ -235,6 +237,8 @@ class _Parser:
         word, then = self._word(), self._word(1)
         if (word, then) in _PAIRS:
             return _PAIRS[word, then]
+        if word in ("every", "each") and self._unit_of(1) and self._ends_measured():
+            return "/"  # `18 dollars every day`
         if word == "times" and self._peek(1).kind != "number" and then not in number_words.WORDS:
             return ""  # `7 times`
         return phrases.OPERATIONS.get(word, "")
@@ -345,9 +349,15 @@ class _Parser:
         r"""A value to the power that follows, or in degrees: `90^\circ`."""
         group = self._accept("{")
         degrees = self._accept(r"\circ")
-        exponent = None if degrees else self._sum() if group else self._sign() * self._argument()
+        is_transposed = isinstance(value, sympy.MatrixBase) and self._peek().text in _TRANSPOSED
+        self._at += is_transposed
+        exponent = None
+        if not (degrees or is_transposed):
+            exponent = self._sum() if group else self._sign() * self._argument()
         if group:
             self._expect("}")
+        if is_transposed:
+            return value.T
         return value * self._degree() if degrees else value**exponent
 
     def _degree(self) -> sympy.Symbol:
@@ -365,6 +375,7 @@ class _Parser:
         word = self._word()
         return len(word) > 1 and not (
             word in number_words.WORDS
+            or self._operation() == "/"
             or word in _CONNECTIVES
             or self._peek().text in _FUNCTIONS
             or self._unit_here()[0]
@@ -376,7 +387,8 @@ class _Parser:
         """What is counted; the number one where the words add nothing to what stands before them."""
         words = self._words(lambda word: word not in _CONNECTIVES)
         self._at += len(words)
-        if (words[0] == "of" or self._ends_measured()) and phrases.adds_nothing(words):
+        is_behind = words[0] == "of" or self._ends_measured() or words[0] in phrases.BEHIND_NUMBERS
+        if is_behind and phrases.adds_nothing(words):
             return sympy.Integer(1)
         phrase = phrases.counted(words, single)
         if not phrase:
@@ -664,7 +676,9 @@ class _Parser:
         arguments = [argument.xreplace({_DEGREE: sympy.pi / 180}) for argument in arguments]
         if name in ("gcd", "lcm"):
             if not all(argument.is_Integer for argument in arguments):
-                raise NotUnderstood("a divisor of what is no whole number")
+                if any(argument.is_number for argument in arguments):
+                    raise NotUnderstood("a divisor of what is no whole number")
+                return sympy.Function(name)(*sorted(arguments, key=str)) ** power
             return functools.reduce(function, arguments) ** power
         return (function(*arguments) if base is None else sympy.log(*arguments, base)) ** power
 

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import sympy
 
+from exprl_jax.reward.verifiers.math_answers.letters import COUNTERS
+
 # Digits beyond the largest value's own to which a difference is worked out before it counts as zero.
 _DIGITS = 80
 # Points that are compared: with positive unknowns, with unknowns of both signs, and with whole ones.
 _POSITIVE, _SIGNED, _WHOLE = 4, 4, 12
-_COUNTERS = set("ijklmnKMN")
 _CERTAIN_BITS = 8
 # Beyond it a value is taken for infinite: the digits of 10^(10^6) take no time.
 _LARGEST_EXPONENT = 10**6
@@ -96,7 +97,7 @@ def _points(symbols: set[sympy.Symbol], *expressions: sympy.Expr) -> Iterator[_P
     """Points to compare at, the same ones every time."""
     rng = random.Random(0)
     ordered = sorted(symbols, key=str)
-    counters = [symbol for symbol in ordered if symbol.name in _COUNTERS] if any(map(_counts, expressions)) else []
+    counters = [symbol for symbol in ordered if symbol.name in COUNTERS] if any(map(_counts, expressions)) else []
     others = [symbol for symbol in ordered if symbol not in counters]
     for index in range(_WHOLE if counters else _POSITIVE + _SIGNED):
         positive = index < _POSITIVE or not others

@@ -30,10 +30,17 @@ class Number(NamedTuple):
 
 
 class Items(NamedTuple):
-    """Several answers: in `brackets` "{}" a set, in "" a list, in "()", "[]", "(]" and "[)" a tuple or an interval."""
+    """Several answers: in `brackets` "{}" a set, in "" a list, in "()", "[]", "(]" and "[)" a tuple or an interval.
+
+    Attributes:
+      brackets: around them.
+      items: the answers.
+      either: whether an "or" stands between them.
+    """
 
     brackets: str
     items: tuple[Body, ...]
+    either: bool = False
 
 
 class Region(NamedTuple):
@@ -63,6 +70,30 @@ class Inequality(NamedTuple):
 
     difference: sympy.Expr
     sign: str
+
+
+class Congruence(NamedTuple):
+    """`name` leaves one of some remainders, each below the modulus."""
+
+    name: str
+    remainders: frozenset[int]
+    modulus: int
+
+
+class Cases(NamedTuple):
+    """A function by cases: its values, each where the unknown of that name lies in a set of real numbers."""
+
+    name: str
+    values: tuple[sympy.Expr, ...]
+    where: tuple[sympy.Set, ...]
+
+
+class Date(NamedTuple):
+    """A day; its year where it has one."""
+
+    month: int
+    day: int
+    year: int | None
 
 
 class Ratio(NamedTuple):
@@ -107,7 +138,23 @@ class Statement(NamedTuple):
 
 
 NOTHING = Statement((r"\emptyset",))
-Body = Number | Items | Region | Named | Equation | Inequality | Ratio | Clock | Numeral | Ordinal | Option | Statement
+Body = (
+    Number
+    | Items
+    | Region
+    | Named
+    | Equation
+    | Inequality
+    | Congruence
+    | Cases
+    | Date
+    | Ratio
+    | Clock
+    | Numeral
+    | Ordinal
+    | Option
+    | Statement
+)
 
 
 class Answer(NamedTuple):

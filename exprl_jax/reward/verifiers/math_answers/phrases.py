@@ -64,7 +64,8 @@ _SINGULAR = set(
     """.split()
 )
 _BEFORE_NOUNS = {"more", "other", "different", "distinct", "additional", "extra", "possible"}
-_BEHIND_NOUNS = set("each old long tall wide high deep away left total altogether apart remaining thick".split())
+_BEHIND_NOUNS = set("each old long tall wide high deep away left total altogether apart remaining thick more".split())
+BEHIND_NUMBERS = {"each", "left", "total", "altogether", "remaining", "in"}
 _ARTICLES = {"the", "a", "an", "his", "her", "their"}
 _TAIL = re.compile(
     r"(?: of(?: (?:the|a|an|his|her|their))?(?: \w+){1,3}| from \w+| in (?:total|all|length|height|width|area))?"
@@ -103,7 +104,7 @@ KNOWN = (
     | APPROXIMATE
     | _CASELESS
     | set("true false even odd none both and or is are the not answer for all every where with".split())
-    | set("cm mm km kg mg mph kph usd eur gbp".split())
+    | set("cm mm km kg mph kph usd eur gbp".split())
 )
 
 
@@ -139,7 +140,11 @@ def adds_nothing(words: Sequence[str]) -> bool:
 def statement(words: Sequence[str]) -> tuple[str, ...]:
     """A statement's words without articles, and in one form where several say the same: `(r"\\emptyset",)`."""
     plain = [part for word in words for part in (("is", "not") if word.casefold() == "isn't" else (word,))]
-    plain = [word for word in plain if word.casefold() not in ("a", "an", "the") or len(plain) == 1]
+    plain = [
+        word
+        for word, then in zip(plain, [*plain[1:], ""], strict=True)
+        if word.casefold() not in ("a", "an", "the") or len(plain) == 1 or len(word) == 1 and not then.isalpha()
+    ]
     if (
         len(plain) > 1
         and plain[-2] in ("integers", "numbers", "primes", "reals")

@@ -12,14 +12,24 @@ from collections.abc import Callable, Sequence
 import sympy
 from sympy.core.function import AppliedUndef
 
-from exprl_jax.reward.verifiers.math_answers import conditions, expression, number_words, numerals, phrases, units
+from exprl_jax.reward.verifiers.math_answers import (
+    calendar_days,
+    cases,
+    conditions,
+    congruences,
+    expression,
+    leads,
+    number_words,
+    numerals,
+    phrases,
+    units,
+)
 from exprl_jax.reward.verifiers.math_answers.expression import Incomplete, NotUnderstood
 from exprl_jax.reward.verifiers.math_answers.identity import same_value
 from exprl_jax.reward.verifiers.math_answers.kinds import (
     NOTHING,
     Answer,
     Body,
-    Clock,
     Equation,
     Inequality,
     Items,
@@ -58,7 +68,7 @@ _TRIGONOMETRIC = {r"\sin", r"\cos", r"\tan", r"\cot", r"\sec", r"\csc"}
 _NUMERAL = re.compile(
     r"\(?([0-9A-F]*[0-9][0-9A-F]*|[A-F]+)\)?(?:_[({]*([0-9]{1,2})[)}]*|(?:in)?base([0-9]{1,2}))", re.ASCII
 )
-_CLOCK = re.compile(r"(\d{1,2})(?::([0-5]\d)(?::([0-5]\d))?)?(am|pm|o'clock)?", re.ASCII)
+_HALF_LINE = re.compile(r"\\mathbb\{?R\}?[\^_](\+|\{\+\}|>0|\{(?:>|\\ge)0\}|\{\+,0\}|\{0,\+\})")
 
 
 def read(text: str, commas: bool = True, bare_units: bool = True) -> Answer:
@@ -72,7 +82,7 @@ def read(text: str, commas: bool = True, bare_units: bool = True) -> Answer:
     Raises:
       Unreadable: it is empty, or half of something.
     """
-    tokens = tokenize(text, commas)
+    tokens = leads.without(tokenize(text, commas))
     words = texts(tokens)
     tokens, domains, condition = conditions.without(tokens)
     try:
@@ -101,6 +111,7 @@ class _Reader:
         for kind in (
             self._special,
             self._letters,
+            self._rarer,
             self._remarked,
             self._option,
             self._quantity,
@@ -142,7 +153,9 @@ class _Reader:
         if match := re.fullmatch(r"\\mathbb \{? ?([A-Z])(?: \})?|\\mathbb ([A-Z])|\\([A-Z])", means):
             points = _SETS.get(match[1] or match[2] or match[3])
             return None if points is None else Region(points)
-        if match := _NUMERAL.fullmatch(joined):
+        if match := _HALF_LINE.fullmatch(joined):
+            return Region(sympy.Interval(0, sympy.oo, left_open="0" not in match[1] or ">" in match[1]))
+        if match := _NUMERAL.fullmatch(_in_digits(joined)):
             base = int(match[2] or match[3])
             return Numeral(match[1], base) if 2 <= base <= 36 else None
         if match := re.fullmatch(r"(\d+)(?:\^\{?)?(st|nd|rd|th)\}?", joined.lower(), re.ASCII):
@@ -151,7 +164,7 @@ class _Reader:
         place = number_words.ordinal(words[words[0] == "the" :])
         if place and all(token.roman for token in tokens):
             return Ordinal(place)
-        return _clock(joined.lower())
+        return calendar_days.clock(joined.lower())
 
     def _letters(self, tokens: list[Token]) -> Statement | None:
         """A word, or letters that may be a product of variables as well: `AB`, `x`."""
@@ -166,12 +179,18 @@ class _Reader:
         value = self._value([token._replace(roman=False)]) if plain else None
         return Statement(phrases.statement([token.text]), value)
 
+    def _rarer(self, tokens: list[Token]) -> Body | None:
+        """Days of the year and congruences."""
+        return calendar_days.read(tokens) or congruences.read(tokens, self.body)
+
     def _remarked(self, tokens: list[Token]) -> Body | None:
         """An answer with a remark in brackets behind it, `(correct)`, or with itself in words, `5 (five)`."""
         ends = [
             at for at, token in enumerate(tokens) if at and token.text == "(" and closing(tokens, at) == len(tokens) - 1
         ]
-        if not ends or not any(token.kind == "word" and token.roman for token in tokens[ends[0] :]):
+        said = tokens[ends[0] :] if ends else []
+        in_words = ends and all(token.kind == "word" and token.roman for token in tokens[: ends[0]])  # `five (5)`
+        if not in_words and not any(token.kind == "word" and token.roman for token in said):
             return None
         body, inner = self.body(tokens[: ends[0]]), tokens[ends[0] + 1 : -1]
         if tuple(text.casefold() for text in texts(inner)) in phrases.REMARKS:
@@ -187,6 +206,8 @@ class _Reader:
         value, unit, things = expression.measured(self._value(tokens))
         if value == 1 and (unit or things) and not any(map(_is_number, tokens)):
             return None
+        if tokens[0].text == "[" and closing(tokens, 0) == len(tokens) - 1 and tokens[1].kind != "begin":
+            return None  # a list of one, or the whole part
         numbers = [token.text for token in tokens if token.kind == "number"]
         inexact = any(re.search("[.e]", number) and "(" not in number for number in numbers)
         return Number(value, unit, things, _decimal(tokens), inexact)
@@ -240,7 +261,8 @@ class _Reader:
             items += item.items if isinstance(item, Items) and not item.brackets else [item]
         if all(isinstance(item, Region) for item in items):
             return _joined(items, {separator.text.casefold() for separator in separators})
-        return Items("", _with_shared_name(items))
+        either = any(separator.is_word("or") for separator in separators)
+        return Items("", _with_shared_name(items), either)
 
     def _both_signs(self, tokens: list[Token]) -> Items | None:
         if not any(token.text in (r"\pm", r"\mp") for token in tokens):
@@ -256,7 +278,7 @@ class _Reader:
         if tokens[0].kind == "begin" and tokens[0].text == "cases":
             rows, _ = split(inner, lambda token: token.text == r"\\")
             if any(token.text == "&" for token in inner):
-                raise NotUnderstood("a function by cases")
+                return cases.read(inner, self.body)
             return Items("", tuple(self.body(row) for row in rows if row))
         if brackets == r"\{\}":
             return self._set(inner)
@@ -381,6 +403,8 @@ class _Reader:
                 raise NotUnderstood("as many values as names")
             return Items("()", tuple(map(Named, letters, body.items)))
         name, difference = "".join(texts(side)), None
+        if re.fullmatch(r"\\angle[A-Z]{3}", name):
+            name = min(name, name[:-3] + name[:-4:-1])  # from its other end
         if isinstance(body, (Number, Statement)) and not any(token.roman and len(token.text) > 1 for token in side):
             body = Number(body.value) if isinstance(body, Statement) and body.value is not None else body
             try:
@@ -391,7 +415,7 @@ class _Reader:
             return Equation(difference)
         return Named(name, body, difference)
 
-    def _inequality(self, sides: list[list[Token]], signs: list[Token]) -> Region | Inequality:
+    def _inequality(self, sides: list[list[Token]], signs: list[Token]) -> Region | Inequality | Items:
         values = [self._value(side) for side in sides]
         symbols = set().union(*(value.free_symbols for value in values))
         if len(symbols) == 1:
@@ -400,11 +424,12 @@ class _Reader:
             for left, sign, right in zip(values, signs, values[1:], strict=False):
                 points = points.intersect(_solutions(left, sign.text, right, symbol))
             return Region(points, symbol)
-        if len(sides) != 2 or not symbols:
-            raise NotUnderstood("an inequality of numbers, or a chain in several unknowns")
-        sign = signs[0].text
-        left, right = values[::-1] if sign in (">", r"\ge") else values
-        return Inequality(left - right, {">": "<", r"\ge": r"\le"}.get(sign, sign))
+        if not symbols:
+            raise NotUnderstood("an inequality of numbers")
+        links = tuple(
+            _inequality(left, sign.text, right) for left, sign, right in zip(values, signs, values[1:], strict=False)
+        )
+        return links[0] if len(links) == 1 else Items("", links)
 
     def _member(self, left: list[Token], right: list[Token]) -> Body:
         if not self._is_name(left, first=True):
@@ -412,6 +437,24 @@ class _Reader:
         body = self.body(right)
         points = region(body) if not (isinstance(body, Items) and body.brackets == "{}") else None
         return body if points is None else Region(points.points, sympy.Symbol("".join(texts(left))))
+
+
+def _in_digits(joined: str) -> str:
+    """A numeral whose base is spelled as a word, and whose digits are small letters, as others are written."""
+    head, sign, base = joined.rpartition("_")
+    base = base.strip("{}")
+    spelled = number_words.number((base.casefold(),))
+    base = str(spelled) if spelled and spelled.denominator == 1 else base
+    if not sign or not base.isdecimal():
+        return re.sub(r"\((?:in)?base(\d+)\)$", r"base\1", joined)
+    is_numeral = re.fullmatch(r"\(?\d[\da-f]*\)?", head, re.ASCII) and int(base) > 10
+    return (head.upper() if is_numeral else head) + "_" + base
+
+
+def _inequality(left: sympy.Expr, sign: str, right: sympy.Expr) -> Inequality:
+    if sign in (">", r"\ge"):
+        left, right = right, left
+    return Inequality(left - right, {">": "<", r"\ge": r"\le"}.get(sign, sign))
 
 
 def _is_number(token: Token) -> bool:
@@ -429,18 +472,6 @@ def _is_letter(token: Token) -> bool:
 
 def _with_sign(token: Token, signs: dict[str, str]) -> Token:
     return token._replace(kind="mark", text=signs[token.text]) if token.text in signs else token
-
-
-def _clock(text: str) -> Clock | None:
-    match = _CLOCK.fullmatch({"noon": "12:00pm", "midnight": "12:00am"}.get(text, text))
-    if not match or not (match[2] or match[4]):
-        return None
-    hour, minute, second = (int(part or 0) for part in match.groups()[:3])
-    half = match[4] if match[4] in ("am", "pm") else "pm" if hour > 12 else "am" if hour == 0 else ""
-    if hour > (12 if match[4] else 23):
-        return None
-    ratio = None if match[4] or match[3] or match[2][0] == "0" else Ratio((sympy.Integer(hour), sympy.Integer(minute)))
-    return Clock((hour % 12 * 60 + minute) * 60 + second, half, ratio)
 
 
 def _decimal(tokens: Sequence[Token]) -> str | None:

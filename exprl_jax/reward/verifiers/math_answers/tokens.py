@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from exprl_jax.reward.verifiers.math_answers import markup, numerals, phrases
+from exprl_jax.reward.verifiers.math_answers import markup, number_words, numerals, phrases
 
 # Signs of an inequality.
 ORDERS = {"<", ">", r"\le", r"\ge", r"\ne"}
@@ -138,8 +138,29 @@ def _tokens(text: str, commas: bool) -> list[Token]:
         at, space = end, spaced
     if groups:
         raise Unreadable("a brace is open at the end")
-    is_table = any(token.kind == "begin" for token in tokens)
-    return [token for token in tokens if is_table or token.text != "&"]
+    tokens = [
+        _article(token, before, then) for before, token, then in zip([None, *tokens], tokens, tokens[1:] + [None])
+    ]
+    if any(token.kind == "begin" for token in tokens):
+        return tokens
+    return _on_one_line([token for token in tokens if token.text != "&"])
+
+
+def _article(token: Token, before: Token | None, then: Token | None) -> Token:
+    """An `a` before a number word is a word outside of `\\text` too: `three and a half`."""
+    is_word = token.text in ("a", "an") and token.space and before is not None and before.roman and then is not None
+    return token._replace(roman=True) if is_word and then.is_word(*number_words.WORDS) else token
+
+
+def _on_one_line(tokens: list[Token]) -> list[Token]:
+    """Lines one below another are a list, `x &= 1 \\\\ y &= 2`, or one chain that goes on, `\\\\ &= 3`."""
+    line: list[Token] = []
+    for at, token in enumerate(tokens):
+        if token.text != r"\\":
+            line.append(token)
+        elif not (at + 1 < len(tokens) and tokens[at + 1].text in ORDERS | {"=", r"\approx", r"\equiv", ","}):
+            line += [] if line and line[-1].text in (",", ";") else [token._replace(text=",")]
+    return line
 
 
 def _brackets(starts: list[int], token: Token, at: int) -> list[int]:
