@@ -329,6 +329,11 @@ NOTHING = [
 ]
 # Options, a response, and the option that it names, or None.  Where two readings can be defended, None.
 FRESH = [
+    (CELL, "Answer: Not sure, B", None),
+    (CELL, "Answer: B (but D is also fine)", None),
+    (CELL, "The mitochondrion makes ATP.\n\nThus, B.", "B"),
+    (CELL, "B) the mitochondrion", "B"),
+    (CELL, "Answer: Ｂ", "B"),
     (CELL, "After weighing the evidence, the best answer is B: mitochondrion.", "B"),
     (CELL, "**Final Answer: Option B**", "B"),
     (CELL, "Final answer — B", "B"),

@@ -6,12 +6,13 @@ Where the answer is looked for; the first that the response has decides:
 2. the last final-answer line, `Final Answer: B`, `The correct answer is **B**`, `Option B is correct`, or a heading
    `Final answer` with the answer below it.  A line that supposes or asks (`if the answer is B`) is none;
 3. the last line that is not empty, if it is a lone label, `B` or `(B)`, has a label in bold, `**B**`, or chooses one:
-   `I would go with B`.
+   `I would go with B`, `Thus, B.`; or if it is the only line, and a label
+   with its option: `B) 81 years`.
 
 What is there names an option by its label, by its whole text, or by both (`choice_statement`).  Spaces, dress and,
 where nothing matches better, case do not matter.  What equals an option's text is that option, even where it looks
-like the label of another; `(B)` is always a label.  A response that names two options, or none, is unparsable; so is
-one that takes back, further down, what it named (`Answer: B. Wait, it is C.`).  One that ends within a box or a tag has
+like the label of another; `(B)` is always a label.  A response that names two options, or none, or speaks of another in the
+same breath, `Answer: B (but C is fine too)`, is unparsable; so is one that takes back, further down, what it named (`Answer: B. Wait, it is C.`).  One that ends within a box or a tag has
 no answer.
 """
 
@@ -24,7 +25,15 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from exprl_jax.data.problems import Problem
-from exprl_jax.reward.verifiers.choice_statement import HTML_TAG, Choices, Statement, bare, one_label, read_statement
+from exprl_jax.reward.verifiers.choice_statement import (
+    HTML_TAG,
+    Choices,
+    Statement,
+    bare,
+    one_label,
+    one_option,
+    read_statement,
+)
 from exprl_jax.reward.verifiers.math import MAX_ANSWER, last_boxed
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.reward.verifiers.verifier import Verifier
@@ -75,7 +84,8 @@ _BOLD = re.compile(r"\*\*([^*]{1,40})\*\*|\\(?:textbf|mathbf|boldsymbol) ?\{([^{
 _CHOOSES = re.compile(
     r"(?:so |thus |hence |therefore )?,? ?(?:i|we)(?:['’](?:d|ll)| would| will)?"
     r" (?:go(?:ing)? with|choose|pick|select|opt for) (?P<chosen>.{1,200})"
-    r"|(?:so |thus |hence |therefore )?,? ?it(?: is|['’]s) (?P<it>.{1,200})",
+    r"|(?:so |thus |hence |therefore )?,? ?it(?: is|['’]s) (?P<it>.{1,200})"
+    r"|(?:so|thus|hence|therefore),? (?P<label>\W{0,3}\w{1,3}\W{0,3})",
     re.IGNORECASE,
 )
 # Between two digits a comma or a slash belongs to a number.
@@ -276,7 +286,13 @@ def _lines(response: str, choices: Choices) -> Iterator[tuple[str, Statement]]:
             ):
                 yield "other", statement
             else:
-                yield "answer", statement
+                others = statement.mentioned - statement.named - statement.denied
+                yield (
+                    "answer",
+                    statement._replace(
+                        unclear=statement.unclear or bool(statement.named and others and not statement.judges)
+                    ),
+                )
         elif read == _LAST_LINES or not _MAY_JUDGE.search(plain):
             yield "other", Statement()
         else:
@@ -310,7 +326,12 @@ def _last_line(response: str, choices: Choices) -> frozenset[str] | None:
     parts = [one_label(part, choices) for part in _JOIN.split(bare(plain))[::2]]
     if all(parts):
         return frozenset().union(*parts)
+    alone = one_option(plain, choices) if not above.strip() else set()
+    if alone and one_label(plain.partition(" ")[0], choices):
+        return frozenset(alone)
     if chooses := _CHOOSES.fullmatch(plain):
+        if chooses["label"]:
+            return frozenset(one_label(chooses["label"], choices)) or None
         return _settled(read_statement(chooses["chosen"] or chooses["it"], choices)) or None
     statement = read_statement(plain, choices)
     if statement.unclear or statement.denied:

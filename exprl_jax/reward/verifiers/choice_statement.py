@@ -47,6 +47,7 @@ _SILENT = re.compile(
     r"|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|bf|rm|it|sf|tt|bfseries|itshape|tiny|small|normalsize|large"
     r"|Large|LARGE|huge|Huge)(?![A-Za-z])|\\color\{[^{}]*\}"
 )
+_FULL_WIDTH = {0xFF00 + at: 0x20 + at for at in range(1, 0x5F)}
 _STRUCK = re.compile(r"~~[^~\n]{1,99}~~")
 _YES_NO = ((re.compile("[✓✔✅☑]️?"), " "), (re.compile("[✗✘❌☒🚫]️?"), " is wrong "))
 _SPACE = re.compile(r"\\(?:[,;:! ]|q?quad(?![A-Za-z]))|[~\s]+")
@@ -102,6 +103,7 @@ def bare(text: str) -> str:
     """
     text = _SILENT.sub("", _STRUCK.sub("", text))
     if not text.isascii():
+        text = text.translate(_FULL_WIDTH)
         for mark, words in _YES_NO:
             text = mark.sub(words, text)
     dressed = None
@@ -239,7 +241,7 @@ _ALONE = re.compile(rf"{_OPENS}{_IT_IS}{_LIST}(?: (?:only|alone|again|indeed))?"
 _VERDICT = re.compile(rf"({_X}) ?[:)–—-] ?(?=(?:in)?correct\b|wrong\b|right\b|true\b|false\b)", re.IGNORECASE)
 _CONJUNCTION = re.compile(r" (?:and|but|so|while|whereas)$", re.IGNORECASE)
 _UNSURE = re.compile(
-    r"\?|\b(?:or|if|unless|maybe|perhaps|possibly|might|could|else|otherwise|either|between|partially|partly|almost"
+    r"\?|\b(?:or|if|unless|not (?:sure|certain|clear)|unsure|uncertain|unclear|no idea|maybe|perhaps|possibly|might|could|else|otherwise|either|between|partially|partly|almost"
     r"|nearly|vs|versus|depend(?:s|ing)?|at first|would)\b",
     re.IGNORECASE,
 )
