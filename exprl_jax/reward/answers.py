@@ -88,6 +88,8 @@ _BRACKETS = (
     *((rf"\{command}{{", "}") for command in ("boxed", "text", "textbf", "mathbf")),
 )
 
+_FULL_WIDTH = {0xFF00 + at: 0x20 + at for at in range(1, 0x5F)}
+
 
 def bracketed(value: str) -> tuple[str, ...]:
     """A value bare and in each kind of brackets, as `read_labelled` compares it."""
@@ -97,10 +99,10 @@ def bracketed(value: str) -> tuple[str, ...]:
 def read_labelled(text: str, label: str, values: Mapping[str, T], *, at_end: bool = False) -> T | None:
     """What the last line with the label says, or None where it says none of `values`.
 
-        labelled   ::=  ornament* ["final"] label ornament* separator value ["."]     in any case, alone on its line
-                     |  ornament* ["final"] label ornament* separator  newline+  value ["."]
+        labelled   ::=  ornament* ["final" | "overall"] label ornament* separator value ["."]     in any case, alone on its line
+                     |  ornament* ["final" | "overall"] label ornament* separator  newline+  value ["."]
                      |  heading  newline+  value ["."]
-        heading    ::=  "#"+ ["final"] label  |  "**" ["final"] label "**"  |  "__" ["final"] label "__"
+        heading    ::=  "#"+ label  |  "**" label "**"  |  "__" label "__"      with "final" or "overall" before it too
         separator  ::=  ":" | "=" | a dash with blanks on both sides
         ornament   ::=  blanks, * _ ` and tags like <b> (anywhere), > # - (before the label), $ \\( \\) (in the value)
 
@@ -114,7 +116,7 @@ def read_labelled(text: str, label: str, values: Mapping[str, T], *, at_end: boo
       values: what can be said, in lower case, by how it is written.
       at_end: nothing may follow the value.
     """
-    name = rf"(?:final\s+)?{label}"
+    name = rf"(?:(?:final|overall)\s+)*{label}"
     labelled = re.compile(rf"[\s>#*_`-]*{name}[\s*_`]*(?:[:=：]|(?<=\s)[-–—](?=\s|$))(.*)", re.IGNORECASE)
     heading = re.compile(rf"[\s>-]*(?:#+[\s*_]*{name}[\s*_]*|(\*\*|__){name}\1\s*)", re.IGNORECASE)
     lines = [_DRESS.sub(" ", line) for line in answer_of(text).splitlines()]
@@ -133,6 +135,6 @@ def read_labelled(text: str, label: str, values: Mapping[str, T], *, at_end: boo
 
 def _plain(value: str) -> str:
     """A value without emphasis and outer blanks, in lower case, and with no blanks beside brackets."""
-    value = re.sub(r"[*_`$]+|\\[()\[\]]", "", value)
+    value = re.sub(r"[*_`$\u200b-\u200d\u2060\ufeff]+|\\[()\[\]]", "", value.translate(_FULL_WIDTH))
     value = re.sub(r"\s*([\[\](){}<>/])\s*", r"\1", " ".join(value.split()))
     return value.removesuffix(".").rstrip().lower()

@@ -39,6 +39,7 @@ _LEAVE_S = 0.5
 _CHECK_S = 1.0
 _MAX_BODY = 16 << 20
 _MAX_EXCERPT = 200
+_MAX_COUNT = 1 << 53  # the largest that a metric holds exactly
 # The most that OpenAI, Azure and vLLM give; a server that gives fewer is told so by `extra_body`.
 _TOP_LOGPROBS = 20
 _USAGE = ("requests", "retries", "failures", "prompt_tokens", "completion_tokens")
@@ -372,7 +373,7 @@ def read_completion(content: bytes, digits: bool = False) -> Reply:
         raise _Failed(f"not a chat completion: {_read_error(content).message}", passing=True) from None
     # JSON can spell half a surrogate pair, which no file that we write can hold.
     text = (text or "").encode("utf-8", "replace").decode()
-    tokens = [count if type(count) is int and count > 0 else 0 for count in spent]
+    tokens = [count if type(count) is int and 0 < count <= _MAX_COUNT else 0 for count in spent]
     if digits:
         return Reply(text, True, False, *tokens, "", _digit_probabilities(choice))
     if text.strip() or ended == "length":

@@ -648,6 +648,8 @@ def test_half_a_surrogate_pair_is_text_that_can_be_written():
 def test_counts_that_are_no_counts_are_none():
     assert read_completion(body_of(message={"content": "a"}))[3:5] == (3, 0)
     assert read_completion(body_of(message={"reasoning": "hm"}, finish_reason="length"))[:3] == ("", True, True)
+    huge = json.loads(body_of(message={"content": "a"})) | {"usage": {"prompt_tokens": 10**400}}
+    assert read_completion(json.dumps(huge).encode())[3:5] == (0, 0)
 
 
 @settings(max_examples=100, derandomize=True, deadline=None)
