@@ -99,10 +99,11 @@ def bracketed(value: str) -> tuple[str, ...]:
 def read_labelled(text: str, label: str, values: Mapping[str, T], *, at_end: bool = False) -> T | None:
     """What the last line with the label says, or None where it says none of `values`.
 
-        labelled   ::=  ornament* ["final" | "overall"] label ornament* separator value ["."]     in any case, alone on its line
-                     |  ornament* ["final" | "overall"] label ornament* separator  newline+  value ["."]
+        labelled   ::=  ornament* name ornament* separator value ["."]     in any case, alone on its line
+                     |  ornament* name ornament* separator  newline+  value ["."]
                      |  heading  newline+  value ["."]
-        heading    ::=  "#"+ label  |  "**" label "**"  |  "__" label "__"      with "final" or "overall" before it too
+        heading    ::=  "#"+ name  |  "**" name "**"  |  "__" name "__"
+        name       ::=  ("final" | "overall")* label
         separator  ::=  ":" | "=" | a dash with blanks on both sides
         ornament   ::=  blanks, * _ ` and tags like <b> (anywhere), > # - (before the label), $ \\( \\) (in the value)
 

@@ -10,10 +10,10 @@ Where the answer is looked for; the first that the response has decides:
    with its option: `B) 81 years`.
 
 What is there names an option by its label, by its whole text, or by both (`choice_statement`).  Spaces, dress and,
-where nothing matches better, case do not matter.  What equals an option's text is that option, even where it looks
-like the label of another; `(B)` is always a label.  A response that names two options, or none, or speaks of another in the
-same breath, `Answer: B (but C is fine too)`, is unparsable; so is one that takes back, further down, what it named (`Answer: B. Wait, it is C.`).  One that ends within a box or a tag has
-no answer.
+where nothing matches better, case do not matter.  What equals an option's text is that option, even where it looks like
+the label of another; `(B)` is always a label.  A response that names two options, or none, or speaks of another in the
+same breath, `Answer: B (but C is fine too)`, is unparsable; so is one that takes back, further down, what it named
+(`Answer: B.  Wait, it is C.`).  One that ends within a box or a tag has no answer.
 """
 
 from __future__ import annotations

@@ -241,7 +241,8 @@ _ALONE = re.compile(rf"{_OPENS}{_IT_IS}{_LIST}(?: (?:only|alone|again|indeed))?"
 _VERDICT = re.compile(rf"({_X}) ?[:)–—-] ?(?=(?:in)?correct\b|wrong\b|right\b|true\b|false\b)", re.IGNORECASE)
 _CONJUNCTION = re.compile(r" (?:and|but|so|while|whereas)$", re.IGNORECASE)
 _UNSURE = re.compile(
-    r"\?|\b(?:or|if|unless|not (?:sure|certain|clear)|unsure|uncertain|unclear|no idea|maybe|perhaps|possibly|might|could|else|otherwise|either|between|partially|partly|almost"
+    r"\?|\b(?:or|if|unless|not (?:sure|certain|clear)|unsure|uncertain|unclear"
+    r"|no idea|maybe|perhaps|possibly|might|could|else|otherwise|either|between|partially|partly|almost"
     r"|nearly|vs|versus|depend(?:s|ing)?|at first|would)\b",
     re.IGNORECASE,
 )
