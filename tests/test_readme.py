@@ -166,10 +166,30 @@ def messages():
                 yield node.value
 
 
-def test_the_headings_of_the_troubles_are_the_messages_own_words():
+def headings_as_patterns():
     headings = re.findall(r"^### (.+)$", TEXT["troubleshooting.md"], re.MULTILINE)
-    texts = list(messages())
-    assert len(headings) > 30
-    for heading in headings:
-        pattern = ".*?".join(re.escape(part.strip()) for part in heading.split("…"))
-        assert any(re.search(pattern, text, re.DOTALL) for text in texts), heading
+    return [".*?".join(re.escape(part.strip()) for part in heading.split("…")) for heading in headings]
+
+
+def warnings_of(module, method):
+    """What a module hands to a method of that name: a probe's `problems.append`, for instance."""
+    for node in ast.walk(ast.parse((ROOT / "exprl_jax" / module).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == method:
+            yield ast.unparse(node.args[-1])
+
+
+@pytest.mark.parametrize(
+    "module, method, least", [("reward/probe.py", "problems.append", 5), ("run/watch.py", "Symptom", 6)]
+)
+def test_every_warning_of_probe_and_watch_has_its_heading(module, method, least):
+    warnings, patterns = list(warnings_of(module, method)), headings_as_patterns()
+    assert len(warnings) >= least
+    for warning in warnings:
+        assert any(re.search(pattern, warning, re.DOTALL) for pattern in patterns), warning
+
+
+def test_the_headings_of_the_troubles_are_the_messages_own_words():
+    texts, patterns = list(messages()), headings_as_patterns()
+    assert len(patterns) > 30
+    for pattern in patterns:
+        assert any(re.search(pattern, text, re.DOTALL) for text in texts), pattern
