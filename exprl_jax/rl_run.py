@@ -249,8 +249,8 @@ def _check_routes(config: Config, kinds: Sequence[str]) -> None:
     for kind in kinds:
         if ROUTES[config.routes.of(kind)].answer_likelihood and not KINDS[kind].keeps_answer:
             raise ValueError(
-                f"config.routes.{kind}: got {config.routes.of(kind)!r}, expected another route: the answers of "
-                f"{KINDS[kind].plural} are nothing that a policy could write"
+                f"config.routes.{kind}: got {config.routes.of(kind)!r}, expected another route: a policy does "
+                f"not write the answers of {KINDS[kind].plural}"
             )
 
 

@@ -137,6 +137,13 @@ def open_supervised(
 ) -> SupervisedRun:
     """The run of some examples that fit into rows.
 
+    Args:
+      policy: the model that is trained.
+      examples: those that are trained on.
+      held_back: those that are not; empty for none.
+      ask: (parameters, with their adapters) → more metrics of a validation.
+      asked: the keys of these metrics.
+
     Raises:
       ValueError: one is beyond the model's context, or they make no batch.
     """
@@ -145,7 +152,7 @@ def open_supervised(
     if longest > policy.arch.max_positions:
         raise ValueError(
             f"config.row_tokens: got {config.row_tokens}, which lets in an example of {longest} tokens; expected at "
-            f"most {policy.arch.max_positions}, the model's context length, over which examples are dropped"
+            f"most {policy.arch.max_positions}, the model's context length: then longer examples are dropped"
         )
     count = len(examples.items)
     if count < config.batch:

@@ -44,7 +44,7 @@ class Data(Source):
 
     Attributes:
       held_out: sources, written as in `source`, whose problems must not be among these; empty for none.
-      allow_held_out: train on such problems all the same.
+      allow_held_out: train on such problems nevertheless.
     """
 
     held_out: str

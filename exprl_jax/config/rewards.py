@@ -30,7 +30,7 @@ class Segments:
     Attributes:
       rule: where segments end: `heading` (line-start `###`), `paragraph`, `line`, `stride:<tokens>` or
         `regex:<pattern>`.
-      max_segments: most segments of a rollout; later ones are merged into the last.
+      max_segments: the most segments that a rollout is cut into; later ones are merged into the last.
     """
 
     rule: str
@@ -111,7 +111,7 @@ class JudgeWorkers:
       count: processes of each process of the run.
       batch: most attempts that the function is given at a time.
       seconds: wall-clock limit of one call of the function; a longer one is killed, and its scores are missing.
-      max_missing: a wave with a larger fraction of scores missing so ends the run.
+      max_missing: a wave with a larger fraction of its scores missing because of killed calls ends the run.
     """
 
     count: Workers
@@ -129,8 +129,8 @@ class Judge:
         own.
       model: the judge; equal weights to the reference's are one set of buffers.
       endpoint: where an `openai` judge is.
-      function: what a `function` judge calls, `package.module:name` or `path/to/file.py:name` (docs/judges.md); to it
-        read-out and budgets say nothing.
+      function: what a `function` judge calls, `package.module:name` or `path/to/file.py:name` (docs/judges.md);
+        read-out and budgets do not apply to it.
       workers: the processes that call it.
       rubric: what the judge is asked: empty for the built-in rubric, a template file of one's own (docs/judges.md), or
         `per_problem`: the judge first writes a checklist from each reference, and scores against that: `text` item by
@@ -189,7 +189,7 @@ class Truth:
     """What is known of rollouts' progress apart from the judge, to measure the judge by: metrics, never rewards.
 
     Attributes:
-      source: empty for nothing; `column:<name>`, a column of the data that lists the results which a solution reaches;
+      source: empty for none; `column:<name>`, a column of the data that lists the results which a solution reaches;
         or a function, `package.module:name` or `path/to/file.py:name`, as `judge.function` (docs/judges.md).
       workers: the processes that call a function.
     """
@@ -243,7 +243,7 @@ class Grader:
       seconds: wall-clock limit for one answer.
       workers: grader processes a host.
       function: what verifies problems of the domain `custom`, `package.module:name` or `path/to/file.py:name`
-        (docs/extending.md); empty for nothing.
+        (docs/extending.md); empty for none.
     """
 
     seconds: Seconds

@@ -30,8 +30,8 @@ from exprl_jax.config.values import Count, CountOrNone, GroupSize, NotNegative, 
 class Config:
     """Training on the policy's own rollouts: Stage I, sparse GRPO and Stage II (`rl`), self-distillation (`distill`).
 
-    Self-distillation has no rewards: routes, judge, segments, advantage, the loss's clips and the probe say nothing to
-    it, as `distillation` says nothing to `rl`.  They stand in one record so that arms differ from one base by a few
+    Self-distillation has no rewards: it does not use routes, judge, segments, advantage, the loss's clips and the
+    probe, as `rl` does not use `distillation`.  They stand in one record so that arms differ from one base by a few
     keys.
 
     Attributes:
@@ -56,7 +56,7 @@ class Config:
       checkpoint: what is saved, and when.
       evaluate: evaluation inside the run.
       log: what people read of a step.
-      grader: the grader of math answers.
+      grader: the graders of math answers, and of `custom` problems.
       code: running the programs of rollouts.
       probe: the check of the first batch, before the first update.
       watch: the comparison of later steps with the first ones.
@@ -100,8 +100,7 @@ class Config:
 
     @property
     def has_local_judge(self) -> bool:
-        """Whether any route is scored by a model on the mesh; open-ended science in the data has one verify it
-        besides."""
+        """Whether a model on the mesh scores any route.  Where none does, one may still verify open-ended science."""
         return self.task == "rl" and not self.routes.reference_free and self.judge.backend == "local"
 
 
@@ -156,10 +155,10 @@ class JudgeTraining:
       seed: all randomness derives from it.
       epochs: passes over the lessons, where `steps` is 0.
       steps: updates; 0 for as many as `epochs` passes take.
-      lessons: JSONL or parquet paths and globs with commas between; a row has `problem`, `reference` (null for a judge
-        without), `trace`, `unit` (`outcome`, `prefix` or `step`), a `score` in [0, 1], a `judgement` or both;
-        or, in place of `trace` and these two, `segments`, each with them.
-      judge: the judge as runs will ask it; its `model` is what is trained.  Lessons beyond its budgets are dropped and
+      lessons: JSONL or parquet paths and globs, `hf:` or `tfds:` data sets, with commas between; a row has
+        `problem`, `reference` (null for a judge without), `trace`, `unit` (`outcome`, `prefix` or `step`), and a
+        `score` in [0, 1], a `judgement` or both; or, in place of `trace` and these two, `segments`, each with them.
+      judge: the judge as runs will ask it; its `model` is trained.  Lessons beyond its budgets are dropped and
         counted.
       mesh: how devices are divided.
       lora: whether adapters are trained instead of all its parameters.
@@ -210,7 +209,7 @@ class Evaluate:
       policy: any model, a run's workdir among them.
       sampling: how many samples a problem, and how they are drawn.
       judge: says yes or no to open-ended answers.
-      grader: the grader of math answers.
+      grader: the graders of math answers, and of `custom` problems.
       code: running the programs of samples.
     """
 
@@ -283,7 +282,7 @@ class Calibrate:
       repeats: asking a judge about the same rollout several times.
       prefixes: prefix scores against the success of continuations.
       policy: writes the continuations of prefixes.
-      grader: the grader of math answers.
+      grader: the graders of math answers, and of `custom` problems.
       code: running the programs of rollouts.
     """
 

@@ -25,8 +25,8 @@ class Rollout:
         keeps pages for max_tokens of each slot.
       max_resample: how often a group without any advantage is sampled again, on any route.
       hints: longest hint, in tokens, with which a group without any success is then sampled once more; 0 for none.
-        `reference`, frozen, writes it from the reference solution.  Only where every route is `verifier`: it shows the
-        policy what was made from references.
+        `reference`, frozen, writes it from the reference solution.  Only where every route is `verifier`, because a
+        hint shows the policy what was made from a reference.
     """
 
     prompts: Count
@@ -120,7 +120,7 @@ class Validation:
     """Examples that are not trained on, by which a supervised run is watched.
 
     Attributes:
-      every: updates between validations, of which the last update has one too; 0 for none.
+      every: updates between validations; the last update has one too; 0 for none.
       fraction: of the problems, drawn at random, whose examples are held back for it.
       source: examples for it, in place of a fraction, written as those that are trained on; empty for none.
     """
@@ -146,7 +146,7 @@ class Checkpoint:
     """What is saved, and when.
 
     Attributes:
-      every: RL steps between checkpoints; the last step is always saved.
+      every: steps between checkpoints (of a supervised run: updates); the last step is always saved.
       keep: newest checkpoints kept.
       best: a metric by which the best checkpoint is kept beside them, its mean over the steps since the checkpoint
         before; empty for none.
@@ -164,9 +164,10 @@ class RunEvaluation:
     """Evaluation inside a run: pass@k on held-out problems, and on some of those that are trained on.
 
     Attributes:
-      every: RL steps between evaluations; one is made before the first step and one after the last besides; 0 for none.
+      every: RL steps between evaluations; there is one before the first step and one after the last too; 0 for none.
       source: held-out problems, written as in `data.source` (of `hf:` and `tfds:` the split `test`); empty for none.
-      training_problems: how many of the training problems are evaluated on too, drawn by the seed once; 0 for none.
+      training_problems: on how many of the training problems the policy is evaluated too, drawn once by the seed; 0 for
+        none.
       samples: samples a problem (n), a multiple of `rollout.group`: the run's sampling program draws them.
       k: values of k for which pass@k is measured besides 1, with commas between; empty for none.
       temperature: the policy's; 0 is greedy.

@@ -58,7 +58,8 @@ def calibrate(config: Calibrate, workdir_path: str) -> None:
     judged = [rollout for rollout in rollouts if decides(rollout.problem, rollout.verdict)]
     counts = {"rollouts": len(judged), "left_out": len(rollouts) - len(judged)}
     if not judged:
-        raise ValueError(f"config.rollouts: none of {len(rollouts)} rollouts has a verdict that says anything")
+        expected = "some found right or wrong: these verdicts are missing or timed_out"
+        raise ValueError(f"config.rollouts: got {len(rollouts)} rollouts, expected {expected}")
     say(f"{len(judged)} rollouts; left out {counts['left_out']} without a verdict (missing or timed out)")
     policy = open_model(config.policy) if config.prefixes.rollouts else None
     prefixes = [] if policy is None else cut_prefixes(config, policy.tokenizer, judged)

@@ -188,7 +188,8 @@ def _lesson(row: Row) -> JudgeLesson:
     if unit not in get_args(Unit):
         raise ValueError(f"{where}: unit must be one of {', '.join(get_args(Unit))}, got {unit!r:.60}")
     if reference is None and unit != "outcome":
-        raise ValueError(f"{where}: unit {unit!r} without a reference; a judge without one is asked of whole attempts")
+        expected = "expected 'outcome': a judge without one is asked about whole attempts alone"
+        raise ValueError(f"{where}: unit {unit!r} without a reference; {expected}")
     problem = Problem(
         id=hashlib.blake2b(text.encode(), digest_size=6).hexdigest(),
         problem=text,

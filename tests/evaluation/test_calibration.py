@@ -554,5 +554,5 @@ def test_runs_that_cannot_work_end_with_a_line(tmp_path, changes, said):
 
 def test_rollouts_without_verdicts_are_refused(tmp_path):
     rollouts = write_rollouts(tmp_path / "r.jsonl", verdict=lambda i, g: "missing")
-    with pytest.raises(ValueError, match="none of 12 rollouts has a verdict"):
+    with pytest.raises(ValueError, match="got 12 rollouts, expected some found right or wrong"):
         calibrate(calibration(rollouts), str(tmp_path / "run"))

@@ -100,5 +100,7 @@ def test_rows_that_no_pass_has_room_for_wait_for_the_next_and_longer_ones_have_n
 
 def test_tests_are_no_answer_that_a_policy_could_write(tmp_path):
     source = write_problems(tmp_path / "problems.jsonl", PROBLEMS)
-    with pytest.raises(ValueError, match=r"^config.routes.code: got 'likelihood', expected another route: the answers"):
+    with pytest.raises(
+        ValueError, match=r"^config.routes.code: got 'likelihood', expected another route: a policy does not"
+    ):
         opened(tiny("outcome", ROUTE | {"data.source": source}))
