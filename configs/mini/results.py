@@ -38,11 +38,13 @@ class Run(NamedTuple):
 
     Attributes:
       rows: its metrics; empty for the base.
+      curve: the same with the evaluation before the first step.
       evaluated: its policy on the held-out set and on the training set.
       rollouts: drawn while training, those of the Stage I before it left out.
     """
 
     rows: Sequence[Row]
+    curve: Sequence[Row]
     evaluated: EvaluatedModel
     rollouts: int
 
@@ -53,12 +55,13 @@ def read(root: pathlib.Path, name: str) -> Run | None:
     if not results.exists():
         return None
     metrics = root / name / "metrics.jsonl"
-    rows = [row for row in read_jsonl(metrics) if row["step"]] if metrics.exists() else []
+    curve = list(read_jsonl(metrics)) if metrics.exists() else []
+    rows = [row for row in curve if row["step"]]
     rollouts = 0
     if rows and "reward/mean" in rows[0]:
         rollout = json.loads((root / name / "config.json").read_text())["rollout"]
         rollouts = len(rows) * rollout["prompts"] * rollout["group"]
-    return Run(rows, read_results(results), rollouts)
+    return Run(rows, curve, read_results(results), rollouts)
 
 
 def read_all(root: pathlib.Path, difficulty: str) -> dict[str, dict[int, Run]]:
@@ -100,6 +103,26 @@ def table_rows(runs: Mapping[str, Mapping[int, Run]]) -> list[list[str]]:
             ]
         )
     return made
+
+
+def curve_rows(runs: Mapping[str, Mapping[int, Run]]) -> list[list[str]]:
+    """Held-out pass@1 / unsolved problems in percent by step of Stage I, a line for each run, with a header; nothing
+    where no run was evaluated on its way."""
+    lines: dict[str, dict[int, str]] = {}
+    for label in (label for label, *_ in STAGE_1.values()):
+        for seed, run in runs.get(label, {}).items():
+            measured = [row for row in run.curve if row.get("evaluate/pass@1") is not None]
+            cells = {
+                row["step"]: f"{100 * row['evaluate/pass@1']:.1f} / {100 * row['evaluate/unsolved']:.0f}"
+                for row in measured
+            }
+            if cells:
+                lines[f"{label}, seed {seed}"] = cells
+    steps = sorted({step for cells in lines.values() for step in cells})
+    return [
+        ["", *map(str, steps)],
+        *([name, *(cells.get(step, "") for step in steps)] for name, cells in lines.items()),
+    ]
 
 
 def read_variants(root: pathlib.Path, difficulty: str) -> dict[str, dict[int, Sequence[Row]]]:
@@ -161,13 +184,16 @@ def write(root: pathlib.Path, output: pathlib.Path, page: pathlib.Path, difficul
         runs = read_all(root, difficulty)
         if runs:
             parts.append(f"**{difficulty}**\n\n{markdown([COLUMNS, *table_rows(runs)])}\n")
+        if len(by_step := curve_rows(runs)) > 1:
+            told = "held-out pass@1 / unsolved problems of 16 samples, in percent, by step"
+            parts.append(f"**{difficulty}: {told}**\n\n{markdown(by_step)}\n")
         for label, by_seed in runs.items():
             for seed, run in by_seed.items():
                 at = difficulty, label, seed
                 points += [[*at, *(row.get(name) for name in _POINT)] for row in run.rows if "solve/none" in row]
         if len(variants := read_variants(root, difficulty)) > 1 and "DeltaNorm" in variants:
             table = markdown([VARIANT_COLUMNS, *variant_rows(variants)])
-            parts.append(f"**{difficulty}: what DeltaNorm needs to keep what it has learned**\n\n{table}\n")
+            parts.append(f"**{difficulty}: variants of DeltaNorm, and what becomes of them**\n\n{table}\n")
             for label in [label for label, _ in VARIANTS.values() if label in variants]:
                 for seed, rows in variants[label].items():
                     at = difficulty, label, seed

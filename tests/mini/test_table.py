@@ -142,6 +142,7 @@ def test_the_page_shows_what_is_there(tmp_path):
     assert list(cells)[3] == "Stage II from base" and cells["Stage II from base"][1] == "128"
     assert (tmp_path / "page/curves_hard.png").stat().st_size > 1000
     assert len((tmp_path / "page/curves.csv").read_text().splitlines()) == 1 + 15 + 15 + 20 + 20 + 1
+    assert cells["ExpRL-Outcome, seed 2"] == ["10.0 / 90"] * 15
     kept = cells["score 1 while all is right, else 0"]
     assert cells["DeltaNorm"][:4] == ["1", "10.0 (1)", "10.0", "step 9"]
     assert kept == ["1", "10.0 (1)", "10.0", "–", "accuracy 50, entropy 0.250, length 55"]
