@@ -29,6 +29,7 @@ QUICK = ("sparse", "outcome", "process")
 NO_STAGE_2 = ("learned", "noisy_10", "noisy_20", "noisy_50")
 # One change each to the arm `process`: what makes DeltaNorm collapse, and what keeps it?
 VARIANTS = {
+    "first": ("A₁ less the group's mean of first scores", ("--config.advantage.estimator=delta_group",)),
     "heading": ("heading counted to the segment that it opens", (r"--config.segments.rule=regex:(?=\n### )",)),
     "flat": ("score 1 while all is right, else 0", ("--config.judge.function=configs/mini/exact.py:right_so_far",)),
     "released": ("one segment: advantage s₁, as released", ("--config.advantage.one_segment=score",)),

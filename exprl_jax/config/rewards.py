@@ -208,7 +208,8 @@ class Advantage:
     """From scores to advantages (paper §3; docs/method.md says where the released code differs).
 
     Attributes:
-      estimator: advantages on the route `process`: `delta_norm` (Eq. 2/5), `end_norm` (Eq. 4) or `group_norm` (Eq. 6).
+      estimator: advantages on the route `process`: `delta_norm` (Eq. 2/5), `end_norm` (Eq. 4), `group_norm` (Eq. 6),
+        or our own `delta_group`: `delta_norm` whose first segment is compared with the group's first scores.
       one_segment: what `delta_norm` gives a rollout of one segment: `zero`, as the equation says, or its `score`, as
         the released code does.
       rollout_estimator: advantages on the other routes, which have one score a rollout: `grpo` (less the group's mean),
@@ -224,7 +225,7 @@ class Advantage:
         whose advantage needs it, `drop_rollout` the whole rollout.
     """
 
-    estimator: Literal["delta_norm", "end_norm", "group_norm"]
+    estimator: Literal["delta_norm", "end_norm", "group_norm", "delta_group"]
     one_segment: Literal["zero", "score"]
     rollout_estimator: Literal["grpo", "rloo", "maxrl"]
     std_normalise: bool

@@ -140,7 +140,32 @@ def group_norm(
     return _where_defined(above - baseline_P[:, None, None], valid)
 
 
-PROCESS_ESTIMATORS = {"delta_norm": delta_norm, "end_norm": end_norm, "group_norm": group_norm}
+def delta_group(
+    score_PGN: Float[np.ndarray, "P G N"], valid_PGN: Bool[np.ndarray, "P G N"], count_PG: Int[np.ndarray, "P G"]
+) -> tuple[Float32[np.ndarray, "P G N"], Bool[np.ndarray, "P G N"]]:
+    """A_t = s_t − s_{t−1} for t > 1, and A_1 = s_1 − mean over the group's rollouts of s_1   (not the paper's).
+
+    The paper's A_1 = s_1 − s_T turns against a right first segment as soon as rollouts that begin with one end well
+    (docs/mini.md).  The mean is over the first scores that were given.
+
+    Returns:
+      (advantage_PGN; defined_PGN, True where the scores that the segment needs were given).
+    """
+    _, valid, _ = _segments(score_PGN, valid_PGN, count_PG)
+    advantage, defined = delta_norm(score_PGN, valid_PGN, count_PG)
+    above, given = _above_lowest(score_PGN[..., 0], valid[..., 0]), valid[..., 0]
+    mean_P1 = above.sum(-1, keepdims=True) / np.maximum(given.sum(-1, keepdims=True), 1)
+    first = np.arange(valid.shape[-1]) == 0
+    advantage = np.where(first, (above - mean_P1)[..., None], advantage)
+    return _where_defined(advantage, np.where(first, given[..., None], defined))
+
+
+PROCESS_ESTIMATORS = {
+    "delta_norm": delta_norm,
+    "end_norm": end_norm,
+    "group_norm": group_norm,
+    "delta_group": delta_group,
+}
 ROLLOUT_ESTIMATORS = {"grpo": grpo, "rloo": rloo, "maxrl": maxrl}
 
 
