@@ -20,6 +20,9 @@ ARMS = {
         {"judge.readout": "logits", "judge.logits_value": "argmax", "advantage.min_logits_spread": 0.0},
     ),
     # From scores to advantages.
+    # The first segment against those of its group, not against the rollout's own end, which punishes it in the end.
+    "delta_group": (PROCESS, {"advantage.estimator": "delta_group"}),
+    "one_segment": (PROCESS, {"advantage.one_segment": "score"}),
     "drop_rollout": (PROCESS, {"advantage.missing": "drop_rollout"}),
     "mask": (OUTCOME, {"advantage.overlong": "mask"}),
     "penalty": (OUTCOME, {"advantage.overlong": "penalty"}),

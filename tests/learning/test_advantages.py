@@ -9,7 +9,12 @@ from exprl_jax.learning import advantages
 from tests.oracles import learning_numpy as oracle
 
 MISSING = oracle.MISSING
-ESTIMATORS = {"delta_norm": advantages.delta_norm, "end_norm": advantages.end_norm, "group_norm": advantages.group_norm}
+ESTIMATORS = {
+    "delta_norm": advantages.delta_norm,
+    "end_norm": advantages.end_norm,
+    "group_norm": advantages.group_norm,
+    "delta_group": advantages.delta_group,
+}
 
 
 STEPS, WHOLE = True, False
@@ -78,6 +83,14 @@ def test_golden_values(scores, delta, end):
 def test_golden_group_baseline():
     advantage, _ = advantages.group_norm(*pack([[(0.5, 0.75, 1), (0.25, 0.25, 0.5)]]))
     np.testing.assert_allclose(0.75 - advantage[0, 0, 1], 0.541667, atol=1e-6)
+
+
+def test_a_right_first_segment_is_never_worth_less_than_a_wrong_one_of_its_group():
+    """`delta_norm` punishes it once what follows goes well."""
+    packed = pack([[(0.5, 0.75, 1), (0.5, 0.75, 1), (0, 0, 0)]])
+    assert advantages.delta_norm(*packed)[0][0, :, 0].tolist() == [-0.5, -0.5, 0]
+    first = advantages.delta_group(*packed)[0][0, :, 0]
+    np.testing.assert_allclose(first, [1 / 6, 1 / 6, -1 / 3], atol=1e-6)
 
 
 # What the authors' code gives in these cases, and must not be given here.
@@ -162,6 +175,7 @@ def test_process_estimators_match_the_equations(groups):
         "delta_norm": [[oracle.delta_norm(scores) for scores in group] for group in groups],
         "end_norm": [[oracle.end_norm(scores) for scores in group] for group in groups],
         "group_norm": [oracle.group_norm(group) for group in groups],
+        "delta_group": [oracle.delta_group(group) for group in groups],
     }
     for name, estimate in ESTIMATORS.items():
         flat = [a for group in expected[name] for rollout in group for a in rollout]

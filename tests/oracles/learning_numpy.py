@@ -47,6 +47,13 @@ def delta_norm(scores):
     return [_minus(s, scores[t - 1] if t else scores[-1]) for t, s in enumerate(scores)]
 
 
+def delta_group(group):
+    """A_1 = s_1 − mean over rollouts of s_1, A_t = s_t − s_{t−1}; MISSING where a term is."""
+    first = [scores[0] for scores in group if scores[0] is not MISSING]
+    mean = float(np.mean(first)) if first else MISSING
+    return [[_minus(s, scores[t - 1] if t else mean) for t, s in enumerate(scores)] for scores in group]
+
+
 def end_norm(scores):
     """A_t = s_t − s_T, A_T = s_T."""
     return [_minus(s, scores[-1]) for s in scores[:-1]] + [scores[-1]]
