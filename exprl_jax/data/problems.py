@@ -125,7 +125,7 @@ def read_problems(source: str, *, split: str = "train", references: bool = True,
         raise ValueError(f"{source} holds no problems: expected at least one row")
     for name, where in unread.items():
         near = difflib.get_close_matches(str(name), COLUMNS, n=1)
-        say(f"{where}: column {name!r} is for functions alone{f'; did you mean {near[0]!r}?' if near else ''}")
+        say(f"{where}: column {name!r} is read by functions alone{f'; did you mean {near[0]!r}?' if near else ''}")
     return list(problems.values())
 
 

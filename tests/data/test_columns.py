@@ -67,7 +67,7 @@ def test_columns_are_read_under_their_names_from_every_source(write, name, tmp_p
         ("1+1?", "It is 2.", "2"),
         ("2+2?", "It is 4.", "4"),
     ]
-    assert "column 'topic' is for functions alone" in capsys.readouterr().err
+    assert "column 'topic' is read by functions alone" in capsys.readouterr().err
 
 
 def test_names_that_are_left_out_stay_and_one_may_take_anothers_place(tmp_path, capsys):

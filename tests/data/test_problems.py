@@ -344,8 +344,8 @@ def test_columns_that_are_not_read_are_named(tmp_path, capsys):
     source = lines(tmp_path / "a.jsonl", GOOD, dict(GOOD, problem="2 + 2?", refrence="4", level=3))
     read_problems(source, references=False)
     assert capsys.readouterr().err.splitlines() == [
-        f"{source} line 2: column 'refrence' is for functions alone; did you mean 'reference'?",
-        f"{source} line 2: column 'level' is for functions alone",
+        f"{source} line 2: column 'refrence' is read by functions alone; did you mean 'reference'?",
+        f"{source} line 2: column 'level' is read by functions alone",
     ]
 
 
