@@ -20,7 +20,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; starting aga
 _DIFF = define_config("diff", "Another config: print what differs between the two, and exit.")
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print what the config resolves to and what it needs, and exit.")
 _SHOW = flags.DEFINE_integer(
-    "show", None, "Show what becomes of the first so many problems, train and write nothing, and exit.", lower_bound=1
+    "show",
+    None,
+    "Show what a run would make of its first so many problems, and exit; trains and writes nothing.",
+    lower_bound=1,
 )
 _SHOW_JSON = flags.DEFINE_bool("show_json", False, "With --show: JSON, a line a problem, instead of a page.")
 _ACCEPT_LOST = flags.DEFINE_bool(
@@ -35,7 +38,7 @@ _PROCESS = flags.DEFINE_integer("process", None, "This process's index, from 0."
 _HEARTBEAT = flags.DEFINE_integer(
     "heartbeat_seconds",
     100,
-    "A process that is silent for so long (100 by default) is taken for dead, and the others end.",
+    "Seconds of silence after which a process counts as dead and the others end; 100 by default.",
     lower_bound=1,
 )
 _OPTIONS = (
@@ -70,6 +73,9 @@ def main(argv: list[str]) -> int:
         _check_options()
         settings = _CONFIG.value.to_dict()
         others = {} if _DIFF.value is None else _DIFF.value.to_dict()
+    except BrokenPipeError:  # the reader of the help has seen enough: `| head`, or a pager that was closed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except Exception as error:  # a config file is a program, and may raise anything
         return _complain(_reason(error), 2)
 

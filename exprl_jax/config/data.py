@@ -22,7 +22,7 @@ class Source:
 
     Attributes:
       source: JSONL or parquet paths and globs, `hf:<dataset id>[:<config>]`, `tfds:<name>` or a benchmark's name
-        (`data.benchmarks`); several with commas between.
+        (docs/data.md); several with commas between.
       split: the split that is read of `hf:` and `tfds:` sources.
       columns: other names that the columns of the problems have, `theirs:ours` with commas between
         (`question:problem,solution:reference`); ours are `problem,reference,answer,domain,choices,id`.  Empty: the
