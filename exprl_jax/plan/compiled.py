@@ -19,9 +19,11 @@ import jax
 from jax.sharding import Mesh
 
 from exprl_jax.mesh import bytes_per_device, fit_mesh, laid_out, mesh_over
-from exprl_jax.plan.calls import Call, Planned, Result, calls_of, owners_of
+from exprl_jax.plan.calls import calls_of
 from exprl_jax.plan.chips import Topology, axis_bandwidth
 from exprl_jax.plan.hlo import collectives, copies_in_loops, read_module
+from exprl_jax.plan.memory import owners_of
+from exprl_jax.plan.records import Call, Planned, Result
 
 TEMPORARIES, CODE = "temporaries", "code"
 # A copy of so many bytes each time around a loop is worth a line in the report.
@@ -33,7 +35,7 @@ class Usage:
     """What one program takes, a device.
 
     Attributes:
-      name, phase, times, settings: of its call (`plan.calls.Call`).
+      name, phase, times, settings: of its call (`plan.records.Call`).
       owners: bytes by owner, at the program's peak and of what lies beside it; of a program that did not compile, those
         that are known without the compiler.
       needed: bytes that all of it takes; of a program that is too large, what its compiler says.

@@ -12,17 +12,10 @@ from jax.sharding import AbstractMesh
 from exprl_jax.config import Annotate, Asking, Evaluate, JudgeTraining, Labelling, Model, Supervised
 from exprl_jax.layout import packed_shape
 from exprl_jax.mesh import DATA, MODEL, fit_mesh
-from exprl_jax.plan.calls import (
-    POLICY,
-    Call,
-    Planned,
-    asked_models,
-    calls_of,
-    frozen_models,
-    known_model,
-    owners_of,
-    planned_sizes,
-)
+from exprl_jax.plan.calls import calls_of, planned_sizes
+from exprl_jax.plan.memory import owners_of
+from exprl_jax.plan.models import asked_models, frozen_models, known_model
+from exprl_jax.plan.records import POLICY, Call, Planned
 from exprl_jax.plan.tables import memory_rows
 from exprl_jax.records import TrainState
 from exprl_jax.resolve import to_dict
@@ -51,7 +44,7 @@ def describe(config: Planned) -> str:
     distinct = dict.fromkeys(models.values())
     derived = {
         "mesh": f"data {data} x model {tensor} = {data * tensor} devices",
-        **{f"{role} parameters": f"{known_model(each).arch.parameters:,}" for role, each in models.items()},
+        **{f"{role} parameters": f"{known_model(model).arch.parameters:,}" for role, model in models.items()},
         **(_asked(config) if fixed else _derived(config)),
     }
     return "\n\n".join(

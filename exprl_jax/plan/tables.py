@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from exprl_jax.plan.calls import ADAM, BATCH, COPY, GRADIENT, KEYS, POLICY
 from exprl_jax.plan.chips import GIB
 from exprl_jax.plan.compiled import CODE, TEMPORARIES, Report, Usage
+from exprl_jax.plan.records import ADAM, BATCH, COPY, GRADIENT, KEYS, POLICY
 from exprl_jax.text_tables import align, markdown
 
 _OWNERS = (
@@ -18,8 +18,8 @@ PHASES = ("sample", "judge", "logp", "train")
 
 def memory_rows(owners: Sequence[Mapping[str, int]]) -> list[list[str]]:
     """GiB by owner: a header, and a row for each program; an owner that a program does not meet is left empty."""
-    names = sorted({name for each in owners for name in each}, key=_position)
-    return [names, *([_gib(each[name]) if name in each else "" for name in names] for each in owners)]
+    names = sorted({name for sizes in owners for name in sizes}, key=_position)
+    return [names, *([_gib(sizes[name]) if name in sizes else "" for name in names] for sizes in owners)]
 
 
 def as_text(report: Report) -> str:

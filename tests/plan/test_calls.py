@@ -12,7 +12,9 @@ from exprl_jax.evaluation.annotate import annotate
 from exprl_jax.evaluation.calibrate import calibrate
 from exprl_jax.evaluation.evaluate import evaluate
 from exprl_jax.mesh import make_mesh
-from exprl_jax.plan.calls import Result, calls_of, residents
+from exprl_jax.plan.calls import calls_of
+from exprl_jax.plan.memory import residents
+from exprl_jax.plan.records import Result
 from exprl_jax.resolve import resolve
 from exprl_jax.sft import sft
 

@@ -15,9 +15,10 @@ from exprl_jax import compile_check
 from exprl_jax.kinds import KINDS
 from exprl_jax.mesh import mesh_over
 from exprl_jax.plan import compiled
-from exprl_jax.plan.calls import calls_of, known_model
+from exprl_jax.plan.calls import calls_of
 from exprl_jax.plan.chips import GIB, topology
 from exprl_jax.plan.compiled import CODE, TEMPORARIES, compile_for, needed_bytes, uncached
+from exprl_jax.plan.models import known_model
 from exprl_jax.plan.tables import as_text, summary
 from exprl_jax.resolve import resolve
 from exprl_jax.weights.language_model import PUBLISHED

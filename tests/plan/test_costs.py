@@ -8,10 +8,10 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import AbstractMesh
 from tiny_runs import config_dict
 
-from exprl_jax.plan import calls as calls_room
-from exprl_jax.plan import costs
-from exprl_jax.plan.calls import Result, calls_of
+from exprl_jax.plan import costs, rows, updates
+from exprl_jax.plan.calls import calls_of
 from exprl_jax.plan.costs import seen_pairs
+from exprl_jax.plan.records import Result
 from exprl_jax.resolve import resolve
 from tests.oracles.jaxpr_products import count_products, kernels_of
 
@@ -52,7 +52,8 @@ def test_every_calls_operations_are_those_of_its_program(config, loops, monkeypa
     """On one device without TPU kernels: attention there has a score for every query and key, seen or not, and no
     score is made again going back."""
     monkeypatch.setattr(costs, "BACKWARD", 4)
-    monkeypatch.setattr(calls_room, "seen_pairs", lambda queries, keys: queries * keys)
+    for room in (rows, updates):
+        monkeypatch.setattr(room, "seen_pairs", lambda queries, keys: queries * keys)
     results = {}
     for name, call in calls_on(config).items():
         arguments = [results[tree.name] if isinstance(tree, Result) else tree for _, tree in call.arguments]
