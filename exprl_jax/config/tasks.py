@@ -105,36 +105,31 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sft:
-    """Supervised training on the reference solutions.
+class Supervised:
+    """Training on given answers, `sft` and `judge`: on examples of references, or on lessons for a judge.
 
     Attributes:
-      task: `sft`.
       seed: all randomness derives from it.
-      epochs: passes over the data, where `steps` is 0.
+      epochs: passes over the examples or lessons, where `steps` is 0.
       steps: updates; 0 for as many as `epochs` passes take.
-      data: problems whose references are trained on.
       mesh: how devices are divided.
-      policy: the model that is trained.
       lora: whether adapters are trained instead of all its parameters.
-      batch: examples an update.
+      batch: examples or lessons an update.
       microbatch: packed rows a gradient-accumulation step, over all devices; 0: chosen by the program from lengths
         and memory.
-      row_tokens: width of a packed row; longer examples are dropped and counted.  0: chosen so that all fit.
+      row_tokens: width of a packed row; longer examples or lessons are dropped and counted.  0: chosen so that all fit.
       logp_chunk: rows × tokens whose [.., V] logits exist at once.
-      validation: examples that are held back, and when they are looked at.
+      validation: examples or lessons that are held back, and when they are looked at.
       optimizer: AdamW, its schedule and its clip.
       checkpoint: what is saved, and when.
       log: who is told of the metrics.
     """
 
-    task: Literal["sft"]
+    task: Literal["sft", "judge"]
     seed: Seed
     epochs: Count
     steps: CountOrNone
-    data: Data
     mesh: Mesh
-    policy: Model
     lora: Lora
     batch: Count
     microbatch: CountOrNone
@@ -147,48 +142,37 @@ class Sft:
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgeTraining:
+class Sft(Supervised):
+    """Supervised training on the reference solutions.
+
+    Attributes:
+      task: `sft`.
+      data: problems whose references are trained on.
+      policy: the model that is trained.
+    """
+
+    task: Literal["sft"]
+    data: Data
+    policy: Model
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeTraining(Supervised):
     """Training a judge on lessons: texts, each with the score or the judgement that it should get.
 
     Attributes:
       task: `judge`.
-      seed: all randomness derives from it.
-      epochs: passes over the lessons, where `steps` is 0.
-      steps: updates; 0 for as many as `epochs` passes take.
       lessons: JSONL or parquet paths and globs, `hf:` or `tfds:` data sets, with commas between; a row has
         `problem`, `reference` (null for a judge without), `trace`, `unit` (`outcome`, `prefix` or `step`), and a
         `score` in [0, 1], a `judgement` or both; or, in place of `trace` and these two, `segments`, each with them.
       judge: the judge as runs will ask it; its `model` is trained.  Lessons beyond its budgets are dropped and
         counted.
-      mesh: how devices are divided.
-      lora: whether adapters are trained instead of all its parameters.
-      batch: lessons an update.
-      microbatch: packed rows a gradient-accumulation step, over all devices; 0: chosen by the program from lengths
-        and memory.
-      row_tokens: width of a packed row; longer lessons are dropped and counted.  0: chosen so that all fit.
-      logp_chunk: rows × tokens whose [.., V] logits exist at once.
-      validation: lessons that are held back, and when they are looked at.
-      optimizer: AdamW, its schedule and its clip.
-      checkpoint: what is saved, and when.
-      log: who is told of the metrics.
     """
 
     task: Literal["judge"]
-    seed: Seed
-    epochs: Count
-    steps: CountOrNone
     lessons: str
     judge: Judge
-    mesh: Mesh
-    lora: Lora
-    batch: Count
-    microbatch: CountOrNone
-    row_tokens: CountOrNone
-    logp_chunk: Count
     validation: JudgeValidation
-    optimizer: Optimizer
-    checkpoint: Checkpoint
-    log: Tracking
 
     @property
     def policy(self) -> Model:
@@ -259,15 +243,30 @@ class Prefixes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Calibrate:
+class Asking:
+    """Asking models about fixed rollouts: `calibrate`, `annotate` and `label`.
+
+    Attributes:
+      seed: all randomness derives from it.
+      rollouts: JSONL files or globs with commas between, of a run (`rollouts/`) or an evaluation (`samples/`).
+      data: the problems of the rollouts; an empty `source` where the files hold all that is needed.
+      mesh: how devices are divided.
+    """
+
+    task: Literal["calibrate", "annotate", "label"]
+    seed: Seed
+    rollouts: str
+    data: Source
+    mesh: Mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibrate(Asking):
     """Judges against verifiers on fixed rollouts.
 
     Attributes:
       task: `calibrate`.
-      seed: all randomness derives from it.
-      rollouts: JSONL files or globs with commas between, of a run (`rollouts/`) or an evaluation (`samples/`).
       data: the problems of the rollouts; an empty `source` where the files hold references and no choices.
-      mesh: how devices are divided.
       judges: the judges, by the names that tables and figures give them; a local one whose context is too short is
         left out and named.
       stored: a name for the judge of the run that wrote the rollouts, whose scores the files hold: it is compared with
@@ -287,10 +286,6 @@ class Calibrate:
     """
 
     task: Literal["calibrate"]
-    seed: Seed
-    rollouts: str
-    data: Source
-    mesh: Mesh
     judges: dict[str, Judge]
     stored: str
     references: str
@@ -321,58 +316,43 @@ class Calibrate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Annotate:
+class Annotate(Asking):
     """Solution archetypes and reasoning behaviours in fixed rollouts.
 
     Attributes:
       task: `annotate`.
-      seed: all randomness derives from it.
-      rollouts: JSONL files or globs with commas between, of a run (`rollouts/`) or an evaluation (`samples/`).
       base: workdir of another annotation, to which this one is compared; empty for none.
-      data: the problems of the rollouts; an empty `source` where the files hold all that is needed.
-      mesh: how devices are divided.
       annotator: the model that annotates; its `text` is read as JSON.
       wave: rollouts of a call to it.
     """
 
     task: Literal["annotate"]
-    seed: Seed
-    rollouts: str
     base: str
-    data: Source
-    mesh: Mesh
     annotator: Judge
     wave: Count
 
 
 @dataclasses.dataclass(frozen=True)
-class Labelling:
+class Labelling(Asking):
     """Lessons for a judge, out of fixed rollouts and what another judge says of them.
 
     Attributes:
       task: `label`.
-      seed: all randomness derives from it.
-      rollouts: JSONL files or globs with commas between, of a run (`rollouts/`) or an evaluation (`samples/`).
       data: the problems of the rollouts; an empty `source` where the files hold references and no choices.
       count: rollouts that are made lessons of, drawn at random; 0 for all.
       unit: what is judged: a whole rollout (`outcome`), each beginning of one (`prefix`), or each `step`.
       segments: where a rollout is cut for the latter two.
       policy: whose tokens the rollouts are cut between, as in its run; nothing but its tokenizer is read.
-      mesh: how devices are divided.
       judge: says what the texts are worth; any backend.
       wave: problems of a call to the judge.
       group: rollouts of a problem in that call.
     """
 
     task: Literal["label"]
-    seed: Seed
-    rollouts: str
-    data: Source
     count: CountOrNone
     unit: Literal["outcome", "prefix", "step"]
     segments: Segments
     policy: Model
-    mesh: Mesh
     judge: Judge
     wave: Count
     group: GroupSize
@@ -388,7 +368,4 @@ TASKS = {
     "annotate": Annotate,
     "label": Labelling,
 }
-Supervised = Sft | JudgeTraining
-# What asks models about fixed rollouts.
-Asking = Calibrate | Annotate | Labelling
-AnyConfig = Config | Supervised | Evaluate | Calibrate | Annotate | Labelling
+AnyConfig = Config | Supervised | Evaluate | Asking
