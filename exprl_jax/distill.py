@@ -32,7 +32,6 @@ from exprl_jax.layout import packed_shape
 from exprl_jax.learning.update import over_updates
 from exprl_jax.mesh import Placement
 from exprl_jax.records import Teaching, TrainState
-from exprl_jax.resolve import to_dict
 from exprl_jax.reward.statistics import rollout_statistics, verdict_indices
 from exprl_jax.reward.verifiers.grading import submit_owned
 from exprl_jax.reward.verifiers.verdict import Verdict
@@ -41,9 +40,7 @@ from exprl_jax.rollout.call import Prompts, make_prompts
 from exprl_jax.rollout.usage import usage_metrics
 from exprl_jax.rollout_log import rollout_row, token_row
 from exprl_jax.run.clock import Clock
-from exprl_jax.run.loop import StepResult, run_task
-from exprl_jax.run.trackers import check_trackers
-from exprl_jax.run.workdir import check_workdir
+from exprl_jax.run.loop import StepResult, Task, run_task
 from exprl_jax.run_evaluation import evaluation_of
 from exprl_jax.wave import Wave, WaveRequest, sample_wave, wave_requests
 
@@ -84,13 +81,13 @@ def distill(config: Config, workdir_path: str, accept_lost_records: bool = False
       ValueError: anything about config, data, model or folder that cannot work, in one line.
       FloatingPointError: a metric is not finite (names step and metric).
     """
-    check_workdir(workdir_path, to_dict(config))
-    check_trackers(config.log.trackers)
-    with contextlib.ExitStack() as stack:
+
+    def open_task(stack: contextlib.ExitStack) -> Task:
         distilled = open_distill_run(config, stack)
-        steps = {"collect": functools.partial(collect, distilled), "learn": functools.partial(learn, distilled)}
-        task = task_of(distilled.run, **steps, evaluation=evaluation_of(distilled.run))
-        run_task(task, workdir_path, keep_report, accept_lost_records)
+        verbs = functools.partial(collect, distilled), functools.partial(learn, distilled)
+        return task_of(distilled.run, *verbs, evaluation_of(distilled.run))
+
+    run_task(config, open_task, workdir_path, keep_report, accept_lost_records)
 
 
 def open_distill_run(config: Config, stack: contextlib.ExitStack) -> DistillRun:

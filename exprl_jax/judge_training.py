@@ -26,7 +26,6 @@ from exprl_jax.learning.supervised import JUDGE_VALIDATION
 from exprl_jax.mesh import DATA, Placement, make_mesh
 from exprl_jax.model.lora import attached
 from exprl_jax.programs import build_judge
-from exprl_jax.resolve import to_dict
 from exprl_jax.reward.judge import Judge, JudgePrompts
 from exprl_jax.reward.judge_prompts import digit_token_ids
 from exprl_jax.reward.judgements import Query
@@ -35,8 +34,6 @@ from exprl_jax.reward.lessons import JudgeLesson, Taught, lesson_prompt, likert,
 from exprl_jax.reward.statistics import correlation, midranks
 from exprl_jax.rollout.call import padded_width
 from exprl_jax.run.loop import run_task
-from exprl_jax.run.trackers import check_trackers
-from exprl_jax.run.workdir import check_workdir
 from exprl_jax.supervised_run import Examples, SupervisedRun, hold_back, open_supervised, task_of
 from exprl_jax.weights.language_model import LanguageModel, open_model
 
@@ -48,9 +45,7 @@ def train_judge(config: JudgeTraining, workdir_path: str, accept_lost_records: b
       ValueError: anything about config, lessons, model or folder that cannot work, in one line.
       FloatingPointError: a metric is not finite (names step and metric).
     """
-    check_workdir(workdir_path, to_dict(config))
-    check_trackers(config.log.trackers)
-    run_task(task_of(open_run(config)), workdir_path, keep_report, accept_lost_records)
+    run_task(config, lambda _: task_of(open_run(config)), workdir_path, keep_report, accept_lost_records)
 
 
 def open_run(config: JudgeTraining) -> SupervisedRun:
@@ -65,13 +60,10 @@ def open_run(config: JudgeTraining) -> SupervisedRun:
     check_judge_lengths(config.judge, policy.arch)
     say(f"judge {config.policy.weights}")
     examples = _examples(config, policy.tokenizer, read_lessons(config.lessons), mesh)
-    texts = [lesson.problem.problem for lesson in examples.items]
-    if config.validation.source:
-        held_back = _examples(config, policy.tokenizer, read_lessons(config.validation.source), mesh)
-        hold_back(config, texts, [lesson.problem.problem for lesson in held_back.items])
-    else:
-        trained, held = hold_back(config, texts, [])
-        examples, held_back = examples.take(trained), examples.take(held)
+    others = None
+    if source := config.validation.source:
+        others = _examples(config, policy.tokenizer, read_lessons(source), mesh)
+    examples, held_back = hold_back(config, examples, others, lambda lesson: lesson.problem.problem)
     if not held_back.items:
         return open_supervised(config, mesh, policy, examples, held_back)
     ask = functools.partial(ask_about, open_judge(config, mesh, policy, held_back.items), held_back.items)

@@ -316,12 +316,11 @@ def _load_frozen(
     return frozen
 
 
-def task_of(run: RLRun, *, collect: Callable, learn: Callable, evaluation: Evaluation | None) -> Task:
+def task_of(run: RLRun, collect: Callable, learn: Callable, evaluation: Evaluation | None) -> Task:
     """The run as the loop sees it; `collect`, `learn` and `evaluation` as in `run.loop.Task`."""
     config, policy = run.config, run.policy
     return Task(
         config=config,
-        checkpoint=config.checkpoint,
         steps=config.steps,
         parameter_bytes=policy.parameter_bytes,
         abstract=programs_room.abstract_state(config, policy.arch),
@@ -334,7 +333,6 @@ def task_of(run: RLRun, *, collect: Callable, learn: Callable, evaluation: Evalu
         all_finite=run.programs.all_finite,
         record_models=functools.partial(_record, run),
         export=functools.partial(export_policy, config.lora, policy, run.base),
-        trackers=config.log.trackers,
         evaluation=evaluation,
         headline="reward" if config.task == "rl" else "accuracy",
         watch=config.watch,

@@ -18,10 +18,7 @@ from exprl_jax.evaluation.live_report import keep_report
 from exprl_jax.hosts import say
 from exprl_jax.layout import check_layout
 from exprl_jax.mesh import DATA, make_mesh
-from exprl_jax.resolve import to_dict
 from exprl_jax.run.loop import run_task
-from exprl_jax.run.trackers import check_trackers
-from exprl_jax.run.workdir import check_workdir
 from exprl_jax.supervised_run import Examples, SupervisedRun, hold_back, open_supervised, task_of
 from exprl_jax.weights.language_model import open_model
 
@@ -33,9 +30,7 @@ def sft(config: Sft, workdir_path: str, accept_lost_records: bool = False) -> No
       ValueError: anything about config, data, model or folder that cannot work, in one line.
       FloatingPointError: a metric is not finite (names step and metric).
     """
-    check_workdir(workdir_path, to_dict(config))
-    check_trackers(config.log.trackers)
-    run_task(task_of(open_run(config)), workdir_path, keep_report, accept_lost_records)
+    run_task(config, lambda _: task_of(open_run(config)), workdir_path, keep_report, accept_lost_records)
 
 
 def open_run(config: Sft) -> SupervisedRun:
@@ -49,14 +44,10 @@ def open_run(config: Sft) -> SupervisedRun:
     policy = open_model(config.policy)
     say(f"policy {config.policy.weights}")
     examples = _examples(config, policy.tokenizer, read_training_problems(config.data, references=True))
-    if config.validation.source:
-        others = read_problems(config.validation.source, split=config.data.split)
-        held_back = _examples(config, policy.tokenizer, others)
-        hold_back(config, [p.problem for p in examples.items], [p.problem for p in held_back.items])
-    else:
-        trained, held = hold_back(config, [p.problem for p in examples.items], [])
-        examples, held_back = examples.take(trained), examples.take(held)
-    return open_supervised(config, mesh, policy, examples, held_back)
+    others = None
+    if source := config.validation.source:
+        others = _examples(config, policy.tokenizer, read_problems(source, split=config.data.split))
+    return open_supervised(config, mesh, policy, *hold_back(config, examples, others, lambda problem: problem.problem))
 
 
 def _examples(config: Sft, tokenizer: Tokenizer, problems: list[Problem]) -> Examples:

@@ -100,30 +100,33 @@ class Collected(NamedTuple):
     validates: bool
 
 
-def hold_back(config: Supervised, problems: Sequence[str], others: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Which items are trained on, and which are held back: those of a fraction of the problems.
+def hold_back(
+    config: Supervised, examples: Examples, others: Examples | None, text: Callable[[Any], str]
+) -> tuple[Examples, Examples]:
+    """The examples that are trained on, and those that are held back: `others`, or those of a fraction of the problems.
 
     Args:
-      problems: each item's problem; items of one problem are never divided.
-      others: problems of `validation.source`.
+      others: the examples of `validation.source`; None for none.
+      text: of an item's problem; items of one problem are never divided.
 
     Raises:
       ValueError: a problem is in both.
     """
-    fraction = config.validation.fraction
-    if not others and not fraction:
-        return list(range(len(problems))), []
-    key_N, known = [problem_hash(text) for text in problems], {problem_hash(text) for text in others}
-    if shared := [text for text, key in zip(problems, key_N) if key in known]:
-        raise ValueError(
-            f"config.validation.source: {len(shared)} of {len(problems)} training examples are of problems that it "
-            f"holds, the first of {shared[0]!r:.60}; remove them from one of the two"
-        )
+    problems, fraction = [text(item) for item in examples.items], config.validation.fraction
+    key_N = [problem_hash(problem) for problem in problems]
+    if others is not None:
+        known = {problem_hash(text(item)) for item in others.items}
+        if shared := [problem for problem, key in zip(problems, key_N) if key in known]:
+            raise ValueError(
+                f"config.validation.source: {len(shared)} of {len(problems)} training examples are of problems that it "
+                f"holds, the first of {shared[0]!r:.60}; remove them from one of the two"
+            )
+        return examples, others
     distinct = list(dict.fromkeys(key_N))
     count = min(max(1, round(fraction * len(distinct))), len(distinct) - 1) if fraction else 0
     held = {distinct[i] for i in order(len(distinct), config.seed, _HOLDING_BACK)[:count]}
     trained = [i for i, key in enumerate(key_N) if key not in held]
-    return trained, [i for i, key in enumerate(key_N) if key in held]
+    return examples.take(trained), examples.take([i for i, key in enumerate(key_N) if key in held])
 
 
 def open_supervised(
@@ -242,7 +245,6 @@ def task_of(run: SupervisedRun) -> Task:
     """The run as the loop sees it."""
     return Task(
         config=run.config,
-        checkpoint=run.config.checkpoint,
         steps=run.steps,
         parameter_bytes=run.policy.parameter_bytes,
         abstract=run.programs.abstract,
@@ -260,7 +262,6 @@ def task_of(run: SupervisedRun) -> Task:
             files=rubric_files(run.config.judge) if isinstance(run.config, JudgeTraining) else {},
         ),
         export=functools.partial(export_policy, run.config.lora, run.policy, run.base),
-        trackers=run.config.log.trackers,
         evaluation=None,
         headline="loss",
         watch=None,

@@ -22,16 +22,13 @@ from exprl_jax.config import Config
 from exprl_jax.data.problems import batch_indices
 from exprl_jax.evaluation.live_report import keep_report
 from exprl_jax.records import Experience, TrainState
-from exprl_jax.resolve import to_dict
 from exprl_jax.reward.probe import probe_batch
 from exprl_jax.reward.statistics import summarise
 from exprl_jax.rl_run import RLRun, open_run, task_of
 from exprl_jax.rollout.usage import usage_metrics
 from exprl_jax.rollout_log import gather_table, sample_rows
 from exprl_jax.run.clock import Clock
-from exprl_jax.run.loop import StepResult, run_task
-from exprl_jax.run.trackers import check_trackers
-from exprl_jax.run.workdir import check_workdir
+from exprl_jax.run.loop import StepResult, Task, run_task
 from exprl_jax.run_evaluation import evaluation_of
 from exprl_jax.wave import finish_wave, start_wave, wave_requests
 
@@ -61,12 +58,12 @@ def train(config: Config, workdir_path: str, accept_lost_records: bool = False) 
       ValueError: anything about config, data, model or folder that cannot work, in one line.
       FloatingPointError: a metric is not finite (names step and metric).
     """
-    check_workdir(workdir_path, to_dict(config))
-    check_trackers(config.log.trackers)
-    with contextlib.ExitStack() as stack:
+
+    def open_task(stack: contextlib.ExitStack) -> Task:
         run = open_run(config, stack)
-        steps = {"collect": functools.partial(collect, run), "learn": functools.partial(learn, run)}
-        run_task(task_of(run, **steps, evaluation=evaluation_of(run)), workdir_path, keep_report, accept_lost_records)
+        return task_of(run, functools.partial(collect, run), functools.partial(learn, run), evaluation_of(run))
+
+    run_task(config, open_task, workdir_path, keep_report, accept_lost_records)
 
 
 def collect(run: RLRun, state: TrainState, step: int, clock: Clock) -> Collected:

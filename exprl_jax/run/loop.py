@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from exprl_jax.config import Checkpoint, Watch
+from exprl_jax.config import Checkpoint, Config, Supervised, Watch
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.training import check_position, check_same_problems, fingerprint
 from exprl_jax.hosts import barrier, say
@@ -21,8 +22,9 @@ from exprl_jax.run.clock import Clock, CompileLedger, Progress
 from exprl_jax.run.evaluating import Evaluation, headline
 from exprl_jax.run.metrics import Metrics, read_metrics, truncate_after, write_evaluation, write_rollouts
 from exprl_jax.run.stopping import StopRequest
+from exprl_jax.run.trackers import check_trackers
 from exprl_jax.run.watch import RunWatch, check_moved
-from exprl_jax.run.workdir import Workdir, open_workdir
+from exprl_jax.run.workdir import Workdir, check_workdir, open_workdir
 
 # Steps in a row, all of whose updates were skipped, after which a run ends.
 _MOST_SKIPPED = 10
@@ -69,14 +71,12 @@ class Task:
       record_models: writes down what the models are, or checks that they are what is written down; every process calls
         it.
       export: writes a model from parameters to a workdir; every process calls it.
-      trackers: names of those that are told of the metrics.
       evaluation: of the policy, inside the run; None where there is none.
       headline: what the number that progress shows is called.
       watch: how the run is watched for a collapse; None where there is nothing to watch.
     """
 
-    config: Any
-    checkpoint: Checkpoint
+    config: Config | Supervised
     steps: int
     parameter_bytes: int
     abstract: TrainState
@@ -89,7 +89,6 @@ class Task:
     all_finite: Callable[[Any], Any]
     record_models: Callable[[Workdir], None]
     export: Callable[[Any, Workdir], None]
-    trackers: Sequence[str]
     evaluation: Evaluation | None
     headline: str
     watch: Watch | None
@@ -103,28 +102,44 @@ class Best(NamedTuple):
 
 
 def run_task(
-    task: Task, workdir_path: str, keep_report: Callable[[Workdir], None], accept_lost_records: bool = False
+    config: Config | Supervised,
+    open_task: Callable[[contextlib.ExitStack], Task],
+    workdir_path: str,
+    keep_report: Callable[[Workdir], None],
+    accept_lost_records: bool = False,
 ) -> None:
     """Takes a run from where its folder stands to its last step, and exports the policy.
 
     Args:
+      open_task: opens models and data, and puts on the stack what is to be closed at the run's end.  Called when folder
+        and trackers are known to be usable: models load for minutes.
       keep_report: writes a workdir's report (`evaluation.live_report`); called at every checkpoint, in one process.
       accept_lost_records: go on although checkpoints or metrics of steps that were taken are gone.
 
     Raises:
-      ValueError: the folder is another run's, records are gone, the data have changed, the disk is too small.
+      ValueError: anything about config, data, model or folder that cannot work, in one line.
       FloatingPointError: a metric is not finite (names step and metric).
     """
+    check_workdir(workdir_path, to_dict(config))
+    check_trackers(config.log.trackers)
+    with contextlib.ExitStack() as stack:
+        _run_opened(open_task(stack), workdir_path, keep_report, accept_lost_records)
+
+
+def _run_opened(
+    task: Task, workdir_path: str, keep_report: Callable[[Workdir], None], accept_lost_records: bool
+) -> None:
+    """Raises as `run_task` does, for what only the opened run can tell: other data, lost records, too small a disk."""
+    config, checkpoint, trackers = to_dict(task.config), task.config.checkpoint, task.config.log.trackers
     abstract = laid_out(task.abstract, task.shardings)
     state_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
-    kept = task.checkpoint.keep + 1 + bool(task.checkpoint.best)  # one more while a save is under way
+    kept = checkpoint.keep + 1 + bool(checkpoint.best)  # one more while a save is under way
     needed = kept * state_bytes + task.parameter_bytes
-    config = to_dict(task.config)
     with (
         open_workdir(
             workdir_path, config, needed_bytes=needed, process=jax.process_index(), barrier=barrier
         ) as workdir,
-        Checkpoints(workdir.checkpoints, task.checkpoint.keep, config) as checkpoints,
+        Checkpoints(workdir.checkpoints, checkpoint.keep, config) as checkpoints,
         CompileLedger() as ledger,
         StopRequest() as stop,
     ):
@@ -134,13 +149,13 @@ def run_task(
         _refuse_dead(task, state, done)
         barrier()  # every process sees the records as they are before they are cut to the checkpoint
         if not accept_lost_records:
-            check_records(workdir, task.checkpoint.every, done)
+            check_records(workdir, checkpoint.every, done)
         barrier()
         truncate_after(workdir, done)
         barrier()  # every process watches the same rows
         rows = read_metrics(workdir.metrics)
         watch = RunWatch(task.watch, [row for row in rows if row["step"] > 0]) if task.watch else None
-        with Metrics(workdir, task.trackers) as metrics, Progress(task.steps, done, task.headline) as progress:
+        with Metrics(workdir, trackers) as metrics, Progress(task.steps, done, task.headline) as progress:
             clock, skipped, idle, unsaved = Clock(), int(state.skipped), 0, []
             problems = fingerprint(task.problems)
             if task.evaluation is not None and not rows:
@@ -169,8 +184,8 @@ def run_task(
                 unsaved.append(row)
                 progress.show(step + 1, result.headline, result.tokens["train"] / row["time/step_seconds"])
                 stopping = stop.agreed()
-                if stopping or (step + 1) % task.checkpoint.every == 0 or step + 1 == task.steps:
-                    best, unsaved = better_of(best, task.checkpoint, step + 1, unsaved), []
+                if stopping or (step + 1) % checkpoint.every == 0 or step + 1 == task.steps:
+                    best, unsaved = better_of(best, checkpoint, step + 1, unsaved), []
                     position = {"next_batch": step + 1, "problems": problems}
                     position["best"] = None if best is None else best._asdict()
                     checkpoints.save(step + 1, state, position, None if best is None else best.step)
@@ -278,8 +293,9 @@ def _refuse_dead(task: Task, state: TrainState, step: int) -> None:
 
 def _print_summary(task: Task, workdir: Workdir, best: Best | None, warnings: Sequence[str]) -> None:
     if jax.process_index() == 0:
-        known = "" if best is None else f"  best         step {best.step}, {task.checkpoint.best} {best.value:.4g}\n"
-        events = f"  TensorBoard  {workdir.tensorboard}\n" if "tensorboard" in task.trackers else ""
+        metric = task.config.checkpoint.best
+        known = "" if best is None else f"  best         step {best.step}, {metric} {best.value:.4g}\n"
+        events = f"  TensorBoard  {workdir.tensorboard}\n" if "tensorboard" in task.config.log.trackers else ""
         told = "".join(f"  watch        {warning}\n" for warning in warnings)
         print(
             f"done\n{told}  checkpoints  {workdir.checkpoints}\n{known}  metrics      {workdir.metrics}\n"
