@@ -133,6 +133,7 @@ def _first_fit(order, shared_N, own_N, group_N, row_tokens):
     rows_of: dict[int, list[int]] = {}  # of each group, those that hold its shared tokens already
     for i in order:
         mine = rows_of.setdefault(int(group_N[i]), [])
+        # A row of its group costs a sequence its own tokens alone, any other the shared ones besides.
         row = next((row for row in mine if room[row] >= own_N[i]), None)
         if row is None:
             # There are as many rows as sequences, so one is always free: argmax finds the first with room.
@@ -210,6 +211,7 @@ def fill_branches(
         used[row] += len(fed)
         count[row] += 1  # segments are numbered from 1 within a row
         tokens[row, slots], segment[row, slots] = fed, count[row]
+        # A segment that shares nothing names itself, so that no slot looks for an id 0, which is padding.
         common[row, slots], position[row, slots] = sees or count[row], at + np.arange(len(fed))
         return slots, int(count[row])
 
@@ -221,6 +223,8 @@ def fill_branches(
         # What is fed: all of the prompt that is its own, and all of the response but its last.
         own = np.concatenate([np.asarray(example.prompt[shared:], np.int32), written[:-1]])
         slots, _ = put(row, own, shared, contexts[group, row] if shared else 0)
+        # A target stands one slot before its token: that of the response's first is the slot of the prompt's last,
+        # which is never shared, for each response needs that slot's target for itself.
         first_N[i] = slots.start + len(example.prompt) - 1 - shared
         target[row, first_N[i] : first_N[i] + len(written)] = written
     arrays = (x.reshape(M, B, T) for x in (tokens, target, segment, common, position))

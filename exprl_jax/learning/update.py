@@ -122,6 +122,7 @@ def train_step(
             part.mask_MBT, part.weight_MBT, diagnostics, entropy, gap
         )
 
+    # `accumulate` indexes every leaf by microbatch, and `used` has no such axis: zeros, never read, stand in for it.
     slots = experience.replace(used=jnp.zeros(experience.mask_MBT.shape[0]))
     gradient, total, summaries = accumulate(objective, state.params, slots, experience.used, keep_sharded)
     state, applied = apply_gradient(state, gradient, total, optimizer)
@@ -152,6 +153,8 @@ def accumulate(
         gradient = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), gradient, keep_sharded(part))
         return gradient, total + value, (jax.tree.map(jnp.add, sums, more), jax.tree.map(jnp.maximum, maxima, larger))
 
+    # The sum begins sharded as the parameters are: the loop would else be free to carry a whole float32 copy of them on
+    # every device.
     zeros = keep_sharded(jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params))
     shapes = jax.eval_shape(objective, params, jax.eval_shape(slot, 0))
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -173,6 +176,7 @@ def apply_gradient(
     Returns:
       (state, metrics `loss/total` and those of `APPLIED`).
     """
+    # A finite loss may have a gradient that is not: a square root at 0.
     norm = optax.tree.norm(gradient)
     changes, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     updated = optax.apply_updates(state.params, changes)

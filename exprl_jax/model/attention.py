@@ -93,6 +93,8 @@ def attend(
         return attend_packed(q, k, v, segment_BT, segment_BT, position_BT, placement).reshape(q_PGTHE.shape)
     slot_S = jnp.arange(S)
 
+    # Chunks are cut from queries alone; keys are seen whole, so what a chunk sees is told by its slots, which are cut
+    # with it.
     def some(q, slot_PGT):
         past_PGTS = (slot_S >= start_PG[..., None, None]) & (slot_S <= slot_PGT[..., None])
         return _attend_rows(q, context, length_P, own, past_PGTS | (slot_S == slot_PGT[..., None]))
@@ -220,6 +222,10 @@ def _attend_rows(q, context: KV, length_P, own: KV, seen_PGTS):
 def first_positions(segment_BT: Int[Array, "*B T"], position_BT: Int[Array, "*B T"]) -> Int[Array, "*B T"]:
     """The position of the first slot of each slot's segment."""
     slot_T = jnp.arange(segment_BT.shape[-1])
+    # A segment is a run, so its first slot is the last slot so far that begins one; slot 0 always does, though rolling
+    # compares it with the row's end.
+    #     segment    1 1 1 2 2 3
+    #     first      0 0 0 3 3 5      cummax of the slots that begin a run
     begins = segment_BT != jnp.roll(segment_BT, 1, axis=-1)
     first_BT = jax.lax.cummax(jnp.where(begins | (slot_T == 0), slot_T, 0), axis=segment_BT.ndim - 1)
     return position_BT - (slot_T - first_BT)
@@ -240,6 +246,7 @@ def _attend_seen(q, k, v, seen_BTS):
     K = k.shape[2]
     # Heads in front, and all queries of a key's head in one product: scores are never transposed.
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * jnp.asarray(E**-0.5, q.dtype), k, v))
+    # Query heads of one key's head lie side by side, so that this is a view:  H = K · m,  N = m · T.
     q_BKNE = q.reshape(B, K, H // K * T, E)
     score_BKNS = jnp.einsum("bkne,bkse->bkns", q_BKNE, k, preferred_element_type=jnp.float32)
     score = jnp.where(seen_BTS[:, None], score_BKNS.reshape(B, H, T, -1), -jnp.inf)
@@ -296,6 +303,8 @@ def _splash(q_BHTE, k_BKSE, v_BKSE, segment_BT, segment_BS, placement):
         jnp.pad(x, ((0, 0), (0, 0), ends, (0, lanes)))
         for x, ends in ((scaled, (0, behind)), (k_BKSE, (front, behind)), (v_BKSE, (front, behind)))
     )
+    # No token has these ids, so none sees padding; padded queries see the keys padded with them, and are cut off below.
+    # A softmax over nothing would be NaN, and its gradient too.
     nothing = {"constant_values": -1}
     segment_q = jnp.pad(segment_BT, ((0, 0), (0, behind)), **nothing)
     segment_kv = jnp.pad(

@@ -206,24 +206,38 @@ def hand_out_pages(
     table, owner, of_layer = pages.table_PGn[:, 0], pages.owner_N, pool.shape[0] // layers
     A, n, N = len(busy_A), table.shape[1], len(owner)
     shared = (of_layer - N) // problems
+    # A row's tokens go on where its context's end, in the middle of a page: with 2 full pages and 5 tokens of context,
+    # its own token 0 has offset 5 of its table's entry 2, which is its first own page.
     position_A, full_A = length_A + count_A, length_A // PAGE
 
     owner = _release(owner, busy_A & ~fresh_A)  # a fresh row owns nothing of what the one before it had
-    held_A = jnp.zeros(A, jnp.int32).at[owner].add(1, mode="drop")
+    owned_A = jnp.zeros(A, jnp.int32).at[owner].add(1, mode="drop")
     need_A = busy_A & (fresh_A | (position_A % PAGE == 0))
     free = jnp.sum(owner == A)
+    # Who fits, as sums over the slots from the oldest to the youngest: each may use the free pages and those of all
+    # that are younger, which yield to it, less what the older ones want too.
+    #     oldest first   a  b  c  d        free 1
+    #     owns           2  1  1  1
+    #     needs          1  0  1  1
+    #     wanted         1  1  2  3        running sum of what is needed
+    #     available      4  3  2  1        1 + what all that are younger own
+    #     fits           ✓  ✓  ✓  –        d gives its page back, which c takes
     oldest_first = jnp.argsort(jnp.where(busy_A, start_A, jnp.iinfo(jnp.int32).max), stable=True)
-    need, held, fresh = (x[oldest_first] for x in (need_A.astype(jnp.int32), held_A, fresh_A))
+    need, owned, fresh = (x[oldest_first] for x in (need_A.astype(jnp.int32), owned_A, fresh_A))
     wanted = jnp.cumsum(need)
-    available = free + held.sum() - jnp.cumsum(held)
-    fits = (wanted <= available) & (~fresh | (jnp.cumsum(jnp.maximum(held + need, expected)) <= N))
+    available = free + owned.sum() - jnp.cumsum(owned)
+    fits = (wanted <= available) & (~fresh | (jnp.cumsum(jnp.maximum(owned + need, expected)) <= N))
+    # The first that does not fit ends it for all that are younger, small or not: the oldest rows end first.
     kept_A = jnp.zeros(A, bool).at[oldest_first].set(jnp.cumsum(~fits) == 0) & busy_A
 
     owner, need_A = _release(owner, kept_A), need_A & kept_A
     free_pages = jnp.nonzero(owner == A, size=A, fill_value=N)[0].astype(jnp.int32)
+    # The n-th slot that needs a page takes the n-th free one.  Where none is needed the index may be −1, jnp's last
+    # entry: that is masked, not read.
     page_A = jnp.where(need_A, free_pages[jnp.cumsum(need_A) - 1], N)
     owner = owner.at[page_A].set(jnp.arange(A, dtype=jnp.int32), mode="drop")
 
+    # Pages count from 0 among the rows' (`owner_N`), but behind the contexts' in the pool and in the table.
     begins_A, entry = kept_A & fresh_A, jnp.arange(n)
     of_context = jnp.where(entry < full_A[:, None], problem_A[:, None] * shared + entry, 0)
     table = jnp.where(begins_A[:, None], of_context, table)
@@ -249,6 +263,7 @@ def hand_out_pages(
 
 def _release(owner_N, kept_A):
     """The pages' owners without the slots that are not kept."""
+    # The number of slots stands for a free page; it indexes the appended entry, which is never kept.
     return jnp.where(jnp.append(kept_A, False)[owner_N], owner_N, len(kept_A))
 
 
@@ -312,6 +327,8 @@ def _write_and_attend(q, k, v, pool, read, k_scale, v_scale, layer, slot, *, lay
     if problem_P is not None:
         k_scale, v_scale = k_scale[problem_P], v_scale[problem_P]
     slot_T = slot[..., None] + jnp.arange(T)
+    # A slot before the row's start has a position too, within its context or below 0: clipped here, for the gather
+    # must stay in the table, and masked below, or padding would overwrite the context that all rows of it read.
     position_PGT = length_P[:, None, None] + slot_T - start_PG[..., None]
     page_PGT = jnp.take_along_axis(table, jnp.clip(position_PGT // PAGE, 0, table.shape[2] - 1), axis=2)
     # Padding is written nowhere: a number past the pool is dropped.
@@ -321,6 +338,8 @@ def _write_and_attend(q, k, v, pool, read, k_scale, v_scale, layer, slot, *, lay
 
     q = q.reshape(P, G, T, K, H // K, E)
     if execution.kv_dtype == "int8":
+        # Σ q · step · (k / step) over channels: the step goes to the query, which is one, and not to the pages.
+        # In the same way a value's step multiplies the result.
         q = (q * k_scale[:, None, None, :, None]).astype(q.dtype)
     # A row that has not begun asks for its context's last token, to no purpose: the kernel wants a query of every row.
     own_PG = slot + T - start_PG
@@ -386,6 +405,7 @@ def _tiled(heads: int, dtype: Any) -> int:
 def _gathered(q_BTKmE, pool, table, known_B, asked_B):
     """Attention over pages gathered into rows."""
     B, T, K, m, E = q_BTKmE.shape
+    # A table's entries past a row's pages point at any page: what they hold lies past `known_B` and is not seen.
     kv = pool[table].reshape(B, -1, K, 2, E).astype(q_BTKmE.dtype)
     score = jnp.einsum("btkme,bske->bkmts", q_BTKmE * E**-0.5, kv[..., 0, :], preferred_element_type=jnp.float32)
     # The last query is the row's last token; what comes before the first asked one is padding.

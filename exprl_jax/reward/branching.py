@@ -57,12 +57,14 @@ def branch_off(
       suffix: what follows each of them.
       width, most: slots of a row, and branches.
     """
+    # The longest of what is left is the trace: a text can branch off one that goes on, not off its own beginning.
     left, rows = sorted(texts, key=lambda text: -len(text[1])), []
     while left:
         trace, row, later = left[0][1], [], []
         used = len(trace)
         for number, ids in left:
             shared = common_prefix(ids, trace)
+            # The suffix makes `own` non-empty: the last of these ids is where the score is read.
             own = (*ids[shared:], *suffix)
             if len(row) < most and used + len(own) <= width:
                 row.append((number, shared, own))
@@ -87,6 +89,11 @@ def fill_branch_rows(
     )
     for i, rows in enumerate(problems):
         for g, row in enumerate(rows):
+            # at       slot, in the order in which things lie; position counts on from where a branch begins.
+            #     slot       0 1 2 3 | 4 5 | 6 7 8
+            #     segment    1 1 1 1 | 2 2 | 3 3 3     1: the trace; 2, 3: branches, after 2 and 3 of its tokens
+            #     position   0 1 2 3 | 2 3 | 3 4 5
+            #     last                   5       8     slots whose hidden states answer
             at = 0
             for number, (begin, ids) in enumerate([(0, row.trace), *((begin, own) for _, begin, own in row.branches)]):
                 slots = slice(at, at + len(ids))

@@ -95,6 +95,7 @@ def sample(
     if queued and T > 1:
         raise ValueError(f"rows of {T} tokens cannot wait for slots: expected 1, the rest in their contexts")
     own = T - 1 + max_tokens  # tokens that a row caches; whole chunks add padding to the slots
+    # From here on T includes that padding: `own` is taken before, or pages would be kept for padding.
     rows = _whole_chunks(rows)
     T = rows.tokens_PGT.shape[2]
     # A copy in the compute dtype and the layout of decoding, made once: no step of the loop casts or gathers.
@@ -116,7 +117,8 @@ def sample(
         asked, start_PG = every_row, rows.start_PG
         if queued:
             s, asked = seat(s, rows.tokens_PGT[..., -1], every_row)
-            start_PG = jnp.zeros_like(s.slots.row_PG)
+            start_PG = jnp.zeros_like(s.slots.row_PG)  # one token a row, and no padding before it
+        # Drawn is the response's token `count`; fed is the one before it, which for 0 is the prompt's last.
         now = s.slots
         hidden_PG1D, cache = feed(s.cache, now.token_PG[..., None], T - 1 + now.count, start_PG, asked)
         logits_PGV = logits(hidden_PG1D[:, :, 0], table_DV)
@@ -124,6 +126,7 @@ def sample(
         count_PG = jnp.broadcast_to(now.count, now.busy_PG.shape)
         step_keys = jax.vmap(jax.vmap(jax.random.fold_in))(asked.key_PG, count_PG)
         token_PG, logp_PG = draw_tokens(step_keys, logits_PGV, asked.temperature_PG)
+        # Padding may be one of the EOS ids, and is fed to rows that have ended: only a busy row can hit one.
         token_PG = jnp.where(now.busy_PG, token_PG, pad_id)
         hit_PG = now.busy_PG & jnp.any(token_PG[..., None] == eos, axis=-1)
         logp_PG = jnp.where(now.busy_PG, logp_PG, 0.0)
@@ -137,6 +140,7 @@ def sample(
             ),
         )
         if queued:
+            # `now`, not `s.slots`: a row's last token belongs to it, though its slot is empty by now.
             return note(s, now, token_PG, logp_PG, hit_PG)
 
         def record(into_PGR, value_PG):

@@ -106,9 +106,13 @@ def fill_slots(
     (P, G), waiting_B = waiting_PG.shape, waiting_PG.ravel()
     busy, row, start, count = (x[:, 0] for x in (slots.busy_PG, slots.row_PG, slots.start_PG, slots.count))
     # The n-th empty slot takes the n-th row that waits, if there is one.
+    #     waiting    – – w – w w      running sum   0 0 1 1 2 3
+    #     empty      – e e            running sum   0 1 2     → the first index with 1, 2: rows 2 and 4
+    # Of a slot that is not empty the search finds something too, which `fresh` masks; where too few rows wait, P · G.
     next_row = jnp.searchsorted(jnp.cumsum(waiting_B), jnp.cumsum(~busy), method="compare_all").astype(jnp.int32)
     fresh = ~busy & (next_row < P * G)
     row, start, count = jnp.where(fresh, next_row, row), jnp.where(fresh, step, start), jnp.where(fresh, 0, count)
+    # Rows are numbered problem by problem, so that the number alone says whose context a row reads.
     problem, seated = row // G, busy | fresh
     length, kept = rows.length_P[problem], seated
     if pages is not None:
@@ -117,6 +121,7 @@ def fill_slots(
         )
     # Who has a slot waits no longer; who gave its pages back waits again.
     waiting_B = waiting_B.at[jnp.where(seated, row, P * G)].set(~kept, mode="drop")
+    # `row` of an empty slot is stale: what is gathered with it is fed, for shapes are fixed, and masked by `kept`.
     token = jnp.where(fresh, first_PG.ravel()[row], slots.token_PG[:, 0])
     filled = Slots(*(x[:, None] for x in (token, kept, jnp.where(kept, count, 0), row, start)))
     asked = RowInputs(
