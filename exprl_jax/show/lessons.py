@@ -12,8 +12,8 @@ from exprl_jax.data.problems import batch_indices
 from exprl_jax.data.tokenizer import Tokenizer
 from exprl_jax.reward.lessons import lesson_prompt
 from exprl_jax.rollout.call import describe_problem
-from exprl_jax.show.questions import asked_model, split_question, written
-from exprl_jax.show.rollouts import check_count, policy_record, problem_record
+from exprl_jax.show.questions import asked_model, split_question
+from exprl_jax.show.rollouts import check_count, problem_record, prompted_model
 from exprl_jax.supervised_run import SupervisedRun
 
 
@@ -28,7 +28,7 @@ def show_examples(config: Sft, count: int) -> Iterator[dict[str, Any]]:
     tokenizer = run.policy.tokenizer
     for i in _first(run, count):
         (example,) = run.examples.branches[i].examples
-        policy = policy_record(config.policy.weights, written(tokenizer, example.prompt), len(example.prompt))
+        policy = prompted_model(config.policy.weights, tokenizer, example.prompt)
         record = problem_record("sft", run.examples.items[i], policy) | {
             "prompt_pieces": tokenizer.spell(example.prompt)
         }

@@ -61,14 +61,9 @@ def problem_record(task: str, problem: Problem, policy: dict[str, Any]) -> dict[
     return {"task": task, **describe_problem(problem), "choices": list(problem.choices), "policy": policy}
 
 
-def policy_record(weights: str, written_prompt: str, tokens: int) -> dict[str, Any]:
-    """The policy and the prompt that it sees."""
-    return {"weights": weights, "prompt": written_prompt, "prompt_tokens": tokens}
-
-
-def policy_of(run: RLRun, ids: Sequence[int]) -> dict[str, Any]:
-    """The run's policy and a prompt of its."""
-    return policy_record(run.config.policy.weights, written(run.policy.tokenizer, ids), len(ids))
+def prompted_model(weights: str, tokenizer: Tokenizer, ids: Sequence[int]) -> dict[str, Any]:
+    """A model and the prompt that it sees."""
+    return {"weights": weights, "prompt": written(tokenizer, ids), "prompt_tokens": len(ids)}
 
 
 def without_problem(row: dict[str, Any]) -> dict[str, Any]:
@@ -79,7 +74,8 @@ def without_problem(row: dict[str, Any]) -> dict[str, Any]:
 def _scored(run: RLRun, scored: ScoredWave, i: int) -> dict[str, Any]:
     wave, problem, route = scored.wave, scored.wave.problems[i], run.route(scored.wave.problems[i])
     rollouts = [_rollout(run, scored, i, g) for g in range(run.config.rollout.group)]
-    record = problem_record("rl", problem, policy_of(run, prompt_of(run, scored, i)))
+    policy = prompted_model(run.config.policy.weights, run.policy.tokenizer, prompt_of(run, scored, i))
+    record = problem_record("rl", problem, policy)
     record |= {"route": run.config.routes.of(problem.kind), "judge": None, "rollouts": rollouts}
     shown = record["shown"] = shown_rollout(rollouts)
     if route.judged and rollouts[shown]["segments"]:
@@ -144,8 +140,7 @@ def show_samples(config: Evaluate, count: int) -> Iterator[dict[str, Any]]:
 def _sampled(
     run: evaluate.EvaluationRun, tokenizer: Tokenizer, name: str, problem: Problem, rows: Sequence[dict[str, Any]]
 ) -> dict[str, Any]:
-    ids = run.bench.prompts.ids[problem.id]
-    policy = policy_record(run.config.policy.weights, written(tokenizer, ids), len(ids))
+    policy = prompted_model(run.config.policy.weights, tokenizer, run.bench.prompts.ids[problem.id])
     record = problem_record("evaluate", problem, policy) | {"set": name, "judge": None, "shown": 0}
     record["rollouts"] = [{"rollout": row.pop("sample")} | without_problem(row) for row in map(dict, rows)]
     if problem.traits.by_judge:

@@ -16,8 +16,7 @@ from exprl_jax.reward.verifiers.grading import submit_owned
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import first_policy
 from exprl_jax.rollout_log import rollout_row
-from exprl_jax.show.questions import written
-from exprl_jax.show.rollouts import check_count, first_requests, policy_of, problem_record, without_problem
+from exprl_jax.show.rollouts import check_count, first_requests, problem_record, prompted_model, without_problem
 from exprl_jax.show.warnings import rollout_warnings
 from exprl_jax.wave import Wave, WaveRequest, sample_wave
 
@@ -49,28 +48,25 @@ def logratios(distilled: DistillRun, policy: Any, request: WaveRequest, wave: Wa
     gap_MBT, _ = jax.device_get(distilled.programs.signal(policy, teacher, teaching, update.experience))
     rows, packed = gap_MBT.reshape(-1, gap_MBT.shape[-1]), update.packed
     lengths = wave.rollouts.mask_PGR.sum(-1)
-    found = [[np.zeros(0, np.float32)] * run.config.rollout.group for _ in wave.problems]
+    gaps = [[np.zeros(0, np.float32)] * run.config.rollout.group for _ in wave.problems]
     for i, g, row, first in zip(update.group_N, update.index_N, packed.row_N, packed.first_N, strict=True):
-        found[i][g] = rows[row, first : first + lengths[i, g]]
-    return found
+        gaps[i][g] = rows[row, first : first + lengths[i, g]]
+    return gaps
 
 
 def _taught(
     distilled: DistillRun, wave: Wave, i: int, verdicts: list[Verdict], gaps: list[np.ndarray]
 ) -> dict[str, Any]:
     run, problem = distilled.run, wave.problems[i]
-    teacher_ids, spell = distilled.prompts.ids[problem.id], run.policy.tokenizer.spell
-    record = problem_record("distill", problem, policy_of(run, run.prompts.ids[problem.id]))
-    record["teacher"] = {
-        "weights": run.config.reference.weights,
-        "prompt": written(run.policy.tokenizer, teacher_ids),
-        "prompt_tokens": len(teacher_ids),
-    }
+    tokenizer = run.policy.tokenizer
+    policy = prompted_model(run.config.policy.weights, tokenizer, run.prompts.ids[problem.id])
+    record = problem_record("distill", problem, policy)
+    record["teacher"] = prompted_model(run.config.reference.weights, tokenizer, distilled.prompts.ids[problem.id])
     record["judge"], record["shown"] = None, 0
     record["rollouts"] = [
         without_problem(rollout_row(run, wave, i, g, verdicts[g]))
         | {
-            "pieces": spell(wave.rollouts.tokens_PGR[i, g, : len(gaps[g])].tolist()),
+            "pieces": tokenizer.spell(wave.rollouts.tokens_PGR[i, g, : len(gaps[g])].tolist()),
             "logratio": [round(float(gap), 6) for gap in gaps[g]],
         }
         for g in range(run.config.rollout.group)
