@@ -55,11 +55,11 @@ def rewrite(page: str) -> str:
         for name, table in TABLES.items()
     }
     blocks["by_kind"] = ", ".join(f"`{key}`" for key in statistics.BY_KIND)
-    found = [match[1] for match in _BLOCK.finditer(page)]
-    if sorted(found) != sorted(blocks):
+    present = [match[1] for match in _BLOCK.finditer(page)]
+    if sorted(present) != sorted(blocks):
         raise ValueError(
-            f"the page has the tables {', '.join(found) or 'none'}; expected each of {', '.join(blocks)} once, between "
-            "<!-- metrics: NAME --> and <!-- end -->"
+            f"the page has the tables {', '.join(present) or 'none'}; expected each of {', '.join(blocks)} once, "
+            "between <!-- metrics: NAME --> and <!-- end -->"
         )
     return _BLOCK.sub(lambda match: f"{match[1]}{match[2]}\n{blocks[match[1]]}\n\n", page)
 

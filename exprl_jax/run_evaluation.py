@@ -79,7 +79,7 @@ def measure(
 def draw(bench: Bench, params: Params, problems: Sequence[Problem], samples: int, step: int) -> dict[str, np.ndarray]:
     """Lengths, ends and verdicts (as their places in `VERDICTS`) of all samples, [problems, samples], the same on every
     process."""
-    parts, place = samples // bench.group, {problem.id: i for i, problem in enumerate(problems)}
+    parts, index_of = samples // bench.group, {problem.id: i for i, problem in enumerate(problems)}
     waves = sample_waves(problems, np.ones((len(problems), parts), bool), bench.sampler.wave)
     table = {name: np.zeros((len(problems), samples), np.int64) for name in ("length_PG", "ended_PG", "verdict_PG")}
 
@@ -88,7 +88,7 @@ def draw(bench: Bench, params: Params, problems: Sequence[Problem], samples: int
         columns = slice(wave.part * bench.group, (wave.part + 1) * bench.group)
         for row in np.flatnonzero(wave.live_P):
             for name, x in table.items():
-                x[place[wave.problems[row].id], columns] = drawn[name][row]
+                x[index_of[wave.problems[row].id], columns] = drawn[name][row]
 
     pending = None  # the verifiers work on one wave while the next is sampled
     for wave in waves:

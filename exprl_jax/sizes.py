@@ -82,8 +82,8 @@ def choose_sizes(config: C, lengths: Lengths, arch: Architecture, shards: int, f
         tokens = _TOKENS.get(platform, _ACCELERATOR_TOKENS)
         if free is not None:
             section = config.updates if isinstance(config, Config) else config
-            fixed, each = update_bytes(arch, config.policy.execution, section.logp_chunk)
-            tokens = min(tokens, max(0, int((_SHARE * free - fixed) / each)))
+            fixed, per_token = update_bytes(arch, config.policy.execution, section.logp_chunk)
+            tokens = min(tokens, max(0, int((_SHARE * free - fixed) / per_token)))
         microbatch = shards * rows_at_once(lengths, row_tokens, shards, tokens)
     return with_sizes(config, row_tokens, microbatch)
 

@@ -186,10 +186,10 @@ def _tests(row: Row, key: str) -> list[dict[str, Any]]:
     if row.columns.get(key) is None:
         return []
     text = _string(row, key)
-    found = _json(row, key, text if text.lstrip()[:1] in ("[", "") else _unpacked(row, key, text), list)
-    if not all(isinstance(test, dict) and {"input", "output", "testtype"} <= test.keys() for test in found):
+    tests = _json(row, key, text if text.lstrip()[:1] in ("[", "") else _unpacked(row, key, text), list)
+    if not all(isinstance(test, dict) and {"input", "output", "testtype"} <= test.keys() for test in tests):
         raise ValueError(f"{row.where}: {key} must list objects with input, output and testtype")
-    return found
+    return tests
 
 
 def _unpacked(row: Row, key: str, text: str) -> str:
@@ -269,12 +269,12 @@ def _string(row: Row, key: str) -> str:
 
 def _json(row: Row, key: str, text: str, kind: type) -> Any:
     try:
-        found = json.loads(text)
+        parsed = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{row.where}: {key} is not JSON: {error}") from error
-    if not isinstance(found, kind):
+    if not isinstance(parsed, kind):
         raise ValueError(f"{row.where}: {key} must be a JSON {kind.__name__}, got {text!r:.60}")
-    return found
+    return parsed
 
 
 def _identity(name: str, row: Row, key: str, text: str) -> str:

@@ -57,10 +57,10 @@ def read_rows(source: str, split: str) -> Iterator[Row]:
         yield from _tensorflow_datasets(name, split)
     else:
         there = locate(source)
-        found = [there] if Path(there).is_file() else sorted(glob.glob(there, recursive=True))
-        if not found:
+        paths = [there] if Path(there).is_file() else sorted(glob.glob(there, recursive=True))
+        if not paths:
             raise ValueError(f"no problems at {source!r}: no such file; {_EXPECTED}")
-        for path in found:
+        for path in paths:
             yield from _read_file(Path(path), str(path))
 
 

@@ -185,11 +185,11 @@ def _evaluated(folder: pathlib.Path, most: int = 2000) -> dict[str, Any]:
     """
     paths = {int(path.stem.removeprefix("step_")): path for path in folder.glob("step_[0-9]*.jsonl")}
     steps, problems = sorted(paths), {}
-    for place, step in enumerate(steps):
+    for column, step in enumerate(steps):
         for row in read_jsonl(paths[step], surrogates=True):
             about = {"set": row["set"], "id": row["id"], "problem": row["problem"][:_SHOWN_TEXT]}
             rates = problems.setdefault((row["set"], row["id"]), about | {"rates": [None] * len(steps)})["rates"]
-            rates[place] = row["correct"] / row["graded"] if row["graded"] else None
+            rates[column] = row["correct"] / row["graded"] if row["graded"] else None
     return {"steps": steps, "problems": list(problems.values())[:most], "left_out": max(0, len(problems) - most)}
 
 

@@ -21,7 +21,7 @@ def truths_of(config: Calibrate, traces: Sequence[Trace]) -> dict[TraceKey, floa
     Raises:
       ValueError: a number outside [0, 1], a column that is nowhere, or a function that failed.
     """
-    name, found = column_of(config.truth), {}
+    name, truths = column_of(config.truth), {}
     for trace in traces if name else ():
         value = trace.rollout.labels.get(name)
         if trace.segment is None and value is not None:
@@ -30,13 +30,13 @@ def truths_of(config: Calibrate, traces: Sequence[Trace]) -> dict[TraceKey, floa
                     f"config.truth.source: {name!r} of rollout {trace.rollout.number} of problem "
                     f"{trace.rollout.problem.id!r} is {value}, expected a number in [0, 1]"
                 )
-            found[key_of(trace)] = value
-    left = [trace for trace in traces if key_of(trace) not in found]
+            truths[key_of(trace)] = value
+    left = [trace for trace in traces if key_of(trace) not in truths]
     if not config.truth.source or not left:
-        return found
+        return truths
     problems = list({trace.rollout.problem.id: trace.rollout.problem for trace in left}.values())
-    if found and not any(name in problem.extra for problem in problems):
-        return found  # numbers of rows are all that there is
+    if truths and not any(name in problem.extra for problem in problems):
+        return truths  # numbers of rows are all that there is
     for unit in ("outcome", "prefix"):
         of_unit = [trace for trace in left if (trace.segment is None) == (unit == "outcome")]
         with contextlib.ExitStack() as stack:
@@ -48,8 +48,8 @@ def truths_of(config: Calibrate, traces: Sequence[Trace]) -> dict[TraceKey, floa
                 made = truth.submit([trace.rollout.problem for trace in some], queries, segments).result()
                 for i, trace in enumerate(some):
                     if made.valid_PGN[i, 0, trace.segment or 0]:
-                        found[key_of(trace)] = float(made.score_PGN[i, 0, trace.segment or 0])
-    return found
+                        truths[key_of(trace)] = float(made.score_PGN[i, 0, trace.segment or 0])
+    return truths
 
 
 def key_of(trace: Trace) -> TraceKey:

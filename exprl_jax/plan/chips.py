@@ -89,7 +89,7 @@ def topology(name: str) -> Topology:
     """
     generation, _, shape = name.partition(":")
     if generation not in CHIPS or shape not in CHIPS[generation].shapes:
-        known = "; ".join(f"{each}: {' '.join(chip.shapes)}" for each, chip in CHIPS.items())
+        known = "; ".join(f"{name}: {' '.join(chip.shapes)}" for name, chip in CHIPS.items())
         raise ValueError(f"--topology: got {name!r}, expected <generation>:<shape>, one of {known}")
     chip, options = CHIPS[generation], dict(CHIPS[generation].options)
     if shape == "1x1":
@@ -117,7 +117,7 @@ def axis_bandwidth(where: Topology, mesh: Mesh) -> dict[str, float]:
     ring = lengths % where.chip.wraps_at == 0
     if len(where.shape) == 3:
         ring &= ring.all()
-    found = {}
+    bandwidths = {}
     for name, along in ((DATA, (0,)), (MODEL, (1,)), (f"{DATA}+{MODEL}", (0, 1))):
         others = [axis for axis in (0, 1) if axis not in along]
         groups = places.transpose(*others, *along, 2).reshape(
@@ -127,5 +127,5 @@ def axis_bandwidth(where: Topology, mesh: Mesh) -> dict[str, float]:
         reached = np.array([[len(set(group[:, axis])) for axis in range(places.shape[-1])] for group in extents]).max(0)
         links = int(((reached > 1) * (1 + (ring & (reached == lengths)))).sum())
         if links:
-            found[name] = links * where.chip.link
-    return found
+            bandwidths[name] = links * where.chip.link
+    return bandwidths

@@ -155,8 +155,8 @@ def read_module(text: str) -> Module:
         if (head := _COMPUTATION.match(line)) is not None:
             current = computations[head[2]] = {}
             entry = head[2] if head[1] else entry
-        elif (found := _INSTRUCTION.match(line)) is not None:
-            current[found[2]] = Instruction(*found.groups())
+        elif (match := _INSTRUCTION.match(line)) is not None:
+            current[match[2]] = Instruction(*match.groups())
     if not entry:
         raise ValueError("the compiled program's text has no ENTRY computation")
     return Module(computations, entry)
@@ -198,10 +198,10 @@ def trip_count(module: Module, computation: Computation, loop: Instruction) -> i
     while it multiplies another, may take two parts at a time.
     """
     (condition,), (body,) = loop.called("condition"), loop.called("body")
-    compare, place, given = _root(module, module.computations[condition], None)
+    compare, inner, given = _root(module, module.computations[condition], None)
     if compare.opcode != "compare" or "direction=LT" not in compare.rest:
         return None
-    counter, end = (_symbol(module, place, name, given) for name in compare.operands)
+    counter, end = (_symbol(module, inner, name, given) for name in compare.operands)
     carried = computation[loop.operands[0]]
 
     def start_of(element: int) -> int | None:
@@ -256,8 +256,8 @@ def _symbol(module: Module, computation: Computation, name: str, given: Any) -> 
         return _symbol(module, computation, part.operands[0], given)
     if part.opcode == "fusion":
         inside = [_symbol(module, computation, operand, given) for operand in part.operands]
-        root, place, inside = _root(module, module.computations[part.called("calls")[0]], inside)
-        return _symbol(module, place, root.name, inside)
+        root, inner, inside = _root(module, module.computations[part.called("calls")[0]], inside)
+        return _symbol(module, inner, root.name, inside)
     if part.opcode == "add":
         sides = [_symbol(module, computation, operand, given) for operand in part.operands]
         if None not in sides and None in (elements := [side.element for side in sides]):
@@ -268,7 +268,7 @@ def _symbol(module: Module, computation: Computation, name: str, given: Any) -> 
 def collectives(module: Module, mesh: Mesh, steps: int) -> list[Collective]:
     """The program's collectives that move anything.  Start and end of one are one, as are the parts into which the
     compiler cuts one to run it under other work: they share a channel."""
-    found, seen = [], set()
+    moving, seen = [], set()
     for visit in visits(module, steps):
         for instruction, computation, kind in _communicating(module, visit.instruction, visit.computation):
             channel = re.search(r"channel_id=(\d+)", instruction.rest)
@@ -279,8 +279,8 @@ def collectives(module: Module, mesh: Mesh, steps: int) -> list[Collective]:
                 continue
             seen.add(key)
             own = sum(array.bytes for name in instruction.operands for array in computation[name].arrays)
-            found.append(Collective(kind, mesh_axes(groups, mesh), own * _RECEIVED[kind](size), visit.times))
-    return found
+            moving.append(Collective(kind, mesh_axes(groups, mesh), own * _RECEIVED[kind](size), visit.times))
+    return moving
 
 
 def copies_in_loops(module: Module, steps: int, at_least: float) -> list[str]:

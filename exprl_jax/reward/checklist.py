@@ -31,11 +31,11 @@ def parse_checklist(text: str) -> tuple[str, ...]:
     for line in answer_of(text).splitlines():
         if not line.strip() or _FENCE.fullmatch(line):
             continue
-        found = _ITEM.fullmatch(line)
-        if found and (ended or int(found[1]) != len(items) + 1):
+        match = _ITEM.fullmatch(line)
+        if match and (ended or int(match[1]) != len(items) + 1):
             return ()
-        if found:
-            items.append(found[2].strip())
+        if match:
+            items.append(match[2].strip())
         elif items and line[0] in " \t" and not ended:
             items[-1] += f" {line.strip()}"
         else:

@@ -36,8 +36,8 @@ _FIELDS = {"problem": str, "judge": str, "prompt": str, "id": str, "text": str, 
 
 def problem_key(problem: Problem) -> str:
     """Of all that a checklist is made from: problem, choices and reference."""
-    said = json.dumps([problem.problem, problem.choices, needed_reference(problem)])
-    return hashlib.blake2b(said.encode(), digest_size=16).hexdigest()
+    content = json.dumps([problem.problem, problem.choices, needed_reference(problem)])
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def prompt_version() -> str:

@@ -75,9 +75,9 @@ def _files(module: ModuleType, function: Callable) -> set[str]:
 
 def _described(error: BaseException) -> str:
     """An exception in one line, with the innermost line of a file of the user's."""
-    said = " ".join(f"{type(error).__name__}: {error}".split())
+    message = " ".join(f"{type(error).__name__}: {error}".split())
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
-    return said + (f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else "")
+    return message + (f" ({Path(frames[-1].filename).name} line {frames[-1].lineno})" if frames else "")
 
 
 def _is_ours(filename: str) -> bool:

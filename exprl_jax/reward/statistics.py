@@ -101,8 +101,8 @@ def summarise(
     """
     summary = _summarise(rows, advantage)
     if len(kinds) > 1:
-        for place, kind in enumerate(kinds):
-            of_kind = _summarise({name: x[rows["kind_P"] == place] for name, x in rows.items()}, advantage)
+        for position, kind in enumerate(kinds):
+            of_kind = _summarise({name: x[rows["kind_P"] == position] for name, x in rows.items()}, advantage)
             summary |= {f"{name}/{kind}": of_kind[name] for name in BY_KIND}
     return summary
 

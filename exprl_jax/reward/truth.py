@@ -73,10 +73,10 @@ def share_reached(results: Sequence[str], trace: str) -> float:
     share."""
     position, reached = 0, 0
     for result in results:
-        found = re.compile(rf"(?<!\w){re.escape(result)}(?!\w)").search(trace, position)
-        if not found:
+        match = re.compile(rf"(?<!\w){re.escape(result)}(?!\w)").search(trace, position)
+        if not match:
             break
-        position, reached = found.end(), reached + 1
+        position, reached = match.end(), reached + 1
     return reached / len(results)
 
 

@@ -83,9 +83,9 @@ def ending_together() -> Iterator[None]:
         leaving.set()
     except BaseException as error:
         leaving.set()
-        said = " ".join(f"{error}".split()) or type(error).__name__
+        message = " ".join(f"{error}".split()) or type(error).__name__
         with contextlib.suppress(jax.errors.JaxRuntimeError):  # the coordinator itself may be gone
-            _joined.client.key_value_set(f"{_ENDED}/{_joined.process_id}", said)
+            _joined.client.key_value_set(f"{_ENDED}/{_joined.process_id}", message)
         raise
     finally:
         listener.join()
@@ -111,14 +111,14 @@ def _listen(leaving: threading.Event) -> None:
         except jax.errors.JaxRuntimeError:
             return  # without a coordinator JAX itself ends the process
         if announced:
-            key, said = announced[0]
+            key, message = announced[0]
             if not leaving.wait(_GRACE_S):
-                _end(f"ended with process {key.rpartition('/')[2]}: {said}")
+                _end(f"ended with process {key.rpartition('/')[2]}: {message}")
 
 
-def _end(said: str) -> None:
+def _end(message: str) -> None:
     """Ends the process from a thread, wherever its main thread is waiting."""
-    print(f"exprl_jax: {said}", file=sys.stderr, flush=True)
+    print(f"exprl_jax: {message}", file=sys.stderr, flush=True)
     try:
         jax.distributed.shutdown()  # waits for the others, so that no connection breaks before they have heard
     finally:

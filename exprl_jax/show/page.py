@@ -19,14 +19,14 @@ _VERDICTS = {"correct": "good", "wrong": "bad"}
 _EXTREMES = 5
 
 
-def page_lines(record: Record, place: int, count: int, paper: Paper) -> list[str]:
+def page_lines(record: Record, number: int, count: int, paper: Paper) -> list[str]:
     """The page of a record.
 
     Args:
-      place, count: which of how many problems it is of, from 1.
+      number, count: which of how many problems it is of, from 1.
     """
     about = [record["id"], record["kind"], *([f"route {record['route']}"] if "route" in record else [])]
-    lines = [paper.rule(f"problem {place} of {count}", " · ".join(about), "━")]
+    lines = [paper.rule(f"problem {number} of {count}", " · ".join(about), "━")]
     if "policy" in record:
         lines += _policy(record, paper)
     else:

@@ -40,10 +40,10 @@ def show(config: Any, count: int, as_json: bool) -> None:
     if jax.process_count() > 1:
         raise ValueError("--show runs in one process; start it without --coordinator and --distributed")
     stream, config = sys.stdout, pin_checkpoints(config, {})
-    for place, record in enumerate(RECORDS[config.task](config, count), 1):
+    for index, record in enumerate(RECORDS[config.task](config, count), 1):
         if as_json:
             print(json.dumps(record, allow_nan=False), flush=True)
             continue
-        text = "\n".join(page_lines(record, place, count, paper_of(stream)))
+        text = "\n".join(page_lines(record, index, count, paper_of(stream)))
         encoding = stream.encoding or "utf-8"
         print(text.encode(encoding, "replace").decode(encoding), end="\n\n", flush=True)
