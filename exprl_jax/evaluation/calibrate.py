@@ -27,7 +27,8 @@ from exprl_jax.data.training import kinds_of
 from exprl_jax.evaluation.calibration_tables import write_calibration
 from exprl_jax.evaluation.continuations import CONTINUATION_FIELDS, CONTINUATION_KEY, continue_prefixes
 from exprl_jax.evaluation.fixed_rollouts import check_unchanged, read_rollouts
-from exprl_jax.evaluation.judging import SCORE_FIELDS, SCORE_KEY, JudgeTask, TooShort, ask_judge, open_judge_model
+from exprl_jax.evaluation.judge_task import SCORE_FIELDS, SCORE_KEY, JudgeTask, TooShort, open_judge_model
+from exprl_jax.evaluation.judging import ask_judge
 from exprl_jax.evaluation.passes import Trace, cut_prefixes, decides, scoring_passes, stored_prefixes, stored_scores
 from exprl_jax.evaluation.truths import truths_of
 from exprl_jax.files import Ledger

@@ -9,148 +9,21 @@ another way.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
 
 from jax.sharding import Mesh
 
-from exprl_jax import config as schema
 from exprl_jax import programs
-from exprl_jax.data.problems import Problem
-from exprl_jax.data.tokenizer import Message, SplitPrompt
-from exprl_jax.evaluation.completions import Completer
+from exprl_jax.evaluation.judge_backends import EndpointBackend, FunctionBackend, ModelBackend
+from exprl_jax.evaluation.judge_task import AnyScorer, JudgeTask, Prompts, TooShort, whole_prompt
 from exprl_jax.evaluation.passes import ScoringPass, Trace, draw_some
-from exprl_jax.files import Ledger
 from exprl_jax.hosts import say
-from exprl_jax.model.decoder import Params
-from exprl_jax.reward.answers import opened_thought
-from exprl_jax.reward.checklists import ChecklistJudge, ChecklistPrompts, Checklists
 from exprl_jax.reward.endpoint import ChatClient
-from exprl_jax.reward.endpoint_judge import EndpointJudge
-from exprl_jax.reward.function_judge import FunctionJudge
-from exprl_jax.reward.functions import FunctionPool
-from exprl_jax.reward.judge import Judge, JudgePrograms, JudgePrompts
-from exprl_jax.reward.judge_prompts import CONTINUATION, normalise, parse_score
-from exprl_jax.reward.judgements import MARKER, Query, fill
-from exprl_jax.reward.judges import check_judge_lengths, judge_pool, open_checklists, with_checklists
-from exprl_jax.rollout.call import padded_width
-from exprl_jax.run.stopping import StopRequest
-from exprl_jax.weights.language_model import LanguageModel, load_params, open_model
-
-SCORE_KEY = ("judge", "condition", "order", "repeat", "id", "rollout", "segment")
-SCORE_FIELDS = {
-    **{"judge": str, "condition": str, "order": str, "repeat": int},
-    **{"id": str, "rollout": int, "segment": int | None, "fingerprint": str},
-    **{"score": int | float | None, "text": str | None, "tokens": int | float, "seconds": int | float},
-}
-AnyScorer = Judge | EndpointJudge | ChecklistJudge
-Prompts = Mapping[str, SplitPrompt]  # by problem id
-
-
-@dataclasses.dataclass(frozen=True)
-class JudgeTask:
-    """A judge and what it is asked within.
-
-    Attributes:
-      name: in tables and figures.
-      model: of a judge on the mesh, whose parameters are not loaded; None for the others.
-      scores: what it has answered.
-    """
-
-    name: str
-    judge: schema.Judge
-    model: LanguageModel | None
-    config: schema.Calibrate
-    scores: Ledger
-    stop: StopRequest
-
-    @property
-    def repeats(self) -> list[int]:
-        """Numbers of the answers at a temperature; 0 is the answer that training would get."""
-        return list(range(1, self.config.repeats.count + 1))
-
-    def question(self, scoring_pass: ScoringPass, trace: Trace, repeat: int) -> dict[str, Any]:
-        """What identifies a question in the ledger."""
-        return {
-            "judge": self.name,
-            "condition": scoring_pass.condition,
-            "order": scoring_pass.order,
-            "repeat": repeat,
-            "id": trace.rollout.problem.id,
-            "rollout": trace.rollout.number,
-            "segment": trace.segment,
-            "fingerprint": trace.rollout.fingerprint,
-        }
-
-    def with_checklists(self, scorer: Judge | EndpointJudge, scoring_pass: ScoringPass) -> AnyScorer:
-        """The judge of a pass, with checklists where its rubric is per problem and it sees a reference.
-
-        Raises:
-          ValueError: checklists are missing that the judge cannot write.
-        """
-        if not self.judge.per_problem or scoring_pass.condition == "none":
-            return scorer
-        problems = {t.rollout.problem.id: scoring_pass.shown(t.rollout.problem) for t in scoring_pass.traces}
-        checklists = self.checklists(list(problems.values()))
-        if isinstance(scorer, Judge):
-            return with_checklists(scorer, checklists, list(problems.values()), lambda _: scoring_pass.unit)
-        return ChecklistJudge(scorer, checklists, ChecklistPrompts(self.judge, None, lambda _: scoring_pass.unit))
-
-    def checklists(self, problems: Sequence[Problem]) -> Checklists:
-        """Those of the judge that are there, and where it writes others."""
-        checklists = open_checklists(self.judge, [] if self.model is None else [self.model], problems)
-        checklists.open(self.scores.path.parent)
-        return checklists
-
-    def chat(self, scoring_pass: ScoringPass, problem: Problem) -> list[Message]:
-        """What the judge was asked about a problem's traces, with `MARKER` in the trace's place."""
-        shown = scoring_pass.shown(problem)
-        if self.judge.per_problem and scoring_pass.condition != "none":
-            if items := self.checklists([shown]).items(shown):
-                return ChecklistPrompts(self.judge, None, lambda _: scoring_pass.unit).score(shown, items)
-        return scoring_pass.chats(self.judge)[problem.id]
-
-    def answered(self, scoring_pass: ScoringPass, trace: Trace, repeat: int) -> bool:
-        """Whether the ledger has the answer."""
-        return self.scores.key_of(self.question(scoring_pass, trace, repeat)) in self.scores
-
-
-class RepeatAnswer(NamedTuple):
-    """A judge's answer at a temperature.
-
-    Attributes:
-      digit: the score that it gives; None where it gives none.
-      text: what the judge wrote; None where the request failed.
-      tokens: read and written; what several answers have in common is divided among them.
-    """
-
-    digit: int | None
-    text: str | None
-    cut: bool
-    tokens: float
-
-
-class TooShort(ValueError):
-    """A judge's context, or its budget, is too short for what it would be asked."""
-
-
-def open_judge_model(judge: schema.Judge) -> LanguageModel | None:
-    """Finds a local judge's files; None for other judges.
-
-    Raises:
-      ValueError: the model cannot be opened.
-      TooShort: it has too short a context.
-    """
-    if judge.backend != "local":
-        return None
-    model = open_model(judge.model)
-    try:
-        check_judge_lengths(judge, model.arch)
-    except ValueError as error:
-        raise TooShort(str(error)) from error
-    return model
+from exprl_jax.reward.judge_prompts import CONTINUATION, normalise
+from exprl_jax.reward.judgements import MARKER, Query
+from exprl_jax.reward.judges import judge_pool
+from exprl_jax.weights.language_model import load_params
 
 
 def ask_judge(task: JudgeTask, mesh: Mesh, passes: Sequence[ScoringPass]) -> bool:
@@ -170,7 +43,7 @@ def ask_judge(task: JudgeTask, mesh: Mesh, passes: Sequence[ScoringPass]) -> boo
     unanswered = [p._replace(traces=[t for t in p.traces if not task.answered(p, t, 0)]) for p in passes]
     repeated = _draw_repeated(task, passes[0]) if passes else []
     if prompts:
-        repeated = [trace for trace in repeated if _whole_prompt(task, prompts[0], trace)]
+        repeated = [trace for trace in repeated if whole_prompt(task, prompts[0], trace)]
     if not repeated and not any(scoring_pass.traces for scoring_pass in unanswered):
         return True
     with contextlib.ExitStack() as stack:
@@ -224,145 +97,6 @@ def _draw_repeated(task: JudgeTask, first: ScoringPass) -> list[Trace]:
         return []
     drawn = draw_some(first.traces, repeats.rollouts, task.config.seed)
     return [trace for trace in drawn if not all(task.answered(first, trace, number) for number in task.repeats)]
-
-
-def _whole_prompt(task: JudgeTask, prompts: Prompts, trace: Trace) -> list[int]:
-    """All that a judge model reads of a rollout; nothing where it is over the budget."""
-    prompt = prompts[trace.rollout.problem.id]
-    tail = prompt.tail_within(trace.text, task.judge.max_trace_tokens)
-    return [] if tail is None else [*prompt.head, *tail]
-
-
-# ------------------------------------------------------------------------------------------------ backends
-# Each makes what scores a pass, as in training, and what asks about whole rollouts several times.
-
-# Answers to each of some traces, as many as there are numbers, which are those of the repeats.
-Repeater = Callable[[Sequence[Trace], Sequence[int]], list[list[RepeatAnswer]]]
-
-
-@dataclasses.dataclass(frozen=True)
-class EndpointBackend:
-    """A judge behind an endpoint; `client` is open."""
-
-    task: JudgeTask
-    client: ChatClient
-
-    def scorer(self, index: int, passes: Sequence[ScoringPass]) -> tuple[AnyScorer, Mapping[str, int]]:
-        """For one of the passes; of an endpoint, which counts whole prompts, no tokens are shared."""
-        judge, config = self.task.judge, self.task.config
-        scorer = EndpointJudge(judge, self.client, passes[index].chats(judge), {}, config.group)
-        return self.task.with_checklists(scorer, passes[index]), {}
-
-    def repeat_calls(self) -> tuple[int, list[list[int]]]:
-        """Rollouts of a call, and numbers of the answers of each: one answer to many rollouts, kept before the next."""
-        return self.task.config.wave * self.task.config.group, [[number] for number in self.task.repeats]
-
-    def repeater(self, first: ScoringPass, traces: Sequence[Trace]) -> Repeater:
-        """Asks as the first pass does; the n-th answers have the seed `config.seed` + n."""
-        judge, config = self.task.judge, self.task.config
-        chats = first._replace(traces=traces).chats(judge)
-
-        def repeat(wave: Sequence[Trace], numbers: Sequence[int]) -> list[list[RepeatAnswer]]:
-            (number,) = numbers
-            requests = [fill(chats[trace.rollout.problem.id], trace.text) for trace in wave]
-            sampling = {"temperature": config.repeats.temperature, "seed": config.seed + number}
-            replies = self.client.submit(requests, judge.max_tokens, "repeated scores", sampling=sampling).result()
-            answers = []
-            for reply in replies:
-                digit, text = parse_score(reply.text, at_end=reply.cut), reply.text if reply.answered else None
-                answers.append([RepeatAnswer(digit, text, reply.cut, reply.prompt_tokens + reply.completion_tokens)])
-            return answers
-
-        return repeat
-
-
-@dataclasses.dataclass(frozen=True)
-class FunctionBackend:
-    """A judge that is a function; `pool` is open.  It is asked once about each trace."""
-
-    task: JudgeTask
-    pool: FunctionPool
-
-    def scorer(self, index: int, passes: Sequence[ScoringPass]) -> tuple[FunctionJudge, Mapping[str, int]]:
-        """For one of the passes, whose references the function is given; it counts no tokens."""
-        of_pass = passes[index]
-        ids = {trace.rollout.problem.id for trace in of_pass.traces}
-        references = {name: of_pass.references.get(name) for name in ids}
-        units = dict.fromkeys(ids, of_pass.unit)
-        return FunctionJudge(self.task.judge, self.pool, units, references, self.task.config.group), {}
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelBackend:
-    """A judge on the mesh.
-
-    Attributes:
-      prompts: of each pass.
-    """
-
-    task: JudgeTask
-    mesh: Mesh
-    params: Params
-    programs: JudgePrograms
-    prompts: Sequence[Prompts]
-
-    def scorer(self, index: int, passes: Sequence[ScoringPass]) -> tuple[AnyScorer, Mapping[str, int]]:
-        """For one of the passes; a problem's head is read once for all its traces in a call."""
-        task, config = self.task, self.task.config
-        # Passes of one order share their widths, so that they compile once.
-        alike = [
-            of_other[trace.rollout.problem.id]
-            for other, of_other in zip(passes, self.prompts, strict=True)
-            if other.order == passes[index].order
-            for trace in other.traces
-        ]
-        scorer = Judge(
-            config=task.judge,
-            tokenizer=task.model.tokenizer,
-            params=self.params,
-            programs=self.programs,
-            mesh=self.mesh,
-            prompts=JudgePrompts(self.prompts[index], {}),
-            context_width=padded_width(max(len(prompt.head) for prompt in alike)),
-            row_width=padded_width(task.judge.max_trace_tokens + max(len(prompt.suffix) for prompt in alike)),
-            problems=config.wave,
-            group=config.group,
-        )
-        scorer = task.with_checklists(scorer, passes[index])
-        return scorer, {name: len(prompt.head) for name, prompt in self.prompts[index].items()}
-
-    def repeat_calls(self) -> tuple[int, list[list[int]]]:
-        """Rollouts of a call, and numbers of the answers of each: all of a rollout, whose prompt is read once."""
-        return self.task.config.wave, [self.task.repeats]
-
-    def repeater(self, first: ScoringPass, traces: Sequence[Trace]) -> Repeater:
-        """Asks as the first pass does."""
-        task, config, prompts = self.task, self.task.config, self.prompts[0]
-        ids = {_repeat_name(trace): _whole_prompt(task, prompts, trace) for trace in traces}
-        sizes = dict(wave=config.wave, max_tokens=task.judge.max_tokens)
-        chance = dict(temperature=config.repeats.temperature, seed=config.seed)
-        completer = Completer(task.model, self.mesh, self.params, ids, **sizes, **chance)
-
-        def repeat(wave: Sequence[Trace], numbers: Sequence[int]) -> list[list[RepeatAnswer]]:
-            names, answers = [_repeat_name(trace) for trace in wave], []
-            for trace, name, of_trace in zip(wave, names, completer.complete(names, len(numbers)), strict=True):
-                # An answer goes on where the prompt has opened a thought.
-                opened = opened_thought(task.model.tokenizer.decode(prompts[trace.rollout.problem.id].suffix))
-                read = len(ids[name]) / len(numbers)
-                answers.append(
-                    [RepeatAnswer(parse_score(opened + c.text), c.text, not c.ended, read + c.tokens) for c in of_trace]
-                )
-            return answers
-
-        return repeat
-
-
-def _repeat_name(trace: Trace) -> str:
-    """From which the random numbers of a rollout's repeats are derived."""
-    return f"{trace.rollout.problem.id}#{trace.rollout.number}"
-
-
-# ------------------------------------------------------------------------------------------------ waves
 
 
 def _score_pass(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from exprl_jax.architecture import Architecture
 from exprl_jax.config import Execution
 from exprl_jax.mesh import ONE_DEVICE, Placement, shard_parameters
-from exprl_jax.model import attention, paged
+from exprl_jax.model import attention, page_attention, paged
 from exprl_jax.model.cache import KV, empty_cache, empty_context, row_to_context
 from exprl_jax.records import BranchRows, Context, Packed, Prefix, Rows
 
@@ -179,7 +179,7 @@ class PagedAttention:
 
     def __call__(self, q, k, v, memory, layer_input, view):
         layer, _ = layer_input
-        a, memory = paged.attend_pages(q, k, v, memory, layer, view, self.execution, self.placement)
+        a, memory = page_attention.attend_pages(q, k, v, memory, layer, view, self.execution, self.placement)
         return a, memory, ()
 
 

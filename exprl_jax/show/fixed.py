@@ -13,7 +13,8 @@ from exprl_jax.data.tokenizer import Message, Tokenizer
 from exprl_jax.data.training import within_budget
 from exprl_jax.evaluation.annotate import annotation_chat, annotation_row, open_annotator, open_annotator_model
 from exprl_jax.evaluation.fixed_rollouts import FixedRollout, read_rollouts
-from exprl_jax.evaluation.judging import SCORE_FIELDS, SCORE_KEY, JudgeTask, ask_judge, open_judge_model
+from exprl_jax.evaluation.judge_task import SCORE_FIELDS, SCORE_KEY, JudgeTask, open_judge_model
+from exprl_jax.evaluation.judging import ask_judge
 from exprl_jax.evaluation.label import ask_waves, cut_rollouts, open_judge, open_scores
 from exprl_jax.evaluation.passes import ScoringPass, decides, draw_some, prefixes_of, scoring_passes
 from exprl_jax.files import Ledger

@@ -23,7 +23,7 @@ from exprl_jax.evaluation.calibrate import calibrate
 from exprl_jax.evaluation.calibration import agreement, derangement, error_rates, histogram, likelihood, spread
 from exprl_jax.evaluation.calibration_tables import judge_accuracies, prefix_pairs, repeated_scores
 from exprl_jax.evaluation.fixed_rollouts import FixedRollout, read_rollouts
-from exprl_jax.evaluation.judging import SCORE_KEY
+from exprl_jax.evaluation.judge_task import SCORE_KEY
 from exprl_jax.evaluation.passes import decides, wrong_references
 from exprl_jax.files import Ledger
 from exprl_jax.reward.judge_prompts import (

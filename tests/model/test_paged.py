@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 
 from exprl_jax import config, hosts, mesh
 from exprl_jax.mesh import ONE_DEVICE, Placement
-from exprl_jax.model import paged
+from exprl_jax.model import page_attention, paged
 from exprl_jax.model.attention import attend
 from exprl_jax.model.cache import KV
 from exprl_jax.model.decoder import Transformer, logits
@@ -64,7 +64,7 @@ def layers():
 def through_pages(place, how, chunks=CHUNKS, jitted=True, of=tuple(range(LAYERS))):
     """[layer, P, G, T, H, E] of some layers, and the cache."""
     rows, contexts = layers()
-    step = functools.partial(paged.attend_pages, execution=how, placement=place)
+    step = functools.partial(page_attention.attend_pages, execution=how, placement=place)
     step = jax.jit(step) if jitted else step
     cache, out, slot = paged.open_pages(QWEN3, how, place, Prefix(contexts, LENGTH_P), jnp.asarray(START_PG), T), [], 0
     for n in chunks:
@@ -232,7 +232,7 @@ def test_int8_saturates_and_does_not_wrap():
     """Keys and values far beyond their context's are ± the largest int8, on their own side."""
     how, scale = execution(kv_dtype="int8"), jnp.full((1, 1), 0.5)
     k = jnp.array([[[1000.0, -1000.0, 63.5, -64.5, 0.3, -0.2, 0.0, 1.2]]])
-    kept = np.asarray(paged._combine(k, -k, scale, scale, how, ONE_DEVICE))
+    kept = np.asarray(paged.combine(k, -k, scale, scale, how, ONE_DEVICE))
     assert kept.dtype == np.int8
     assert kept[0, 0].tolist() == [127, -127, 127, -127, 1, 0, 0, 2]
     np.testing.assert_array_equal(kept[0, 1], -kept[0, 0])

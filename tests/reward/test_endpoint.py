@@ -26,8 +26,9 @@ from stub_endpoint import Answer, StubEndpoint
 
 from exprl_jax import config
 from exprl_jax.data.tokenizer import Message
-from exprl_jax.reward import endpoint
-from exprl_jax.reward.endpoint import ChatClient, asked_wait_s, bypasses, read_completion, retry_wait_s
+from exprl_jax.reward.endpoint import ChatClient
+from exprl_jax.reward.endpoint_connection import bypasses
+from exprl_jax.reward.endpoint_replies import Failed, asked_wait_s, read_completion, retry_wait_s
 
 KEY = "sk-Zq81.never/write+me"
 ROOT = Path(__file__).resolve().parents[2]
@@ -733,7 +734,7 @@ def test_which_answers_begin_with_a_digit(first, probability_5):
     ],
 )
 def test_an_answer_without_log_probabilities_is_none_and_says_what_to_do(logprobs):
-    with pytest.raises(endpoint._Failed, match="gives none; set the read-out to 'text'") as caught:
+    with pytest.raises(Failed, match="gives none; set the read-out to 'text'") as caught:
         read_completion(body_of(message={"content": "4"}, logprobs=logprobs), True)
     assert not caught.value.passing
 

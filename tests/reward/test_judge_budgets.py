@@ -13,7 +13,8 @@ from exprl_jax.architecture import Architecture
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.evaluation.fixed_rollouts import FixedRollout
-from exprl_jax.evaluation.judging import JudgeTask, ask_judge, open_judge_model
+from exprl_jax.evaluation.judge_task import JudgeTask, open_judge_model
+from exprl_jax.evaluation.judging import ask_judge
 from exprl_jax.evaluation.passes import ScoringPass, Trace
 from exprl_jax.files import Ledger
 from exprl_jax.resolve import resolve
