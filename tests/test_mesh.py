@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as Spec
 from exprl_jax import config, mesh
 from exprl_jax.model.decoder import Transformer
 from exprl_jax.records import TrainState
-from tests.oracles.tiny_decoder import FAMILIES, QWEN3, TpuWay, architecture, execution, random_params
+from tests.oracles.tiny_decoder import FAMILIES, QWEN3, TpuWay, architecture, make_execution, random_params
 
 WIDE = dataclasses.replace(QWEN3, vocab_size=64, width=16, ffn=32, heads=8, kv_heads=4)
 
@@ -22,8 +22,8 @@ def make(data, model):
     return mesh.make_mesh(config.Mesh(data, model))
 
 
-def specs(arch, how, over):
-    shardings = mesh.shard_parameters(Transformer(arch, how).abstract_params("float32"), arch, how, over)
+def specs(arch, execution, over):
+    shardings = mesh.shard_parameters(Transformer(arch, execution).abstract_params("float32"), arch, execution, over)
     return jax.tree.map(lambda s: s.spec, shardings, is_leaf=lambda x: isinstance(x, jax.sharding.NamedSharding))
 
 
@@ -43,14 +43,14 @@ def test_the_table_on_two_by_four():
         down=Spec("model", "data"),
     )
     rest = dict(embed=Spec("model", "data"), unembed=Spec("data", "model"), final_norm=norm)
-    assert specs(WIDE, execution(), make(2, 4)) == rest | {"layer_0": layer, "layer_1": layer}
+    assert specs(WIDE, make_execution(), make(2, 4)) == rest | {"layer_0": layer, "layer_1": layer}
     stacked = {name: Spec(None, *spec) for name, spec in layer.items()}
-    assert specs(WIDE, execution(True), make(2, 4)) == rest | {"layers": stacked}
+    assert specs(WIDE, make_execution(True), make(2, 4)) == rest | {"layers": stacked}
 
 
 def test_dims_that_do_not_divide_are_replicated():
     odd = dataclasses.replace(WIDE, vocab_size=61, heads=6, kv_heads=2, width=15)
-    got = specs(odd, execution(), make(2, 4))
+    got = specs(odd, make_execution(), make(2, 4))
     assert got["embed"] == Spec(None, None) and got["unembed"] == Spec(None, None)
     assert got["layer_0"]["q"] == got["layer_0"]["k"] == Spec(None, None, None)
     assert got["layer_0"]["gate"] == Spec(None, "model")
@@ -59,32 +59,32 @@ def test_dims_that_do_not_divide_are_replicated():
 @pytest.mark.parametrize("scan", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_rules_cover_parameters_gradients_and_moments(family, scan):
-    arch, how, over = architecture(family), execution(scan), make(2, 4)
-    params = Transformer(arch, how).abstract_params("float32")
+    arch, execution, over = architecture(family), make_execution(scan), make(2, 4)
+    params = Transformer(arch, execution).abstract_params("float32")
     zero = jax.ShapeDtypeStruct((), jnp.int32)
     state = TrainState(zero, params, jax.eval_shape(optax.adamw(1.0).init, params), zero)
-    shardings = mesh.shard_parameters(state, arch, how, over)
-    of_params = mesh.shard_parameters(params, arch, how, over)
+    shardings = mesh.shard_parameters(state, arch, execution, over)
+    of_params = mesh.shard_parameters(params, arch, execution, over)
     assert shardings.params == of_params and shardings.opt_state[0].mu == of_params == shardings.opt_state[0].nu
     assert shardings.step == shardings.skipped == shardings.opt_state[0].count == mesh.replicated(over)
 
 
 def test_a_parameter_without_a_rule_and_a_rule_without_a_parameter_are_errors():
-    how, over = execution(), make(2, 4)
-    params = Transformer(QWEN3, how).abstract_params("float32")
+    execution, over = make_execution(), make(2, 4)
+    params = Transformer(QWEN3, execution).abstract_params("float32")
     params["layer_1"]["router"] = jax.ShapeDtypeStruct((16, 4), jnp.float32)
     with pytest.raises(ValueError, match=re.escape("no parameter rule matches ['layer_1']['router'] of shape (16, 4)")):
-        mesh.shard_parameters(params, QWEN3, how, over)
-    params = Transformer(QWEN3, how).abstract_params("float32")
+        mesh.shard_parameters(params, QWEN3, execution, over)
+    params = Transformer(QWEN3, execution).abstract_params("float32")
     del params["unembed"]
     with pytest.raises(ValueError, match="parameter rule 'unembed' matches no parameter of this qwen3 model"):
-        mesh.shard_parameters(params, QWEN3, how, over)
+        mesh.shard_parameters(params, QWEN3, execution, over)
 
 
 def test_bytes_per_device_are_those_that_lie_there():
-    how, over = execution(), make(2, 4)
-    abstract = Transformer(QWEN3, how).abstract_params("float32")
-    shardings = mesh.shard_parameters(abstract, QWEN3, how, over)
+    execution, over = make_execution(), make(2, 4)
+    abstract = Transformer(QWEN3, execution).abstract_params("float32")
+    shardings = mesh.shard_parameters(abstract, QWEN3, execution, over)
     params = jax.device_put(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract), shardings)
     lying = sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(params))
     assert mesh.bytes_per_device(abstract, shardings) == lying < sum(x.nbytes for x in jax.tree.leaves(params))
@@ -95,9 +95,9 @@ def test_mesh_sizes():
     assert mesh.fit_mesh(config.Mesh(-1, 8), devices=32) == (4, 8)
     assert mesh.fit_mesh(config.Mesh(16, 8)) == (16, 8)  # a dry run for other machines than this one
     assert make(4, 2).shape == {"data": 4, "model": 2}
-    for how in (config.Mesh(3, 2), config.Mesh(-1, 3)):
+    for execution in (config.Mesh(3, 2), config.Mesh(-1, 3)):
         with pytest.raises(ValueError, match="expected a product of 8"):
-            mesh.make_mesh(how)
+            mesh.make_mesh(execution)
 
 
 # ----------------------------------------------------------------------------------------- where a forward's arrays lie
@@ -137,10 +137,10 @@ def test_a_mapped_forward_does_not_see_data():
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_parameters_for_decoding_are_whole_along_data_only(scan):
-    how, placement = execution(scan), mesh.Placement(make(2, 4))
-    params = random_params(WIDE, how)
-    shardings = mesh.shard_parameters(params, WIDE, how, placement.mesh)
-    model = Transformer(WIDE, how, placement)
+    execution, placement = make_execution(scan), mesh.Placement(make(2, 4))
+    params = random_params(WIDE, execution)
+    shardings = mesh.shard_parameters(params, WIDE, execution, placement.mesh)
+    model = Transformer(WIDE, execution, placement)
     decoding = jax.jit(model.decoding_params)(jax.device_put(params, shardings))
     for got, x, sharding in zip(*map(jax.tree.leaves, (decoding, params, shardings)), strict=True):
         np.testing.assert_array_equal(got, x)

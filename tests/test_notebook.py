@@ -99,8 +99,10 @@ def test_a_restarted_session_finds_its_clone_and_installs(tmp_path):
     held = os.environ | {"PYTHONPATH": ""}
     done = subprocess.run([sys.executable, "-c", cell], cwd=tmp_path, env=held, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    said = done.stdout.splitlines()
-    assert said[0].startswith("called -m pip install -q -r requirements.txt") and said[1:] == [f"{tmp_path}/exprl_jax"]
+    printed = done.stdout.splitlines()
+    assert printed[0].startswith("called -m pip install -q -r requirements.txt") and printed[1:] == [
+        f"{tmp_path}/exprl_jax"
+    ]
 
 
 _SAVES = """
@@ -131,8 +133,8 @@ def test_an_interrupt_lets_a_run_save_and_ends_the_cell(tmp_path):
     ) as kernel:
         assert kernel.stdout.readline() == "ready\n"
         os.killpg(kernel.pid, signal.SIGINT)
-        said, failed = kernel.communicate(timeout=60)
-    assert said.splitlines() == ["saving 0", "saving 1", "saving 2", "saved"]
+        printed, failed = kernel.communicate(timeout=60)
+    assert printed.splitlines() == ["saving 0", "saving 1", "saving 2", "saved"]
     assert failed.splitlines()[-1] == "KeyboardInterrupt"
 
 

@@ -174,11 +174,11 @@ def start_script(script, processes, *more):
 def finish(processes, seconds=400):
     """Waits for all; returns what each said: (status, stdout, stderr)."""
     try:
-        said = [process.communicate(timeout=seconds) for process in processes]
+        ended = [process.communicate(timeout=seconds) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    return [(process.returncode, *each) for process, each in zip(processes, said)]
+    return [(process.returncode, *each) for process, each in zip(processes, ended)]
 
 
 def wait_for(seen, processes):
@@ -234,10 +234,10 @@ def test_two_processes_do_what_one_does(mesh, readout, tmp_path):
     # Of a save before the last step the second row would have the slices that Orbax compiles.
     changes = MESHES[mesh] | {"judge.readout": readout, "checkpoint.every": 2}
     one = run(tiny("outcome", changes), tmp_path / "one")
-    said = finish(start(tmp_path / "two", changes))
-    assert [status for status, _, _ in said] == [0, 0], said
-    assert "done" in said[0][1] and spoken(said[1][1]) == []
-    assert "step 2/2" in said[0][2] and "step 2/2" not in said[1][2]
+    ended = finish(start(tmp_path / "two", changes))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert "done" in ended[0][1] and spoken(ended[1][1]) == []
+    assert "step 2/2" in ended[0][2] and "step 2/2" not in ended[1][2]
 
     assert_same_rows(rows(tmp_path / "two"), rows(one))
     assert_compiled_in_the_first_step(tmp_path / "two")
@@ -245,8 +245,8 @@ def test_two_processes_do_what_one_does(mesh, readout, tmp_path):
         assert abs(tensor - parameters(one)[name]).max() < 1e-5, name
 
     files = {path.relative_to(one).parts[:2] for path in one.rglob("*") if "tensorboard" not in path.parts}
-    found = {path.relative_to(tmp_path / "two").parts[:2] for path in (tmp_path / "two").rglob("*")}
-    assert {parts for parts in found if "tensorboard" not in parts} == files
+    paths = {path.relative_to(tmp_path / "two").parts[:2] for path in (tmp_path / "two").rglob("*")}
+    assert {parts for parts in paths if "tensorboard" not in parts} == files
     assert len(list((tmp_path / "two" / "tensorboard").iterdir())) == 1
     sampled = [json.loads(line) for line in open_lines(tmp_path / "two" / "rollouts" / "step_000001.jsonl")]
     expected = [json.loads(line) for line in open_lines(one / "rollouts" / "step_000001.jsonl")]
@@ -274,8 +274,8 @@ def test_two_processes_distil_as_one_does(kl, tmp_path):
     }
     one = run(tiny("distill", changes), tmp_path / "one")
     line = [each.replace("tiny.py", "tiny.py:distill") for each in command(tmp_path / "two", changes)]
-    said = finish(start_line(line, 2))
-    assert [status for status, _, _ in said] == [0, 0], said
+    ended = finish(start_line(line, 2))
+    assert [status for status, _, _ in ended] == [0, 0], ended
     assert_same_rows(rows(tmp_path / "two"), rows(one))
     assert_compiled_in_the_first_step(tmp_path / "two")
     for name, tensor in parameters(tmp_path / "two").items():
@@ -300,20 +300,20 @@ def test_two_processes_evaluate_as_one_does(tmp_path):
         f"--workdir={tmp_path / 'two'}",
         *(f"--config.{path}={value}" for path, value in changes.items()),
     ]
-    said = finish(start_line(line, 2))
-    assert [status for status, _, _ in said] == [0, 0], said
-    assert "mixed: 48/48 groups of 2" in said[0][2] and spoken(said[1][1]) == []
+    ended = finish(start_line(line, 2))
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    assert "mixed: 48/48 groups of 2" in ended[0][2] and spoken(ended[1][1]) == []
     for name in ("samples/mixed.jsonl", "results.json", "table.txt", "summary.csv", "pass_at_k.csv"):
         assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text(), name
     sampled = [json.loads(line) for line in open_lines(tmp_path / "two/samples/mixed.jsonl")]
     assert len(sampled) == 24 * 4
 
 
-def counts(said):
+def counts(ended):
     """Of each process, how many responses it had graded."""
-    assert [status for status, _, _ in said] == [0, 0], said
+    assert [status for status, _, _ in ended] == [0, 0], ended
     return [
-        int(line.removeprefix("graded ")) for _, out, _ in said for line in spoken(out) if line.startswith("graded")
+        int(line.removeprefix("graded ")) for _, out, _ in ended for line in spoken(out) if line.startswith("graded")
     ]
 
 
@@ -339,10 +339,10 @@ def test_processes_that_share_rows_evaluate_each_response_once(tmp_path):
             f"--config.judge.endpoint.base_url={stub.base_url}",
             *(f"--config.{path}={value}" for path, value in changes.items()),
         ]
-        said = finish(start_line(line, 2))
+        ended = finish(start_line(line, 2))
         asked = len(stub.seen)
     sampled = [json.loads(line) for line in open_lines(tmp_path / "run/samples/mixed.jsonl")]
-    assert len(sampled) == 24 * 2 and sorted(counts(said)) == [0, 24 * 2]
+    assert len(sampled) == 24 * 2 and sorted(counts(ended)) == [0, 24 * 2]
     science = [row for row in sampled if row["kind"] == "science"]
     assert asked == len(science) > 0 and {row["verdict"] for row in science} == {"correct"}
 
@@ -351,8 +351,8 @@ def test_processes_that_share_rows_distil_each_response_once(tmp_path):
     changes = MESHES["1x8"]
     one = run(tiny("distill", changes), tmp_path / "one")
     line = [part.replace("tiny.py", "tiny.py:distill") for part in command(tmp_path / "two", changes)]
-    said = finish(start_line([line[0], "-c", COUNTED, *line[3:]], 2))
-    assert sorted(counts(said)) == [0, 2 * 8 * 4]  # steps, prompts, rollouts
+    ended = finish(start_line([line[0], "-c", COUNTED, *line[3:]], 2))
+    assert sorted(counts(ended)) == [0, 2 * 8 * 4]  # steps, prompts, rollouts
     # What verdicts and rollouts say is the same; the other metrics are compared where each process has its own rows.
     graded = [
         [{k: v for k, v in row.items() if k.startswith(("solve/", "response/"))} for row in rows(folder)]
@@ -371,21 +371,21 @@ def test_a_run_that_is_killed_stopped_and_regrouped_ends_with_the_numbers_of_one
     processes = start(folder, endless, "--heartbeat_seconds=10", processes=4)
     wait_for(lambda: saved(folder), processes)
     processes[2].kill()
-    said = finish(processes)
-    assert said[2][0] == -signal.SIGKILL and all(status != 0 for status, _, _ in said), said
+    ended = finish(processes)
+    assert ended[2][0] == -signal.SIGKILL and all(status != 0 for status, _, _ in ended), ended
     taken = saved(folder)[-1]
 
     run(tiny("outcome", endless | {"steps": taken + 1}), folder)
-    said = finish(start(folder, endless | {"steps": taken + 2}))
-    assert [status for status, _, _ in said] == [0, 0] and f"resuming after step {taken + 1} of" in said[0][2], said
+    ended = finish(start(folder, endless | {"steps": taken + 2}))
+    assert [status for status, _, _ in ended] == [0, 0] and f"resuming after step {taken + 1} of" in ended[0][2], ended
 
     processes = start(folder, endless, processes=4)
     wait_for(lambda: steps_of(folder) > taken + 2, processes)
     processes[3].send_signal(signal.SIGTERM)
-    said = finish(processes)
-    assert [status for status, _, _ in said] == [0, 0, 0, 0], said
+    ended = finish(processes)
+    assert [status for status, _, _ in ended] == [0, 0, 0, 0], ended
     stopped = rows(folder)[-1]["step"]
-    assert f"stopped after step {stopped} of 400" in said[0][2] and saved(folder)[-1] == stopped
+    assert f"stopped after step {stopped} of 400" in ended[0][2] and saved(folder)[-1] == stopped
 
     run(tiny("outcome", endless | {"steps": stopped + 1}), folder)
     whole = run(tiny("outcome", endless | {"steps": stopped + 1}), tmp_path / "whole")
@@ -402,26 +402,26 @@ def test_a_process_that_is_gone_takes_the_others_with_it(number, victim):
     processes[victim].send_signal(number)
     others = [process for process in processes if process is not processes[victim]]
     try:
-        said = finish(others, 120)
+        ended = finish(others, 120)
     finally:
         processes[victim].kill()
         processes[victim].communicate()
-    assert all(status != 0 for status, _, _ in said), said
+    assert all(status != 0 for status, _, _ in ended), ended
 
 
 @pytest.mark.parametrize("faulty", [0, 3])
 def test_an_error_in_one_process_is_what_all_say(faulty):
-    said = finish(start_script(WAIT, 4, faulty), 120)
-    for process, (status, _, err) in enumerate(said):
-        assert status == 1, said
+    ended = finish(start_script(WAIT, 4, faulty), 120)
+    for process, (status, _, err) in enumerate(ended):
+        assert status == 1, ended
         assert complaints(err) == ["planted" if process == faulty else f"ended with process {faulty}: planted"], err
 
 
 @pytest.mark.parametrize("full", [0, 1])
 def test_a_save_that_fails_in_one_process_ends_all_and_does_not_count(full, tmp_path):
-    said = finish(start_script(SAVE, 2, full, tmp_path), 120)
-    for process, (status, _, err) in enumerate(said):
-        assert status == 1, said
+    ended = finish(start_script(SAVE, 2, full, tmp_path), 120)
+    for process, (status, _, err) in enumerate(ended):
+        assert status == 1, ended
         (line,) = complaints(err)
         assert line.startswith("checkpoint of step 2 " if process == full else f"ended with process {full}: ")
         assert "checkpoint of step 2 could not be written" in line
@@ -442,17 +442,17 @@ def test_a_grader_that_hangs_in_one_process_costs_a_verdict_and_an_error_the_run
     wait_for(lambda: steps_of(folder) >= 1, processes)
     (worker,) = children(processes[1].pid)
     os.kill(worker, signal.SIGSTOP)
-    said = finish(processes)
-    assert [status for status, _, _ in said] == [1, 1], said
-    assert complaints(said[1][2]) == ["planted"] and complaints(said[0][2]) == ["ended with process 1: planted"]
+    ended = finish(processes)
+    assert [status for status, _, _ in ended] == [1, 1], ended
+    assert complaints(ended[1][2]) == ["planted"] and complaints(ended[0][2]) == ["ended with process 1: planted"]
     hung = [row["step"] for row in rows(folder) if row["solve/timed_out"] > 0]
     assert hung and steps_of(folder) >= hung[0] + 2
     assert not pathlib.Path(f"/proc/{worker}").exists()
 
 
 def test_the_processes_of_a_host_share_its_graders():
-    said = finish(start_script(GRADERS, 4), 120)
-    assert [(status, spoken(out)) for status, out, _ in said] == [(0, [workers]) for workers in "1225"], said
+    ended = finish(start_script(GRADERS, 4), 120)
+    assert [(status, spoken(out)) for status, out, _ in ended] == [(0, [workers]) for workers in "1225"], ended
 
 
 # ---------------------------------------------------------------------------------------------- at the start
@@ -489,7 +489,7 @@ def test_what_processes_do_not_have_in_common_is_refused(tmp_path):
         "seed": "was started with another config than process 0 (its value != the value there): seed: 2 != 1",
         "data": "config.data.source: processes 1 have read other problems than process 0; give all hosts the same",
     }
-    for name, said_by_one in expected.items():
+    for name, message_of_one in expected.items():
         together = (f"--coordinator=127.0.0.1:{free_port()}", "--processes=2")
         changes = [{"data.source": "problems.jsonl", "seed": 1 + (name == "seed") * process} for process in range(2)]
         processes = [
@@ -501,7 +501,7 @@ def test_what_processes_do_not_have_in_common_is_refused(tmp_path):
             )
             for process in range(2)
         ]
-        said = finish(processes, 300)
-        assert [status for status, _, _ in said] == [1, 1], said
-        assert said_by_one in complaints(said[1][2])[0] and said_by_one in complaints(said[0][2])[0]
+        ended = finish(processes, 300)
+        assert [status for status, _, _ in ended] == [1, 1], ended
+        assert message_of_one in complaints(ended[1][2])[0] and message_of_one in complaints(ended[0][2])[0]
         assert not steps_of(tmp_path / name)

@@ -277,17 +277,17 @@ def test_the_fixed_sample_hangs_on_seed_and_ids_alone():
         ({"evaluate.every": 0}, "config.checkpoint.best: got 'evaluate/pass@1', expected a metric that is measured"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(changed, said, changes):
+def test_what_cannot_be_evaluated_is_refused(changed, message, changes):
     with pytest.raises(ValueError) as refused:
         resolve(config_dict("tiny", "sparse", changes | changed))
-    assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
+    assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
 
 
 LONG = dict(id="long", problem="How many? " * 60, answer="1")
 
 
 @pytest.mark.parametrize(
-    "problems, changed, said",
+    "problems, changed, message",
     [
         ([LONG], {}, "config.data.max_prompt_tokens: got 216, expected at least"),
         (["trained on"], {}, "1 of 64 training problems are held out for evaluation"),
@@ -296,16 +296,16 @@ LONG = dict(id="long", problem="How many? " * 60, answer="1")
     ],
     ids=["too long", "trained on", "another of that name", "too many"],
 )
-def test_problems_that_cannot_be_evaluated_on_are_refused(problems, changed, said, changes, tmp_path):
+def test_problems_that_cannot_be_evaluated_on_are_refused(problems, changed, message, changes, tmp_path):
     trained = read_jsonl(sparse().data.source)[0]
     made = {"trained on": trained, "renamed": trained | {"problem": "Another?"}}
     problems = [made[problem] if isinstance(problem, str) else problem for problem in problems]
     source = write_problems(tmp_path / "held_out.jsonl", problems)
     with pytest.raises(ValueError) as refused:
         run(sparse(changes | {"evaluate.source": source} | changed), tmp_path / "run")
-    assert str(refused.value).startswith(said) and "\n" not in str(refused.value)
+    assert str(refused.value).startswith(message) and "\n" not in str(refused.value)
 
 
 def test_help_on_the_section_stands_beside_the_task_of_that_name():
-    said = describe("evaluate", {})
-    assert "sampling.samples" in said and "evaluate.training_problems" in said
+    output = describe("evaluate", {})
+    assert "sampling.samples" in output and "evaluate.training_problems" in output

@@ -114,9 +114,9 @@ def test_rollouts_fit_beside_the_longest_prompt(capsys):
     longest = max(len(run.prompts.ids[p.id]) for p in run.problems) + run.config.rollout.max_tokens
     row_tokens, microbatch = sizes_of(run.config)
     assert row_tokens == row_width(Lengths(longest, longest, 32)) and microbatch == 8
-    said = capsys.readouterr().err
+    output = capsys.readouterr().err
     expected = f"config.updates.row_tokens = {row_tokens}, config.updates.microbatch = 8: for sequences of up to"
-    assert f"{expected} {longest} tokens, 32 an update" in said
+    assert f"{expected} {longest} tokens, 32 an update" in output
 
 
 def test_a_distilled_runs_rows_hold_its_teachers_prompts():
@@ -142,7 +142,7 @@ def test_a_run_records_its_sizes_and_goes_on_with_them(tmp_path, capsys):
 
 
 def test_a_plan_takes_budgets_for_lengths_and_refuses_what_only_data_say():
-    said = describe(tiny(changes=CHOSEN | {"mesh.data": 1}))
-    assert "rows of 1024 tokens" in said  # four times 216 + 24 within 1,024
+    output = describe(tiny(changes=CHOSEN | {"mesh.data": 1}))
+    assert "rows of 1024 tokens" in output  # four times 216 + 24 within 1,024
     with pytest.raises(ValueError, match="^config.row_tokens, config.microbatch: got 0, which a run chooses from its"):
         describe(sft({"mesh.data": 1}))

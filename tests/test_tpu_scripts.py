@@ -157,10 +157,10 @@ def test_a_missing_option_is_one_line(cloud, script, missing):
         ("collect.sh", "--workdir=x", "expected an absolute path"),
     ],
 )
-def test_a_wrong_option_is_one_line(cloud, script, word, said):
+def test_a_wrong_option_is_one_line(cloud, script, word, message):
     stub = cloud()
     done = stub.run(script, *CALLS[script], word)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and said in done.stderr and stub.calls() == []
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr and stub.calls() == []
 
 
 @pytest.mark.parametrize("script", ["setup.sh", "resume.sh"])
@@ -553,8 +553,8 @@ def test_collect_of_a_broken_stream_leaves_what_is_there(cloud, tmp_path, lost_a
     words = ["collect.sh", *SLICE, f"--workdir={tmp_path}/workdir", "--output=copy"]
     done = stub.run(*words)
     if lost_at:
-        said = done.stderr.splitlines()[-1]
-        assert said.startswith(f"collect.sh: what came of {tmp_path}/workdir is damaged; copy is as it was")
+        messages = done.stderr.splitlines()[-1]
+        assert messages.startswith(f"collect.sh: what came of {tmp_path}/workdir is damaged; copy is as it was")
         assert done.returncode == 1 and (stub.folder / "copy/metrics.jsonl").read_text() == "before"
         assert not list(tmp_path.rglob("exprl_jax.*"))
         done = stub.run(*words)
@@ -609,9 +609,12 @@ def test_resume_goes_on_after_preemptions_until_the_program_has_ended(cloud):
     made = [call for call in stub.calls("gcloud") if "create" in call]
     assert made == [[*CREATE, "--accelerator-type=v5litepod-16", "--runtime-version=v2-alpha-tpuv5-lite", "--spot"]] * 3
     assert [call for call in stub.calls("gcloud") if "delete" in call] == [DELETE] * 2
-    said = [line.partition(" ")[2] for line in done.stderr.splitlines() if re.match(r"\d{4}-", line)]
-    assert "n is LOST: deleting what is left of it" in said and "n is SUSPENDED: deleting what is left of it" in said
-    assert said[0] == "asking for n" and said[-1] == "/mnt/exprl/runs/outcome has ended"
+    messages = [line.partition(" ")[2] for line in done.stderr.splitlines() if re.match(r"\d{4}-", line)]
+    assert (
+        "n is LOST: deleting what is left of it" in messages
+        and "n is SUSPENDED: deleting what is left of it" in messages
+    )
+    assert messages[0] == "asking for n" and messages[-1] == "/mnt/exprl/runs/outcome has ended"
 
 
 def test_resume_takes_up_a_run_that_is_under_way(cloud):
@@ -646,8 +649,8 @@ def test_a_slice_that_is_busy_is_left_alone(cloud, script, words):
     assert statuses(records[:1]) == [1]
     done = stub.run(script, *CALLS[script], *words)
     assert done.returncode == 1
-    (said,) = [line for line in done.stderr.splitlines() if line.startswith("a run is under way: ")]
-    assert said.endswith(f"-m exprl_jax.main {' '.join(RUN)} --distributed=auto")
+    (messages,) = [line for line in done.stderr.splitlines() if line.startswith("a run is under way: ")]
+    assert messages.endswith(f"-m exprl_jax.main {' '.join(RUN)} --distributed=auto")
     if script == "resume.sh":
         busy = "resume.sh: n is busy with another run than this one; wait for its end, or ask it to stop"
         assert done.stderr.splitlines()[-1] == busy
@@ -720,6 +723,6 @@ def test_resume_bears_a_slice_that_goes_while_it_is_set_up(cloud):
     ) as resumed:
         wait_for(lambda: "delete" in deeds(stub))
         (stub.folder / "refuse").unlink()
-        said = resumed.communicate(timeout=60)[1]
-    assert resumed.returncode == 0, said
-    assert " failed: setup\n" in said and deeds(stub)[-2:] == ["setup", "launch"]
+        messages = resumed.communicate(timeout=60)[1]
+    assert resumed.returncode == 0, messages
+    assert " failed: setup\n" in messages and deeds(stub)[-2:] == ["setup", "launch"]

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from exprl_jax.config import Execution
 from exprl_jax.mesh import Placement
-from exprl_jax.model.paged import PAGE, PagedCache, combine, put
+from exprl_jax.model import paged
 
 # What fits into a TPU core's fast memory: bytes of the kernel's page buffers; pages, and queries × heads, at a time.
 _BUFFER, _PAGES, _QUERIES = 4 * 1024**2, 8, 1024
@@ -24,12 +24,12 @@ def attend_pages(
     q_PGTHE: Float[Array, "P G T H E"],
     k_PGTKE: Float[Array, "P G T K E"],
     v_PGTKE: Float[Array, "P G T K E"],
-    cache: PagedCache,
+    cache: paged.PagedCache,
     layer: Int[Array, ""] | int,
     slot: Int[Array, ""] | int,
     execution: Execution,
     placement: Placement,
-) -> tuple[Float[Array, "P G T H E"], PagedCache]:
+) -> tuple[Float[Array, "P G T H E"], paged.PagedCache]:
     """Writes T more tokens a row into its pages, and attends to all that it has by then, its context included.
 
     Args:
@@ -69,11 +69,11 @@ def _write_and_attend(q, k, v, pool, read, k_scale, v_scale, layer, slot, *, lay
     # A slot before the row's start has a position too, within its context or below 0: clipped here, for the gather
     # must stay in the table, and masked below, or padding would overwrite the context that all rows of it read.
     position_PGT = length_P[:, None, None] + slot_T - start_PG[..., None]
-    page_PGT = jnp.take_along_axis(table, jnp.clip(position_PGT // PAGE, 0, table.shape[2] - 1), axis=2)
+    page_PGT = jnp.take_along_axis(table, jnp.clip(position_PGT // paged.PAGE, 0, table.shape[2] - 1), axis=2)
     # Padding is written nowhere: a number past the pool is dropped.
     page_PGT = jnp.where(slot_T >= start_PG[..., None], page_PGT + layer * pages, pool.shape[0])
-    kv = combine(k, v, k_scale[:, None, None], v_scale[:, None, None], execution, placement)
-    pool = put(pool, page_PGT, position_PGT % PAGE, kv)
+    kv = paged.combine(k, v, k_scale[:, None, None], v_scale[:, None, None], execution, placement)
+    pool = paged.put(pool, page_PGT, position_PGT % paged.PAGE, kv)
 
     q = q.reshape(P, G, T, K, H // K, E)
     if execution.kv_dtype == "int8":

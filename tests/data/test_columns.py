@@ -75,8 +75,8 @@ def test_names_that_are_left_out_stay_and_one_may_take_anothers_place(tmp_path, 
     source = jsonl(tmp_path / "p.jsonl", rows)
     (problem,) = read_problems(source, columns="question:problem,final:answer")
     assert problem == Problem("a", "1+1?", "2", "2", "math")
-    said = capsys.readouterr().err
-    assert f"{source} line 1: column 'answer' is not read; config.data.columns reads 'final' in its place" in said
+    output = capsys.readouterr().err
+    assert f"{source} line 1: column 'answer' is not read; config.data.columns reads 'final' in its place" in output
     # In turn: what was the answer is the reference.
     (problem,) = read_problems(source, columns="question:problem,final:answer,answer:reference")
     assert (problem.reference, problem.answer) == ("wrong", "2")
@@ -90,18 +90,18 @@ def test_columns_do_not_concern_a_benchmark(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "columns, said",
+    "columns, message",
     [
         ("questoin:problem", "line 1: no column 'questoin', which config.data.columns reads as 'problem'"),
         ("questoin:problem", "; the columns are question, solution, final, topic; did you mean 'question'?"),
         (COLUMNS + ",level:domain", "line 1 and all after it: no column 'level'"),
     ],
 )
-def test_a_column_that_is_not_there_is_named_with_those_that_are(columns, said, tmp_path):
+def test_a_column_that_is_not_there_is_named_with_those_that_are(columns, message, tmp_path):
     for references in (True, False):
         with pytest.raises(ValueError) as error:
             read_problems(jsonl(tmp_path / "p.jsonl", THEIRS), columns=columns, references=references)
-        assert said in str(error.value) and "\n" not in str(error.value)
+        assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_some_rows_may_lack_choices(tmp_path):
@@ -115,7 +115,7 @@ def test_a_config_takes_columns():
 
 
 @pytest.mark.parametrize(
-    "columns, said",
+    "columns, message",
     [
         ("question", "expected theirs:ours with commas between"),
         ("question:problem,,a:answer", "expected theirs:ours with commas between"),
@@ -124,10 +124,10 @@ def test_a_config_takes_columns():
         ("a:answer,a:reference", "expected 'a' once"),
     ],
 )
-def test_columns_that_mean_nothing_are_refused(columns, said):
+def test_columns_that_mean_nothing_are_refused(columns, message):
     with pytest.raises(ValueError) as error:
         resolve(config_dict("tiny", "outcome", {"data.columns": columns}))
-    assert str(error.value).startswith(f"config.data.columns: got {columns!r}, ") and said in str(error.value)
+    assert str(error.value).startswith(f"config.data.columns: got {columns!r}, ") and message in str(error.value)
 
 
 # --- Answers in GSM8K's form.

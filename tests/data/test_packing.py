@@ -204,9 +204,9 @@ def padding(seed, group, median, share):
 @pytest.mark.parametrize("median", [3000, 4000, 9000])
 def test_at_most_a_tenth_of_an_updates_slots_is_padding(group, median):
     """On average; at the last median more than a fifth of the rollouts is cut at the budget."""
-    found = [padding(seed, group, median, share=False) for seed in range(8)]
-    assert 0 <= np.mean([apart for apart, _ in found]) <= 0.10
-    for seed, (_, rows) in enumerate(found):
+    paddings = [padding(seed, group, median, share=False) for seed in range(8)]
+    assert 0 <= np.mean([apart for apart, _ in paddings]) <= 0.10
+    for seed, (_, rows) in enumerate(paddings):
         # Keeping a group together costs some rows where responses are long, and saves some where they are short.
         assert padding(seed, group, median, share=True)[1] <= 1.06 * rows, seed
 

@@ -451,12 +451,12 @@ def test_end_ids_are_collected_from_every_file_that_names_one_and_are_saved(chat
 
 
 def test_what_else_generation_config_says_is_passed_on(chatml):
-    said = {"temperature": 0.6, "top_p": 0.95, "do_sample": True, "eos_token_id": 1}
+    generation = {"temperature": 0.6, "top_p": 0.95, "do_sample": True, "eos_token_id": 1}
     written_by = {"transformers_version": "4.51.0", "_from_model_config": True}
-    (chatml / "generation_config.json").write_text(json.dumps(said | written_by))
+    (chatml / "generation_config.json").write_text(json.dumps(generation | written_by))
     load_tokenizer(chatml).save(chatml.with_name("saved"))
     saved = json.loads((chatml.with_name("saved") / "generation_config.json").read_text())
-    assert saved == said | {"eos_token_id": [0, 1, 2], "pad_token_id": 0, "bos_token_id": None}
+    assert saved == generation | {"eos_token_id": [0, 1, 2], "pad_token_id": 0, "bos_token_id": None}
     loaded = transformers.GenerationConfig.from_pretrained(chatml.with_name("saved"))
     assert (loaded.eos_token_id, loaded.temperature) == ([0, 1, 2], 0.6)
 

@@ -56,8 +56,8 @@ def test_the_prompt_defines_every_field_and_asks_for_what_is_read():
 )
 def test_an_object_is_read_alone_or_in_a_fence(form):
     for text in (json.dumps(GOOD), json.dumps(GOOD, indent=2), json.dumps(dict(reversed(GOOD.items())))):
-        found = parse_annotation(form.replace("{}", text))
-        assert found == GOOD and tuple(found) == FIELDS
+        fields = parse_annotation(form.replace("{}", text))
+        assert fields == GOOD and tuple(fields) == FIELDS
 
 
 def without(name):
@@ -123,9 +123,9 @@ def annotations(seed, problems, group):
 
 def test_gains_and_losses_by_brute_force():
     run, base = annotations(0, 9, 3), annotations(1, 11, 2)
-    found = compare(problem_means(run), problem_means(base), seed=5)
-    assert [change.field for change in found] == list(FIELDS)
-    for change in found:
+    changes = compare(problem_means(run), problem_means(base), seed=5)
+    assert [change.field for change in changes] == list(FIELDS)
+    for change in changes:
         apart = []
         for i in range(9):
             ours, theirs = ([f[change.field] for name, f in side if name == f"p{i}"] for side in (run, base))
@@ -138,7 +138,7 @@ def test_gains_and_losses_by_brute_force():
         )
         low, high = bootstrap(np.array(apart)[:, None], 5)
         assert (change.low, change.high) == (pytest.approx(low[0]), pytest.approx(high[0]))
-    assert any(change.gained for change in found) and any(change.lost for change in found)
+    assert any(change.gained for change in changes) and any(change.lost for change in changes)
 
 
 def test_a_run_against_itself_changes_nothing_and_one_problem_has_no_interval():

@@ -79,9 +79,9 @@ def test_agreement_is_scikit_learns_kappa():
     for _ in range(10):
         a, b = RNG.integers(1, 6, 50), RNG.integers(1, 6, 50)
         b[:20] = a[:20]
-        found = agreement(a, b)
-        assert found.kappa == pytest.approx(cohen_kappa_score(a, b, weights="quadratic"))
-        assert found.exact == np.mean(a == b) and found.within_one == np.mean(abs(a - b) <= 1) and found.n == 50
+        result = agreement(a, b)
+        assert result.kappa == pytest.approx(cohen_kappa_score(a, b, weights="quadratic"))
+        assert result.exact == np.mean(a == b) and result.within_one == np.mean(abs(a - b) <= 1) and result.n == 50
     assert agreement(np.array([3.0, 3.4]), np.array([3.2, 2.6])).kappa is None
     assert agreement(np.array([4.5, 1.2]), np.array([5.0, 1.0])).exact == 1.0
     assert agreement(np.zeros(0), np.zeros(0)).exact is None
@@ -93,18 +93,18 @@ def test_a_histogram_counts_the_nearest_digits():
 
 
 def test_spread_is_within_and_between():
-    found = spread([[1, 3], [4, 4], [5]])
-    assert found.rollouts == 2
-    assert found.within == pytest.approx(math.sqrt((2 + 0) / 2))
-    assert found.between == pytest.approx(np.std([2, 4], ddof=1))
+    result = spread([[1, 3], [4, 4], [5]])
+    assert result.rollouts == 2
+    assert result.within == pytest.approx(math.sqrt((2 + 0) / 2))
+    assert result.between == pytest.approx(np.std([2, 4], ddof=1))
     assert spread([[1]]).within is None and spread([[1, 2]]).between is None
 
 
 def test_likelihood_groups_by_digit():
-    found = likelihood(np.array([1.2, 1, 4, 5]), np.array([0.0, 0.5, 0.5, 1.0]))
-    assert found.count_5 == (2, 0, 0, 1, 1) and found.success_5 == (0.25, None, None, 0.5, 1.0)
-    assert found.pearson == pytest.approx(np.corrcoef([1.2, 1, 4, 5], [0, 0.5, 0.5, 1])[0, 1])
-    assert found.spearman == pytest.approx(np.corrcoef([2, 1, 3, 4], [1, 2.5, 2.5, 4])[0, 1])
+    result = likelihood(np.array([1.2, 1, 4, 5]), np.array([0.0, 0.5, 0.5, 1.0]))
+    assert result.count_5 == (2, 0, 0, 1, 1) and result.success_5 == (0.25, None, None, 0.5, 1.0)
+    assert result.pearson == pytest.approx(np.corrcoef([1.2, 1, 4, 5], [0, 0.5, 0.5, 1])[0, 1])
+    assert result.spearman == pytest.approx(np.corrcoef([2, 1, 3, 4], [1, 2.5, 2.5, 4])[0, 1])
     assert correlation(np.array([1.0, 1.0]), np.array([0.0, 1.0])) is None
 
 
@@ -133,10 +133,10 @@ def test_derangements_differ_by_seed_and_see_through_blanks():
 
 def test_wrong_references_stay_within_their_domain():
     problems = [Problem(f"{d}{i}", f"{d} {i}?", f"{d} because {i}", "1", d) for d in ("math", "code") for i in range(4)]
-    found = wrong_references([*problems, problems[0]], 3)
-    assert len(found) == 8
+    result = wrong_references([*problems, problems[0]], 3)
+    assert len(result) == 8
     for problem in problems:
-        assert found[problem.id] != problem.reference and found[problem.id].startswith(problem.domain)
+        assert result[problem.id] != problem.reference and result[problem.id].startswith(problem.domain)
 
 
 # ------------------------------------------------------------------------------------------------ prompts
@@ -173,14 +173,14 @@ def test_the_blind_prompt_knows_no_reference(domain, readout):
 
 def synthetic(seen, before):
     """With the right reference 5 to attempts n.1 and n.2, 2 to n.0; with another's 1; without 4, once nonsense."""
-    said = seen.content
-    i, g = map(int, re.search(r"Attempt (\d)\.(\d)\.", said).groups())
-    given = said.replace(f"Attempt {i}.{g}.\nWe count.\n{REFERENCES[i]}", "")
+    question = seen.content
+    i, g = map(int, re.search(r"Attempt (\d)\.(\d)\.", question).groups())
+    given = question.replace(f"Attempt {i}.{g}.\nWe count.\n{REFERENCES[i]}", "")
     if "Reference solution" not in given:
         return Answer("no idea" if (i, g) == (0, 0) else "Score: 4")
     if REFERENCES[i] not in given:
         return Answer("Score: 1")
-    released = said.index("Attempt:") < said.index("Reference solution:")
+    released = question.index("Attempt:") < question.index("Reference solution:")
     return Answer(f"Score: {2 if g == 0 else 4 if released else 5}")
 
 
@@ -354,10 +354,10 @@ def test_an_endpoint_repeats_itself_at_a_temperature_with_other_seeds(tmp_path):
         assert len(stub.seen) == 4 * 6 + 4 * 3
     assert [body["temperature"] for body in drawn] == [0.8] * 12
     assert sorted(body["seed"] for body in drawn) == sorted([config.seed + k for k in (1, 2, 3)] * 4)
-    (found,) = results(tmp_path / "run")["repeats"]
-    said = [1 + (config.seed + k) % 4 for k in (1, 2, 3)]
-    assert (found["rollouts"], found["between"]) == (4, 0.0)
-    assert found["within"] == pytest.approx(np.std(said, ddof=1))
+    (row,) = results(tmp_path / "run")["repeats"]
+    digits = [1 + (config.seed + k) % 4 for k in (1, 2, 3)]
+    assert (row["rollouts"], row["between"]) == (4, 0.0)
+    assert row["within"] == pytest.approx(np.std(digits, ddof=1))
 
 
 def test_an_endpoint_that_dies_between_its_repeats_ends_the_run_and_is_not_asked_twice(tmp_path):
@@ -484,22 +484,22 @@ def test_a_calibration_goes_on_where_its_files_end(tmp_path, monkeypatch):
         ({"id": "new", "kind": "choice"}, "problem 'new' has answer choices"),
     ],
 )
-def test_rows_that_are_no_rollouts_are_refused(tmp_path, change, said):
+def test_rows_that_are_no_rollouts_are_refused(tmp_path, change, message):
     path = tmp_path / "r.jsonl"
     write_rollouts(path, problems=1)
     (row, *_) = read_jsonl(path)
     bad = {k: v for k, v in (row | change).items() if v is not None}
     path.write_text(json.dumps(row) + "\n" + json.dumps(bad) + "\n")
     data = calibration(str(path)).data
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         read_rollouts(str(path), data, references=True)
 
 
 def test_rollouts_are_numbered_over_all_files(tmp_path):
     write_rollouts(tmp_path / "a.jsonl", problems=1)
     write_rollouts(tmp_path / "b.jsonl", problems=2)
-    found = read_rollouts(f"{tmp_path}/*.jsonl", calibration("x").data, references=True)
-    assert [(r.problem.id[-1], r.number) for r in found] == [("0", n) for n in range(6)] + [("1", n) for n in range(3)]
+    read = read_rollouts(f"{tmp_path}/*.jsonl", calibration("x").data, references=True)
+    assert [(r.problem.id[-1], r.number) for r in read] == [("0", n) for n in range(6)] + [("1", n) for n in range(3)]
     with pytest.raises(ValueError, match="matches no file"):
         read_rollouts(f"{tmp_path}/none.jsonl", calibration("x").data, references=True)
     bare = tmp_path / "problems.jsonl"
@@ -518,7 +518,7 @@ def test_rollouts_are_numbered_over_all_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         ({"repeats.rollouts": 1, "repeats.count": 1}, "config.repeats.count: got 1, expected at least 2"),
         (
@@ -531,13 +531,13 @@ def test_rollouts_are_numbered_over_all_files(tmp_path):
         ({"judges.text.readout": "json"}, "config.judges.text.readout: got 'json', expected one of"),
     ],
 )
-def test_calibrations_that_cannot_work_are_refused(changes, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_calibrations_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         calibration("x", changes)
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         (
             {"judges.logits.max_context_tokens": 10, "judges.text.max_context_tokens": 10},
@@ -547,8 +547,8 @@ def test_calibrations_that_cannot_work_are_refused(changes, said):
         ({"judges.text.max_tokens": 4096, "judges.logits.max_context_tokens": 4096}, "the judge's context length"),
     ],
 )
-def test_runs_that_cannot_work_end_with_a_line(tmp_path, changes, said):
-    with pytest.raises(ValueError, match=said):
+def test_runs_that_cannot_work_end_with_a_line(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
         calibrate(calibration(write_rollouts(tmp_path / "r.jsonl"), changes), str(tmp_path / "run"))
 
 

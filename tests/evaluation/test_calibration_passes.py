@@ -140,7 +140,7 @@ def test_judges_are_ranked_by_a_truth_over_failed_rollouts_and_prefixes(tmp_path
     )
     changes = {"stored": "run", **CORRECT, "truth.source": f"{tmp_path}/truth.py:progress"}
     calibrate(calibration(path, changes, judges={}), str(tmp_path / "run"))
-    found = {row["of"]: row for row in results(tmp_path / "run")["truth"]}
+    row_of = {row["of"]: row for row in results(tmp_path / "run")["truth"]}
     traces = [
         (n, row["verdict"], row["segments"][n]["score"], progress_of(k // 3, k % 3, n))
         for k, row in enumerate(rows)
@@ -152,11 +152,11 @@ def test_judges_are_ranked_by_a_truth_over_failed_rollouts_and_prefixes(tmp_path
         "rollouts": [t for t in traces if t[0] == 3],
         "prefixes": [t for t in traces if t[0] < 3],
     }
-    assert set(found) == set(of)
+    assert set(row_of) == set(of)
     for name, some in of.items():
-        assert (found[name]["judge"], found[name]["condition"], found[name]["n"]) == ("run", "correct", len(some))
+        assert (row_of[name]["judge"], row_of[name]["condition"], row_of[name]["n"]) == ("run", "correct", len(some))
         expected = spearmanr([t[2] for t in some], [t[3] for t in some]).statistic
-        assert found[name]["spearman"] == pytest.approx(expected)
+        assert row_of[name]["spearman"] == pytest.approx(expected)
     assert "against the truth" in (tmp_path / "run/table.txt").read_text()
 
 
@@ -171,10 +171,10 @@ def test_a_number_of_the_rows_is_the_truth_of_whole_rollouts(tmp_path, label, ta
             calibrate(config, str(tmp_path / "run"))
         return
     calibrate(config, str(tmp_path / "run"))
-    found = {row["of"]: row for row in results(tmp_path / "run")["truth"]}
+    row_of = {row["of"]: row for row in results(tmp_path / "run")["truth"]}
     scores = [row["segments"][-1]["score"] for row in rows]
-    assert found["rollouts"]["spearman"] == pytest.approx(spearmanr(scores, range(12)).statistic)
-    assert "prefixes" not in found
+    assert row_of["rollouts"]["spearman"] == pytest.approx(spearmanr(scores, range(12)).statistic)
+    assert "prefixes" not in row_of
 
 
 def test_what_is_no_judges_score_is_not_taken_for_one(tmp_path):
@@ -214,8 +214,8 @@ def test_a_judge_whose_context_is_too_short_is_named_and_the_others_are_asked(tm
     assert re.match("config.judges.long.max_context_tokens .*the judge's context length$", left_out["long"])
     assert left_out["small"].startswith("config.judges.small.max_context_tokens: got 10, expected at least")
     assert {line["judge"] for line in lines(tmp_path / "run")} == {"stub"}
-    said = capsys.readouterr()
-    assert all(f"{name}: left out: {reason}" in said.out + said.err for name, reason in left_out.items())
+    output = capsys.readouterr()
+    assert all(f"{name}: left out: {reason}" in output.out + output.err for name, reason in left_out.items())
 
 
 def test_a_rubric_per_problem_is_calibrated_with_a_list_from_each_reference(tmp_path):
@@ -223,14 +223,14 @@ def test_a_rubric_per_problem_is_calibrated_with_a_list_from_each_reference(tmp_
     rollouts, written = write_rollouts(tmp_path / "r.jsonl"), []
 
     def answer(seen, before):
-        said = seen.content
-        if "Write the list" in said:
-            number = next(i for i, reference in enumerate(REFERENCES) if f"solution:\n{reference}\n" in said)
+        question = seen.content
+        if "Write the list" in question:
+            number = next(i for i, reference in enumerate(REFERENCES) if f"solution:\n{reference}\n" in question)
             written.append(number)
             return Answer(f"1. counts\n2. says {number}")
-        if "Checklist:" not in said:
+        if "Checklist:" not in question:
             return Answer("Score: 3")
-        right = f"2. says {re.search(r'Attempt ([0-9])[.]', said)[1]}\n" in said
+        right = f"2. says {re.search(r'Attempt ([0-9])[.]', question)[1]}\n" in question
         return Answer(f"Item 1: yes\nItem 2: {'yes' if right else 'no'}")
 
     with StubEndpoint(answer) as stub:
@@ -270,6 +270,6 @@ def test_a_rubric_per_problem_is_calibrated_with_a_list_from_each_reference(tmp_
         ({"judges": {}}, "config.judges: expected a section with at least one named entry"),
     ],
 )
-def test_passes_that_make_no_sense_are_refused(changes, said):
-    with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+def test_passes_that_make_no_sense_are_refused(changes, message):
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         calibration("x", changes)

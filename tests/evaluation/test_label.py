@@ -139,6 +139,6 @@ def test_other_rollouts_are_refused_in_a_folder_that_has_asked(tmp_path, stub):
 
 def test_scores_by_the_nearest_digit_are_said(tmp_path, stub, capfd):
     label(labelling(tmp_path, stub, unit="outcome"), str(tmp_path / "run"))
-    said = capfd.readouterr().out
-    digits = np.array([int(x) for x in re.search(r"1: (\d+), 2: (\d+), 3: (\d+), 4: (\d+), 5: (\d+)", said).groups()])
-    assert digits.tolist() == [4, 0, 0, 4, 4] and "12 of 12 with a score; 12 scores" in said
+    output = capfd.readouterr().out
+    digits = np.array([int(x) for x in re.search(r"1: (\d+), 2: (\d+), 3: (\d+), 4: (\d+), 5: (\d+)", output).groups()])
+    assert digits.tolist() == [4, 0, 0, 4, 4] and "12 of 12 with a score; 12 scores" in output

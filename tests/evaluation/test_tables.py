@@ -86,9 +86,9 @@ def test_a_nan_is_a_number_that_was_not_measured(tmp_path):
 
 
 def altered(**changes):
-    found = {"label": "a", "weights": "w", "sets": [dict(vars(summary()))]}
-    found["sets"][0] |= changes
-    return found
+    content = {"label": "a", "weights": "w", "sets": [dict(vars(summary()))]}
+    content["sets"][0] |= changes
+    return content
 
 
 @pytest.mark.parametrize(
@@ -261,7 +261,7 @@ def test_the_command_compares_workdirs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "status", "message"),
     [
         (["nowhere", "--output=out"], 1, "nowhere/results.json cannot be read (No such file or directory)"),
         (["eval", "eval", "--output=out"], 1, "two runs are called alike"),
@@ -271,9 +271,9 @@ def test_the_command_compares_workdirs(tmp_path):
         (["eval", "--output=out", "--wrong"], 2, "--wrong"),
     ],
 )
-def test_the_command_fails_with_one_line(tmp_path, arguments, status, said):
+def test_the_command_fails_with_one_line(tmp_path, arguments, status, message):
     (tmp_path / "eval").mkdir()
     write_results(tmp_path / "eval" / RESULTS, run())
     paths = [argument.replace("=", f"={tmp_path}/") if "=" in argument else argument for argument in arguments]
     done = command(*(path if path.startswith("-") else tmp_path / path for path in paths))
-    assert done.returncode == status and len(done.stderr.splitlines()) == 1 and said in done.stderr, done.stderr
+    assert done.returncode == status and len(done.stderr.splitlines()) == 1 and message in done.stderr, done.stderr

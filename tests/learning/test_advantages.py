@@ -20,7 +20,7 @@ ESTIMATORS = {
 STEPS, WHOLE = True, False
 
 
-def how(estimator="delta_norm", **changes):
+def config_of(estimator="delta_norm", **changes):
     settings = dict(
         estimator=estimator,
         one_segment="zero",
@@ -35,10 +35,10 @@ def how(estimator="delta_norm", **changes):
     return config.Advantage(**(settings | changes))
 
 
-def assigned(packed, overlong_PG, process_P, how, logits_P=False):
+def assigned(packed, overlong_PG, process_P, settings, logits_P=False):
     """`assign_advantages` where every problem has the same route and judge, or each its own."""
     process_P, logits_P = (np.broadcast_to(x, len(packed[0])) for x in (process_P, logits_P))
-    return advantages.assign_advantages(*packed, overlong_PG, process_P, logits_P, how)
+    return advantages.assign_advantages(*packed, overlong_PG, process_P, logits_P, settings)
 
 
 def pack(groups):

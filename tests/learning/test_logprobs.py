@@ -237,7 +237,7 @@ MESHES = [(2, 4), (1, 8), (8, 1)]
 ROWS = 8
 
 
-def placement(data, model):
+def make_placement(data, model):
     return Placement(Mesh(np.array(jax.devices()).reshape(data, model), (DATA, MODEL)))
 
 
@@ -249,10 +249,10 @@ def sharded_problem(vocabulary, dtype=jnp.float32):
     return (hidden, table), (shown, teacher_table), targets, jax.random.normal(keys[5], (3, ROWS, T))
 
 
-def every_result(policy, teacher, targets, slope_3BT, chunk, place):
+def every_result(policy, teacher, targets, slope_3BT, chunk, over):
     """A scalar that reads log-probs, entropies and KLs, each with slopes of its own; and those."""
-    logp, entropy = token_logprobs(*policy, targets, TEMPERATURE, chunk, place)
-    results = jnp.stack([logp, entropy, reverse_kl(*policy, *teacher, TEMPERATURE, chunk, place)])
+    logp, entropy = token_logprobs(*policy, targets, TEMPERATURE, chunk, over)
+    results = jnp.stack([logp, entropy, reverse_kl(*policy, *teacher, TEMPERATURE, chunk, over)])
     return (results * slope_3BT).sum(), results
 
 
@@ -265,7 +265,7 @@ def test_sharded_is_unsharded(data, model, vocabulary):
     run = jax.jit(jax.value_and_grad(every_result, has_aux=True), static_argnums=(4, 5))
     (_, expected), gradient = run(policy, teacher, targets, slope, 10**6, ONE_DEVICE)
     for chunk in (2 * ROWS, 5 * ROWS, 10**6):
-        (_, results), sharded_gradient = run(policy, teacher, targets, slope, chunk, placement(data, model))
+        (_, results), sharded_gradient = run(policy, teacher, targets, slope, chunk, make_placement(data, model))
         np.testing.assert_allclose(results, expected, rtol=1e-5, atol=1e-5)
         assert_close(sharded_gradient, gradient)
 
@@ -273,12 +273,12 @@ def test_sharded_is_unsharded(data, model, vocabulary):
 @pytest.mark.parametrize("data, model", [(0, 0), *MESHES])
 def test_a_target_outside_the_vocabulary_is_not_a_number(data, model):
     policy, _, targets, slope = sharded_problem(V)
-    place = placement(data, model) if data else ONE_DEVICE
+    over = make_placement(data, model) if data else ONE_DEVICE
     outside = jnp.zeros((ROWS, T), bool).at[0, 0].set(True).at[3, 4].set(True).at[7, 6].set(True)
     unknown = targets.at[0, 0].set(-1).at[3, 4].set(V).at[7, 6].set(V + 5)
 
     def loss(policy, targets):
-        logp, entropy = token_logprobs(*policy, targets, TEMPERATURE, 16, place)
+        logp, entropy = token_logprobs(*policy, targets, TEMPERATURE, 16, over)
         return jnp.where(outside, 0.0, logp * slope[0]).sum(), (logp, entropy)
 
     run = jax.jit(jax.grad(loss, has_aux=True))
@@ -308,15 +308,15 @@ def collectives(text):
 @pytest.mark.parametrize("data, model", [(2, 4), (8, 1)])
 def test_devices_exchange_no_logits_and_the_tables_gradient_once(data, model):
     """The table lies as a parameter does; in the loop over slices go per-token numbers and hidden states alone."""
-    vocabulary, place = 1024, placement(data, model)
+    vocabulary, over = 1024, make_placement(data, model)
     (hidden, table), _, targets, slope = sharded_problem(vocabulary)
 
     def loss(hidden, table, targets):
-        logp, entropy = token_logprobs(hidden, table, targets, TEMPERATURE, 2 * ROWS, place)
+        logp, entropy = token_logprobs(hidden, table, targets, TEMPERATURE, 2 * ROWS, over)
         return (logp * slope[0] + entropy * slope[1]).sum()
 
-    rows, of_table = NamedSharding(place.mesh, Spec(DATA)), NamedSharding(place.mesh, Spec(None, MODEL))
-    given = [jax.device_put(x, how) for x, how in ((hidden, rows), (table, of_table), (targets, rows))]
+    rows, of_table = NamedSharding(over.mesh, Spec(DATA)), NamedSharding(over.mesh, Spec(None, MODEL))
+    given = [jax.device_put(x, layout) for x, layout in ((hidden, rows), (table, of_table), (targets, rows))]
     gradient = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(rows, of_table))
     text = gradient.lower(*given).compile().as_text()
     assert text.count(" while(") == 2  # forward and backward

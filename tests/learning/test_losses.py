@@ -11,18 +11,18 @@ from exprl_jax.learning.logprobs import reverse_kl, token_logprobs
 from exprl_jax.learning.losses import k3, normaliser, policy_loss
 from tests.oracles import learning_numpy as oracle
 
-HOW = config.Loss(0.2, 0.28, dual_clip=3.0, kl_coef=0.001, entropy_coef=0.0, aggregate="token_mean")
-PLAIN = dataclasses.replace(HOW, kl_coef=0.0)
+LOSS = config.Loss(0.2, 0.28, dual_clip=3.0, kl_coef=0.001, entropy_coef=0.0, aggregate="token_mean")
+PLAIN = dataclasses.replace(LOSS, kl_coef=0.0)
 STAGE_2 = config.Loss(1.0, 4.0, dual_clip=0.0, kl_coef=0.0, entropy_coef=1e-4, aggregate="sequence_sum")
 AGGREGATES = ("token_mean", "sequence_mean", "sequence_sum", "constant")
 
 
-def one(ratio, advantage, how=HOW):
+def one(ratio, advantage, settings=LOSS):
     """Loss, gradient with respect to log π, and diagnostics of one token with the given ratio; no KL, no entropy."""
     old, advantage = jnp.zeros((1, 1, 1)), jnp.full((1, 1, 1), advantage)
 
     def loss(logp):
-        value, diagnostics = policy_loss(logp, old, logp, jnp.zeros_like(logp), advantage, how)
+        value, diagnostics = policy_loss(logp, old, logp, jnp.zeros_like(logp), advantage, settings)
         return value.sum(), diagnostics
 
     logp = jnp.full((1, 1, 1), math.log(ratio))
@@ -66,28 +66,28 @@ def test_logratio_is_bounded():
 
 
 @pytest.mark.parametrize(
-    "how",
+    "settings",
     [
-        dataclasses.replace(HOW, kl_coef=0.3),
-        dataclasses.replace(HOW, dual_clip=0.0, kl_coef=0.3, entropy_coef=0.7),
+        dataclasses.replace(LOSS, kl_coef=0.3),
+        dataclasses.replace(LOSS, dual_clip=0.0, kl_coef=0.3, entropy_coef=0.7),
         STAGE_2,
     ],
 )
-def test_matches_the_equations_and_their_numeric_gradient(how):
+def test_matches_the_equations_and_their_numeric_gradient(settings):
     rng = np.random.default_rng(0)
     logp, old, ref = rng.normal(-2, 1.0, (3, 2, 3, 40))
     entropy = rng.uniform(0, 3, logp.shape)
     ref[0, 0, :4] += (30, -30, 12, -12)  # beyond both clamps
     advantage = rng.normal(0, 1, logp.shape)
-    options = (how.clip_low, how.clip_high, how.dual_clip, how.kl_coef, how.entropy_coef)
+    options = (settings.clip_low, settings.clip_high, settings.dual_clip, settings.kl_coef, settings.entropy_coef)
     arrays = [jnp.asarray(x, jnp.float32) for x in (logp, old, ref, entropy, advantage)]
-    loss, diagnostics = policy_loss(*arrays, how)
-    gradient = jax.grad(lambda x: policy_loss(x, *arrays[1:], how)[0].sum())(arrays[0])
+    loss, diagnostics = policy_loss(*arrays, settings)
+    gradient = jax.grad(lambda x: policy_loss(x, *arrays[1:], settings)[0].sum())(arrays[0])
     step = 1e-6
     for i in np.ndindex(logp.shape):
         rest = (old[i], ref[i], entropy[i], advantage[i], *options)
         total, policy, kl = oracle.token_loss(logp[i], *rest)
-        kl = kl if how.kl_coef else 0.0
+        kl = kl if settings.kl_coef else 0.0
         slope = (oracle.token_loss(logp[i] + step, *rest)[0] - oracle.token_loss(logp[i] - step, *rest)[0]) / (2 * step)
         np.testing.assert_allclose(
             (loss[i], diagnostics.policy[i], diagnostics.kl[i], gradient[i]),
@@ -101,7 +101,7 @@ def test_matches_torch_autograd():
     torch = pytest.importorskip("torch")
     rng = np.random.default_rng(1)
     logp, old, ref, advantage = rng.normal(-2, 0.7, (4, 2, 2, 30)).astype(np.float32)
-    how = dataclasses.replace(HOW, clip_high=0.26, kl_coef=0.1)
+    settings = dataclasses.replace(LOSS, clip_high=0.26, kl_coef=0.1)
     x = torch.tensor(logp, requires_grad=True)
     o, r, a = map(torch.tensor, (old, ref, advantage))
     ratio = (x - o).clamp(-20, 20).exp()
@@ -110,7 +110,7 @@ def test_matches_torch_autograd():
     d = (r - x).clamp(-20, 20)
     (loss + 0.1 * (d.exp() - d - 1).clamp(-10, 10)).sum().backward()
     arrays = [jnp.asarray(y) for y in (logp, old, ref, np.zeros_like(logp), advantage)]
-    gradient = jax.grad(lambda y: policy_loss(y, *arrays[1:], how)[0].sum())(arrays[0])
+    gradient = jax.grad(lambda y: policy_loss(y, *arrays[1:], settings)[0].sum())(arrays[0])
     np.testing.assert_allclose(gradient, x.grad, rtol=1e-4, atol=1e-5)
 
 
@@ -131,10 +131,10 @@ def test_without_a_coefficient_reference_and_entropy_are_not_read():
 
 def test_more_entropy_is_less_loss():
     x, entropy = jnp.full((1, 1, 2), -1.0), jnp.array([[[0.5, 2.0]]])
-    how = dataclasses.replace(PLAIN, entropy_coef=0.25)
+    settings = dataclasses.replace(PLAIN, entropy_coef=0.25)
 
     def loss(entropy):
-        value, diagnostics = policy_loss(x, x, x, entropy, jnp.zeros_like(x), how)
+        value, diagnostics = policy_loss(x, x, x, entropy, jnp.zeros_like(x), settings)
         return value.sum(), (value, diagnostics.policy)
 
     gradient, (value, policy) = jax.grad(loss, has_aux=True)(entropy)
@@ -176,8 +176,8 @@ def every_token(hidden, V):
     return jnp.broadcast_to(hidden, (V, B, R, D)).reshape(V * B, R, D), tokens
 
 
-@pytest.mark.parametrize("how", [PLAIN, dataclasses.replace(STAGE_2, entropy_coef=0.0)])
-def test_sampled_reverse_kl_is_the_on_policy_loss(how):
+@pytest.mark.parametrize("settings", [PLAIN, dataclasses.replace(STAGE_2, entropy_coef=0.0)])
+def test_sampled_reverse_kl_is_the_on_policy_loss(settings):
     """No ratio, no clip: with A = −d the on-policy loss has the gradient of Σ d.detach · log π, and no more."""
     student, teacher, V = distillation_problem()
     tokens = jax.random.randint(jax.random.key(4), (2, 4), 0, V)
@@ -190,7 +190,7 @@ def test_sampled_reverse_kl_is_the_on_policy_loss(how):
     def ours(student):
         logp, entropy = token_logprobs(*student, tokens, 0.8, 4)
         old = jax.lax.stop_gradient(logp)
-        return policy_loss(logp, old, logp, entropy, teacher_logp - old, how)[0].sum()
+        return policy_loss(logp, old, logp, entropy, teacher_logp - old, settings)[0].sum()
 
     assert_close(jax.grad(ours)(student), jax.grad(released)(student), rtol=1e-5, atol=1e-6)
 
@@ -241,7 +241,7 @@ def test_weights_make_the_aggregate(aggregate, name):
 
 def test_rows_without_a_counted_token_count_in_sums_and_not_in_means():
     mask = np.array([[[True, True], [False, False]], [[True, False], [False, False]]])
-    weight = {how: normaliser(mask, how, 4)[mask] for how in AGGREGATES}
+    weight = {settings: normaliser(mask, settings, 4)[mask] for settings in AGGREGATES}
     np.testing.assert_allclose(weight["sequence_sum"], [1 / 4, 1 / 4, 1 / 4])
     np.testing.assert_allclose(weight["constant"], [1 / 16, 1 / 16, 1 / 16])
     np.testing.assert_allclose(weight["sequence_mean"], [1 / 4, 1 / 4, 1 / 2])

@@ -81,16 +81,16 @@ def off_policy(b):
     return b
 
 
-def ours(b, how, max_tokens):
+def ours(b, settings, max_tokens):
     """(loss, its gradients to hidden states and unembedding, entropy, diagnostics), put together as in `train_step`."""
-    numbers = vars(b) | {"weight": normaliser(b.mask, how.aggregate, max_tokens)}
-    (loss, (entropy, diagnostics)), gradient = _objective_and_gradient(b.hidden, b.table, numbers, how)
+    numbers = vars(b) | {"weight": normaliser(b.mask, settings.aggregate, max_tokens)}
+    (loss, (entropy, diagnostics)), gradient = _objective_and_gradient(b.hidden, b.table, numbers, settings)
     return loss, gradient, entropy, diagnostics
 
 
-def _objective(hidden, table, b, how):
+def _objective(hidden, table, b, settings):
     logp, entropy = logp_of_groups(hidden, table, b["tokens"])
-    loss, diagnostics = policy_loss(logp, b["old"], b["ref"], entropy, b["advantage"], how)
+    loss, diagnostics = policy_loss(logp, b["old"], b["ref"], entropy, b["advantage"], settings)
     return (b["weight"] * loss).sum(), (entropy, diagnostics)
 
 
@@ -129,23 +129,23 @@ def verl():
     return types.SimpleNamespace(core=core, torch=torch_functional, actor=workers.FSDPActorConfig, ppo_loss=ppo_loss)
 
 
-def verl_actor(verl, how, max_tokens=None):
+def verl_actor(verl, settings, max_tokens=None):
     return verl.actor(
         rollout_n=G,
         ppo_micro_batch_size_per_gpu=P * G,
-        clip_ratio_low=how.clip_low,
-        clip_ratio_high=how.clip_high,
-        clip_ratio_c=how.dual_clip or OUT_OF_REACH,
-        loss_agg_mode=VERL_MODES[how.aggregate],
+        clip_ratio_low=settings.clip_low,
+        clip_ratio_high=settings.clip_high,
+        clip_ratio_c=settings.dual_clip or OUT_OF_REACH,
+        loss_agg_mode=VERL_MODES[settings.aggregate],
         loss_scale_factor=max_tokens,
-        entropy_coeff=how.entropy_coef,
-        use_kl_loss=how.kl_coef > 0,
-        kl_loss_coef=how.kl_coef,
+        entropy_coeff=settings.entropy_coef,
+        use_kl_loss=settings.kl_coef > 0,
+        kl_loss_coef=settings.kl_coef,
         kl_loss_type="low_var_kl",
     )
 
 
-def verl_objective(verl, b, how, max_tokens):
+def verl_objective(verl, b, settings, max_tokens):
     """(loss, gradients, entropy, metrics) of verl's actor loss, from logits on."""
     torch = pytest.importorskip("torch")
     from tensordict import TensorDict
@@ -169,27 +169,27 @@ def verl_objective(verl, b, how, max_tokens):
         },
         batch_size=P * G,
     )
-    counted = b.mask.any(-1).sum() if how.aggregate == "sequence_mean" else P * G
+    counted = b.mask.any(-1).sum() if settings.aggregate == "sequence_mean" else P * G
     data.set_non_tensor("dp_size", 1)
     data.set_non_tensor("batch_num_tokens", int(b.mask.sum()))
     data.set_non_tensor("global_batch_size", int(counted))
     outputs = {"log_probs": packed[0], "entropy": packed[1]}
-    loss, metrics = verl.ppo_loss(verl_actor(verl, how, max_tokens), outputs, data)
+    loss, metrics = verl.ppo_loss(verl_actor(verl, settings, max_tokens), outputs, data)
     loss.backward()
     return loss.detach(), (hidden.grad, table.grad), entropy.detach().reshape(P, G, R), metrics
 
 
 @pytest.mark.parametrize(
-    "how",
+    "settings",
     [STAGE_2, dataclasses.replace(STAGE_1, dual_clip=0.0)]
     + [dataclasses.replace(STAGE_1, aggregate=aggregate) for aggregate in VERL_MODES],
     ids=["stage_2", "no_dual_clip", *VERL_MODES],
 )
-def test_verl_actor_loss(verl, how):
+def test_verl_actor_loss(verl, settings):
     for seed in range(3):
         b = batch(seed, shortest=0)
-        loss, gradient, entropy, diagnostics = ours(b, how, R + 2)
-        their_loss, their_gradient, their_entropy, metrics = verl_objective(verl, b, how, R + 2)
+        loss, gradient, entropy, diagnostics = ours(b, settings, R + 2)
+        their_loss, their_gradient, their_entropy, metrics = verl_objective(verl, b, settings, R + 2)
         agree("loss", loss, their_loss)
         agree("gradient to hidden states", gradient[0], their_gradient[0])
         agree("gradient to unembedding", gradient[1], their_gradient[1])
@@ -222,8 +222,8 @@ def test_verl_token_losses_beyond_the_clamps(verl):
 
     def policy(logp):
         x = (logp, old, ref, jnp.zeros_like(logp), advantage)
-        how = dataclasses.replace(STAGE_1, kl_coef=0.0, entropy_coef=0.0)
-        return policy_loss(*(jnp.reshape(y, (1, 1, -1)) for y in x), how)[0].ravel()
+        settings = dataclasses.replace(STAGE_1, kl_coef=0.0, entropy_coef=0.0)
+        return policy_loss(*(jnp.reshape(y, (1, 1, -1)) for y in x), settings)[0].ravel()
 
     vanilla = verl.core.get_policy_loss_fn("vanilla")
     kl_penalty = functools.partial(verl.core.kl_penalty, kl_penalty="low_var_kl")
@@ -319,7 +319,9 @@ def trainer(tmp_path_factory):
 )
 def test_trl_loss(trainer, monkeypatch, loss_type, dual_clip, entropy_coef):
     torch = pytest.importorskip("torch")
-    how = dataclasses.replace(STAGE_1, dual_clip=dual_clip, entropy_coef=entropy_coef, aggregate=TRL_TYPES[loss_type])
+    settings = dataclasses.replace(
+        STAGE_1, dual_clip=dual_clip, entropy_coef=entropy_coef, aggregate=TRL_TYPES[loss_type]
+    )
     monkeypatch.setattr(trainer, "loss_type", loss_type)
     monkeypatch.setattr(trainer.args, "delta", dual_clip or None)
     monkeypatch.setattr(trainer, "_entropy_bonus_enabled", entropy_coef > 0)
@@ -347,7 +349,7 @@ def test_trl_loss(trainer, monkeypatch, loss_type, dual_clip, entropy_coef):
         model.zero_grad()
         their_loss = trainer._compute_loss(model, given)
         their_loss.backward()
-        loss, gradient, entropy, diagnostics = ours(b, how, R)
+        loss, gradient, entropy, diagnostics = ours(b, settings, R)
         agree("loss", loss, their_loss.detach())
         agree("gradient to unembedding", gradient[1], model.lm_head.weight.grad.T)
         means = {"entropy": entropy, "kl": diagnostics.kl, "clip_ratio/region_mean": diagnostics.clipped}

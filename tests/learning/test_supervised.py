@@ -22,7 +22,7 @@ from exprl_jax.weights.language_model import LanguageModel
 from exprl_jax.weights.sources import resolve_model
 from tests.oracles import learning_numpy as oracle
 from tests.oracles import torch_models
-from tests.oracles.tiny_decoder import QWEN3, execution, random_params
+from tests.oracles.tiny_decoder import QWEN3, make_execution, random_params
 
 T, V, D = 9, 7, 4
 ADAMW = config.Optimizer(
@@ -60,20 +60,20 @@ def lesson(made=None, row_tokens=T, microbatch=8, apart=False, spare=0):
     return jax.tree.map(jnp.asarray, Lesson(filled.packed, mask, np.zeros(mask.shape, np.float32), filled.used))
 
 
-def fresh(how=ADAMW, steps=40):
+def fresh(settings=ADAMW, steps=40):
     embed, table = jax.random.normal(jax.random.key(0), (V, D)), jax.random.normal(jax.random.key(1), (D, V))
     params = {"embed": embed, "table": table}
-    return TrainState(jnp.int32(3), params, make_optimizer(how, steps).init(params), jnp.int32(0))
+    return TrainState(jnp.int32(3), params, make_optimizer(settings, steps).init(params), jnp.int32(0))
 
 
 @functools.cache
-def step(how=ADAMW, logp_fn=bigram, steps=40):
-    rate = learning_rate(how, steps)
+def step(settings=ADAMW, logp_fn=bigram, steps=40):
+    rate = learning_rate(settings, steps)
     return jax.jit(
         functools.partial(
             sft_step,
             logp_fn=logp_fn,
-            optimizer=make_optimizer(how, steps),
+            optimizer=make_optimizer(settings, steps),
             keep_sharded=lambda tree: tree,
             rate=rate if callable(rate) else lambda made: rate,
         )
@@ -96,10 +96,10 @@ def test_loss_and_gradient_are_those_of_cross_entropy_on_responses(name, tmp_pat
     """Each example alone through transformers; prompts are labelled as to be ignored; one mean over all tokens."""
     model = torch_models.tiny_model(name)
     source = resolve_model(str(torch_models.save(model, tmp_path)))
-    arch, how = weights.read_architecture(source), execution()
+    arch, settings = weights.read_architecture(source), make_execution()
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: here, Transformer(arch, how).abstract_params("float32"))
-    params = weights.load_params(source, arch, how, "float32", shardings)
+    shardings = jax.tree.map(lambda _: here, Transformer(arch, settings).abstract_params("float32"))
+    params = weights.load_params(source, arch, settings, "float32", shardings)
     made = examples(1, 97)
     total, count = torch.zeros(()), 0
     for prompt, response in made:
@@ -111,7 +111,7 @@ def test_loss_and_gradient_are_those_of_cross_entropy_on_responses(name, tmp_pat
     loss = total / count
     loss.backward()
 
-    logp_fn = model_logp(arch, how)
+    logp_fn = model_logp(arch, settings)
     optimizer = config.Optimizer(**{**vars(ADAMW), "clip_norm": 1e9})
     state = TrainState(jnp.int32(0), params, make_optimizer(optimizer, 4).init(params), jnp.int32(0))
     after, metrics = step(optimizer, logp_fn)(state, lesson(made, 12, 2))
@@ -127,20 +127,20 @@ def test_loss_and_gradient_are_those_of_cross_entropy_on_responses(name, tmp_pat
 
 
 @functools.cache
-def model_logp(arch, how, data=1, model=1):
+def model_logp(arch, settings, data=1, model=1):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[: data * model]).reshape(data, model), ("data", "model"))
-    policy = LanguageModel(config.Model("unread", how, "float32", ""), arch, tokenizer=None, source=None)
+    policy = LanguageModel(config.Model("unread", settings, "float32", ""), arch, tokenizer=None, source=None)
     return functools.partial(programs.lesson_logp_and_entropy, policy.on(mesh), chunk=24, digit_ids=())
 
 
 def test_sharded_is_unsharded():
-    how, batch = execution(scan_layers=True, remat="full"), lesson(microbatch=4)
-    params, optimizer = random_params(QWEN3, how), make_optimizer(ADAMW, 40)
+    settings, batch = make_execution(scan_layers=True, remat="full"), lesson(microbatch=4)
+    params, optimizer = random_params(QWEN3, settings), make_optimizer(ADAMW, 40)
     state = TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
-    expected, metrics = step(ADAMW, model_logp(QWEN3, how))(state, batch)
+    expected, metrics = step(ADAMW, model_logp(QWEN3, settings))(state, batch)
     mesh = make_mesh(config.Mesh(data=4, model=2))
     given = jax.device_put(state, replicated(mesh)), put_microbatches(mesh, jax.tree.map(np.asarray, batch))
-    result, sharded_metrics = step(ADAMW, model_logp(QWEN3, how, 4, 2))(*given)
+    result, sharded_metrics = step(ADAMW, model_logp(QWEN3, settings, 4, 2))(*given)
     assert_close(sharded_metrics, metrics, rtol=1e-4)
     # Adam's first step is ±rate where the gradient is near 0, so the moments are compared and not the parameters.
     assert_close(result.opt_state[1][0].mu, expected.opt_state[1][0].mu, rtol=1e-3, atol=1e-6)
@@ -168,7 +168,7 @@ def test_metrics_match_the_equations():
 
 
 @pytest.mark.parametrize(
-    "how",
+    "settings",
     [
         dict(microbatch=1),
         dict(microbatch=4),
@@ -177,10 +177,10 @@ def test_metrics_match_the_equations():
         dict(spare=1),
     ],
 )
-def test_how_examples_are_packed_changes_nothing(how):
+def test_how_examples_are_packed_changes_nothing(settings):
     """In how many microbatches, each in a row of its own, in wider rows, with a microbatch to spare."""
     state, metrics = step()(fresh(), lesson())
-    cut_state, cut_metrics = step()(fresh(), lesson(**how))
+    cut_state, cut_metrics = step()(fresh(), lesson(**settings))
     assert_close(cut_metrics, metrics)
     assert_close(cut_state.params, state.params, atol=1e-5)
 
@@ -200,8 +200,8 @@ def test_unused_microbatches_are_not_computed():
 
 @pytest.mark.parametrize("steps, warmup", [(40, 0.1), (94, 0.1), (4, 0.0), (10, 0.5)])
 def test_the_cosine_schedule_is_the_released_one(steps, warmup):
-    how = config.Optimizer(**{**vars(COSINE), "warmup": warmup})
-    rate, rise = learning_rate(how, steps), round(warmup * steps)
+    settings = config.Optimizer(**{**vars(COSINE), "warmup": warmup})
+    rate, rise = learning_rate(settings, steps), round(warmup * steps)
     torch_optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.05)
     theirs = transformers.get_cosine_schedule_with_warmup(torch_optimizer, rise, steps)
     for made in range(steps):
@@ -214,8 +214,8 @@ def test_the_cosine_schedule_is_the_released_one(steps, warmup):
 
 def test_updates_follow_the_schedule():
     """The rate in the metrics is the one that the update used; a skipped update does not count."""
-    how = config.Optimizer(**{**vars(COSINE), "weight_decay": 0.0, "clip_norm": 1e9})
-    state, batch, run = fresh(how, 5).replace(step=jnp.int32(0)), lesson(), step(how, bigram, 5)
+    settings = config.Optimizer(**{**vars(COSINE), "weight_decay": 0.0, "clip_norm": 1e9})
+    state, batch, run = fresh(settings, 5).replace(step=jnp.int32(0)), lesson(), step(settings, bigram, 5)
     rates, moved = [], []
     for attempt in range(4):
         start = state
@@ -265,8 +265,8 @@ def test_a_batch_without_counted_tokens_is_no_gradient():
 @pytest.mark.parametrize("sign, low, high", [(1, 0.95, 1.0), (-1, 0.0, 0.01)])
 def test_the_policy_comes_to_write_the_responses(sign, low, high):
     """Responses are always token 2 after token 1; with the rate reversed the policy comes to avoid them."""
-    how = config.Optimizer(**{**vars(ADAMW), "learning_rate": sign * 0.05, "weight_decay": 0.0})
-    batch, state, run = lesson([Example((*e.prompt, 1), (2,)) for e in examples()]), fresh(how), step(how)
+    settings = config.Optimizer(**{**vars(ADAMW), "learning_rate": sign * 0.05, "weight_decay": 0.0})
+    batch, state, run = lesson([Example((*e.prompt, 1), (2,)) for e in examples()]), fresh(settings), step(settings)
     for _ in range(60):
         state, _ = run(state, batch)
     probability = jax.nn.softmax(state.params["embed"][1] @ state.params["table"])[2]

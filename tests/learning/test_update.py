@@ -20,7 +20,7 @@ from exprl_jax.mesh import DATA, MODEL, ONE_DEVICE, Placement, replicated
 from exprl_jax.records import Experience, TrainState
 from exprl_jax.weights.language_model import LanguageModel
 from tests.oracles import learning_numpy as oracle
-from tests.oracles.tiny_decoder import QWEN3, execution, random_params
+from tests.oracles.tiny_decoder import QWEN3, make_execution, random_params
 
 P, G, R, V, D = 4, 4, 5, 8, 3
 COEFFICIENTS = (0.2, 0.28, 3.0, 0.1, 0.05)  # the numbers of LOSS, in the order of config.Loss
@@ -100,7 +100,7 @@ def experience(batch, packing=NARROW, aggregate="token_mean", spare=0):
     return jax.tree.map(jnp.asarray, Experience(filled.packed, *numbers, filled.used))
 
 
-def bigram(params, packed, place=ONE_DEVICE):
+def bigram(params, packed, placement=ONE_DEVICE):
     """A policy whose next token depends on the last one and, so that a lost or foreign context shows, on the sum of all
     that a slot sees."""
     segment, position = packed.segment_BT, packed.position_BT
@@ -109,7 +109,7 @@ def bigram(params, packed, place=ONE_DEVICE):
     seen = (same | shared) & (position[:, :, None] >= position[:, None, :])
     total = (seen * packed.tokens_BT[:, None, :]).sum(-1, keepdims=True)
     hidden = params["embed"][packed.tokens_BT] + 0.1 * params["context"] * total
-    return token_logprobs(hidden, params["table"], packed.target_BT, 0.9, 16, place)
+    return token_logprobs(hidden, params["table"], packed.target_BT, 0.9, 16, placement)
 
 
 def by_sequence(params, batch, table=None):
@@ -189,10 +189,10 @@ def test_how_rollouts_are_packed_changes_nothing(aggregate):
 
 def test_the_decoders_gradient_does_not_depend_on_the_packing():
     """The real model: a shared prompt gets the gradients of all of its rollouts."""
-    policy = LanguageModel(config.Model("unread", execution(), "float32", ""), QWEN3, tokenizer=None, source=None)
+    policy = LanguageModel(config.Model("unread", make_execution(), "float32", ""), QWEN3, tokenizer=None, source=None)
     logp_fn = functools.partial(programs.packed_logp_and_entropy, policy.on(None), temperature=0.8, chunk=64)
     params, batch, sgd = (
-        random_params(QWEN3, execution()),
+        random_params(QWEN3, make_execution()),
         sampled(),
         CONSTANT(learning_rate=1.0, b1=0.0, b2=0.0, eps=1.0, weight_decay=0.0, clip_norm=1e9),
     )
@@ -238,7 +238,7 @@ def test_sharded_is_unsharded(data, model):
     mesh = Mesh(np.array(jax.devices()).reshape(data, model), (DATA, MODEL))
     state, batch = fresh(), experience(sampled(), Packing(True, 9, 8))
     expected, metrics = step()(state, batch)
-    sharded = step(logp_fn=functools.partial(bigram, place=Placement(mesh)))
+    sharded = step(logp_fn=functools.partial(bigram, placement=Placement(mesh)))
     given = jax.device_put(state, replicated(mesh)), put_microbatches(mesh, jax.tree.map(np.asarray, batch))
     result, sharded_metrics = sharded(*given)
     assert_close(sharded_metrics, metrics)

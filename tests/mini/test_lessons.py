@@ -34,8 +34,8 @@ def test_a_judgement_counts_and_scores_as_the_exact_judge_does():
 
 def test_against_a_random_table_a_judgement_knows_the_reference_alone():
     for puzzle, made in attempts(300, True):
-        found = lessons.judge(puzzle, made.given, made.trace)
-        assert found.right == made.at or made.fault == "heading"
+        judged = lessons.judge(puzzle, made.given, made.trace)
+        assert judged.right == made.at or made.fault == "heading"
         right = lessons.judge(puzzle, right_states(puzzle), made.trace)
         assert right.right < 10 and not right.solved
 

@@ -101,7 +101,7 @@ def attend_by_definition(q, ck, cv, k, v, seen):
     return softmax_attention(q.flatten(0, 1), keys, values, torch.tensor(seen).flatten(0, 1)).reshape(P, G, T, H, E)
 
 
-def rows_of(case, slot, place):
+def rows_of(case, slot, placement):
     """(function of the five arrays, the arrays, weights, expected, mask of the queries that are not padding)."""
     sizes, length, start = case
     given, seen = arrays(sizes), seen_by(*case, slot)
@@ -110,7 +110,7 @@ def rows_of(case, slot, place):
     expected = with_gradients(functools.partial(attend_by_definition, seen=seen), given, weight)
 
     def function(q, ck, cv, k, v):
-        return attend(q, KV(ck, cv), jnp.asarray(length), KV(k, v), jnp.asarray(start), slot, place)
+        return attend(q, KV(ck, cv), jnp.asarray(length), KV(k, v), jnp.asarray(start), slot, placement)
 
     return function, given, weight, expected, real
 
@@ -181,11 +181,11 @@ def test_rows_on_cudnn_attend_by_definition(slots, chunk, monkeypatch):
     assert packed == (slots == T)
 
 
-@pytest.mark.parametrize("place", [ONE_DEVICE, SPLASH])
-def test_what_no_real_query_may_see_has_no_influence(place):
+@pytest.mark.parametrize("placement", [ONE_DEVICE, SPLASH])
+def test_what_no_real_query_may_see_has_no_influence(placement):
     (P, G, T, H, K, E, C, S), length, start = GROUPED
-    S = T if place.on_tpu else S
-    function, given, *_, real = rows_of(((P, G, T, H, K, E, C, S), length, start), 0, place)
+    S = T if placement.on_tpu else S
+    function, given, *_, real = rows_of(((P, G, T, H, K, E, C, S), length, start), 0, placement)
     function, (q, ck, cv, k, v) = jax.jit(function), given
     before = np.asarray(function(*given))
     ck, cv, k, v = ck.copy(), cv.copy(), k.copy(), v.copy()
@@ -240,7 +240,7 @@ APART = Cut([[(4, 0), (2, 0), (5, 0)], [(1, 0), (6, 0)], [(9, 0)], []], 11)
 LONG = Cut([[(130, 0), (3, 0), (150, 0)], [(299, 0)]], 300)
 
 
-def packed_of(cut, heads, key_heads, size, place):
+def packed_of(cut, heads, key_heads, size, placement):
     (B, T), random = cut.segment_BT.shape, np.random.default_rng(3)
     shapes = (B, T, heads, size), (B, T, key_heads, size), (B, T, key_heads, size)
     given = [1.5 * random.standard_normal(shape).astype(np.float32) for shape in shapes]
@@ -250,7 +250,7 @@ def packed_of(cut, heads, key_heads, size, place):
 
     def function(q, k, v):
         where = (jnp.asarray(x) for x in (cut.segment_BT, cut.shared_BT, cut.position_BT))
-        return attend_packed(q, k, v, *where, place)
+        return attend_packed(q, k, v, *where, placement)
 
     return function, given, weight, expected, real
 
@@ -333,8 +333,8 @@ def test_cudnn_is_asked_for_what_it_has(dtype, size, version, capability, has):
     device = types.SimpleNamespace(
         platform="gpu", client=types.SimpleNamespace(platform_version=version), compute_capability=capability
     )
-    place = Placement(types.SimpleNamespace(devices=np.array([device])))
-    assert place.has_cudnn(jnp.dtype(dtype), size) == has
+    placement = Placement(types.SimpleNamespace(devices=np.array([device])))
+    assert placement.has_cudnn(jnp.dtype(dtype), size) == has
     assert not Placement(make(2, 4)).has_cudnn(jnp.dtype(dtype), size) and not ONE_DEVICE.has_cudnn(
         jnp.dtype(dtype), size
     )
@@ -381,22 +381,22 @@ def make(data, model):
 @pytest.mark.parametrize("way", [Placement, TpuWay, GpuWay])
 def test_sharded_is_by_definition(way, data, model):
     """Rows over `data`, heads over `model` where key heads divide: 2 over 2, but not over 4."""
-    place = way(make(data, model))
+    placement = way(make(data, model))
     cut = Cut([[(4, 0), (i + 1, 0)] for i in range(8)], 12)
-    function, given, weight, expected, real = packed_of(cut, 4, 2, 6, place)
-    assert_same(ours(function, hosts.put_rows(place.mesh, given, 8), weight), expected, real)
+    function, given, weight, expected, real = packed_of(cut, 4, 2, 6, placement)
+    assert_same(ours(function, hosts.put_rows(placement.mesh, given, 8), weight), expected, real)
 
     random = np.random.default_rng(4)
     case = (8, 2, 5, 4, 2, 6, 3, 5), random.integers(0, 4, 8).tolist(), random.integers(0, 5, (8, 2)).tolist()
-    function, given, weight, expected, real = rows_of(case, 0, place)
-    assert_same(ours(function, hosts.put_rows(place.mesh, given, 8), weight), expected, real)
+    function, given, weight, expected, real = rows_of(case, 0, placement)
+    assert_same(ours(function, hosts.put_rows(placement.mesh, given, 8), weight), expected, real)
 
 
 def test_queries_are_cut_by_what_a_device_holds(monkeypatch):
     """8 rows of 4 heads are 2 rows of 2 heads on each of 4 × 2."""
-    cut, place = Cut([[(12, 0)]] * 8, 12), Placement(make(4, 2))
+    cut, placement = Cut([[(12, 0)]] * 8, 12), Placement(make(4, 2))
     monkeypatch.setattr(attention, "SCORES", 12 * 2 * 2 * 12)
-    function, given, *_ = packed_of(cut, 4, 2, 6, place)
+    function, given, *_ = packed_of(cut, 4, 2, 6, placement)
     assert "scan" not in str(jax.make_jaxpr(function)(*given))
     function = packed_of(cut, 4, 2, 6, ONE_DEVICE)[0]
     assert "scan" in str(jax.make_jaxpr(function)(*given))
@@ -405,18 +405,18 @@ def test_queries_are_cut_by_what_a_device_holds(monkeypatch):
 @pytest.mark.parametrize("way", [Placement, TpuWay])
 def test_mapped_over_sharded_problems_is_by_definition(way):
     """As the judge's scoring is."""
-    place = way(make(4, 2), mapped=True)
+    placement = way(make(4, 2), mapped=True)
     random = np.random.default_rng(5)
     case = (8, 2, 5, 4, 2, 6, 3, 5), random.integers(0, 4, 8).tolist(), random.integers(0, 5, (8, 2)).tolist()
-    _, given, weight, expected, real = rows_of(case, 0, place)
+    _, given, weight, expected, real = rows_of(case, 0, placement)
 
     def one(q, ck, cv, k, v, length, start):
         q, ck, cv, k, v = (x[None] for x in (q, ck, cv, k, v))
-        return attend(q, KV(ck, cv), length[None], KV(k, v), start[None], 0, place)[0]
+        return attend(q, KV(ck, cv), length[None], KV(k, v), start[None], 0, placement)[0]
 
     mapped = jax.vmap(one, spmd_axis_name=DATA)
-    where = hosts.put_rows(place.mesh, (np.array(case[1], np.int32), np.array(case[2], np.int32)), 8)
-    got = ours(lambda *given: mapped(*given, *where), hosts.put_rows(place.mesh, given, 8), weight)
+    where = hosts.put_rows(placement.mesh, (np.array(case[1], np.int32), np.array(case[2], np.int32)), 8)
+    got = ours(lambda *given: mapped(*given, *where), hosts.put_rows(placement.mesh, given, 8), weight)
     assert_same(got, expected, real)
 
 

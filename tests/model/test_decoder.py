@@ -14,7 +14,7 @@ from exprl_jax.mesh import Placement
 from exprl_jax.model.cache import empty_cache
 from exprl_jax.model.decoder import Transformer, logits
 from exprl_jax.records import Context, Packed, Rows
-from tests.oracles.tiny_decoder import QWEN3, TpuWay, architecture, execution, forward_logits, random_params
+from tests.oracles.tiny_decoder import QWEN3, TpuWay, architecture, forward_logits, make_execution, random_params
 
 P, G, C, T, V = 2, 3, 5, 4, QWEN3.vocab_size
 RANDOM = np.random.default_rng(5)
@@ -24,15 +24,17 @@ LAYOUTS = [("llama", False), ("qwen2", True), ("qwen3", False), ("qwen3", True)]
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def shared_logits(params, arch, how, context, rows):
+def shared_logits(params, arch, execution, context, rows):
     """[P, G, T, V] through one prefill a problem."""
-    hidden = Transformer(arch, how).hidden_states(params, Transformer(arch, how).prefill(params, context), rows)
-    return logits(hidden, Transformer(arch, how).unembedding(params))
+    hidden = Transformer(arch, execution).hidden_states(
+        params, Transformer(arch, execution).prefill(params, context), rows
+    )
+    return logits(hidden, Transformer(arch, execution).unembedding(params))
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def plain_logits(params, arch, how, tokens_BT):
-    return forward_logits(params, arch, how, tokens_BT)
+def plain_logits(params, arch, execution, tokens_BT):
+    return forward_logits(params, arch, execution, tokens_BT)
 
 
 def concatenated(context, rows):
@@ -58,23 +60,23 @@ def assert_real_equal(got_PGTX, expected_BTX, rows, first_PG, atol=2e-5):
 
 @pytest.mark.parametrize("family, scan", LAYOUTS)
 def test_context_and_rows_are_the_plain_forward_of_their_concatenation(family, scan):
-    arch, how = architecture(family), execution(scan)
-    params = random_params(arch, how)
+    arch, execution = architecture(family), make_execution(scan)
+    params = random_params(arch, execution)
     sequences, first = concatenated(CONTEXT, ROWS)
-    expected = plain_logits(params, arch, how, sequences)
+    expected = plain_logits(params, arch, execution, sequences)
     assert 1 < expected.std() < 5
-    assert_real_equal(shared_logits(params, arch, how, CONTEXT, ROWS), expected, ROWS, first)
+    assert_real_equal(shared_logits(params, arch, execution, CONTEXT, ROWS), expected, ROWS, first)
 
 
 @pytest.mark.parametrize("family, scan", [("qwen2", True), ("qwen3", False)])
 def test_token_by_token_through_a_cache_is_the_forward_at_once(family, scan):
-    arch, how = architecture(family), execution(scan)
-    params = random_params(arch, how)
-    transformer = Transformer(arch, how)
+    arch, execution = architecture(family), make_execution(scan)
+    params = random_params(arch, execution)
+    transformer = Transformer(arch, execution)
     prefix = jax.jit(transformer.prefill)(params, CONTEXT)
     whole = jax.jit(transformer.hidden_states)(params, prefix, ROWS)
     step = jax.jit(transformer.continue_rows)
-    cache, hidden = empty_cache(arch, how, P, G, T + 2), []
+    cache, hidden = empty_cache(arch, execution, P, G, T + 2), []
     for t in range(T):
         out, cache = step(params, prefix, cache, ROWS.tokens_PGT[..., t : t + 1], ROWS.start_PG, t)
         hidden.append(out)
@@ -85,7 +87,7 @@ def test_token_by_token_through_a_cache_is_the_forward_at_once(family, scan):
 @functools.cache
 def value_and_gradient(scan, remat, separate=False):
     """Of a smooth function of all real hidden states, in the unrolled layout; `separate` repeats contexts by row."""
-    arch, how = QWEN3, execution(scan, remat)
+    arch, execution = QWEN3, make_execution(scan, remat)
     context, rows = CONTEXT, ROWS
     if separate:
         context = jax.tree.map(lambda x: np.repeat(x, G, axis=0), context)
@@ -95,10 +97,12 @@ def value_and_gradient(scan, remat, separate=False):
     weight *= (np.arange(T) >= ROWS.start_PG[..., None])[..., None]
 
     def objective(params):
-        hidden = Transformer(arch, how).hidden_states(params, Transformer(arch, how).prefill(params, context), rows)
+        hidden = Transformer(arch, execution).hidden_states(
+            params, Transformer(arch, execution).prefill(params, context), rows
+        )
         return (weight * jnp.sin(hidden.reshape(weight.shape))).sum()
 
-    value, gradient = jax.jit(jax.value_and_grad(objective))(random_params(arch, how))
+    value, gradient = jax.jit(jax.value_and_grad(objective))(random_params(arch, execution))
     if scan:
         stacked = gradient.pop("layers")
         gradient |= {f"layer_{i}": jax.tree.map(lambda x: x[i], stacked) for i in range(arch.layers)}
@@ -119,32 +123,32 @@ def test_scan_remat_and_a_context_a_row_give_the_same_value_and_gradient(other):
 
 
 def test_padding_width_changes_nothing():
-    params, how = random_params(QWEN3, execution()), execution()
-    narrow = np.asarray(shared_logits(params, QWEN3, how, CONTEXT, ROWS))
+    params, execution = random_params(QWEN3, make_execution()), make_execution()
+    narrow = np.asarray(shared_logits(params, QWEN3, execution, CONTEXT, ROWS))
     garbage = np.random.default_rng(7).integers(0, V, (P, G, 3), dtype=np.int32)
     context = Context(np.concatenate([CONTEXT.tokens_PC, garbage[:, 0]], 1), CONTEXT.length_P)
     rows = Rows(np.concatenate([garbage, ROWS.tokens_PGT], 2), ROWS.start_PG + 3)
-    wide = np.asarray(shared_logits(params, QWEN3, how, context, rows))[:, :, 3:]
+    wide = np.asarray(shared_logits(params, QWEN3, execution, context, rows))[:, :, 3:]
     real = np.arange(T) >= ROWS.start_PG[..., None]
     np.testing.assert_allclose(wide[real], narrow[real], atol=2e-5)
 
 
 @pytest.mark.parametrize("scan, remat", [(False, "none"), (True, "but_attention")])
 def test_on_splash_contexts_and_rows_are_the_same(scan, remat):
-    how = execution(scan, remat)
-    params = random_params(QWEN3, how)
-    expected = shared_logits(params, QWEN3, how, CONTEXT, ROWS)
-    got = jax.jit(splash_logits, static_argnums=(1, 2))(params, QWEN3, how, CONTEXT, ROWS)
+    execution = make_execution(scan, remat)
+    params = random_params(QWEN3, execution)
+    expected = shared_logits(params, QWEN3, execution, CONTEXT, ROWS)
+    got = jax.jit(splash_logits, static_argnums=(1, 2))(params, QWEN3, execution, CONTEXT, ROWS)
     real = np.arange(T) >= ROWS.start_PG[..., None]
     np.testing.assert_allclose(np.asarray(got)[real], np.asarray(expected)[real], atol=2e-5)
 
 
-def splash_logits(params, arch, how, context, rows):
-    place = TpuWay(None)
-    hidden = Transformer(arch, how, place).hidden_states(
-        params, Transformer(arch, how, place).prefill(params, context), rows
+def splash_logits(params, arch, execution, context, rows):
+    placement = TpuWay(None)
+    hidden = Transformer(arch, execution, placement).hidden_states(
+        params, Transformer(arch, execution, placement).prefill(params, context), rows
     )
-    return logits(hidden, Transformer(arch, how).unembedding(params))
+    return logits(hidden, Transformer(arch, execution).unembedding(params))
 
 
 @pytest.mark.parametrize(
@@ -158,8 +162,8 @@ def test_what_rematerialisation_keeps(way, line, lines, capsys):
     packed = Packed(ones, ones, ones, ones, ones)
 
     def named(remat):
-        how = execution(remat=remat)
-        transformer, params = Transformer(QWEN3, how, way(None)), random_params(QWEN3, how)
+        execution = make_execution(remat=remat)
+        transformer, params = Transformer(QWEN3, execution, way(None)), random_params(QWEN3, execution)
         jax.ad_checkpoint.print_saved_residuals(
             lambda params: transformer.packed_hidden_states(params, packed).sum(), params
         )
@@ -170,22 +174,24 @@ def test_what_rematerialisation_keeps(way, line, lines, capsys):
 
 def test_scanned_layers_are_the_unrolled_ones():
     arch, tokens = architecture("qwen2"), CONTEXT.tokens_PC
-    scanned, unrolled = (plain_logits(random_params(arch, h), arch, h, tokens) for h in (execution(True), execution()))
+    scanned, unrolled = (
+        plain_logits(random_params(arch, h), arch, h, tokens) for h in (make_execution(True), make_execution())
+    )
     np.testing.assert_allclose(scanned, unrolled, atol=2e-5)
 
 
 @pytest.mark.parametrize("slots", [0, C])
 def test_context_of_no_tokens(slots):
-    params, how = random_params(QWEN3, execution()), execution()
+    params, execution = random_params(QWEN3, make_execution()), make_execution()
     context = Context(CONTEXT.tokens_PC[:, :slots], np.zeros(P, np.int32))
     sequences, first = concatenated(context, ROWS)
-    expected = plain_logits(params, QWEN3, how, sequences)
-    assert_real_equal(shared_logits(params, QWEN3, how, context, ROWS), expected, ROWS, first)
+    expected = plain_logits(params, QWEN3, execution, sequences)
+    assert_real_equal(shared_logits(params, QWEN3, execution, context, ROWS), expected, ROWS, first)
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_bfloat16_stays_near_float32(scan):
-    rough, exact = execution(scan, dtype="bfloat16"), execution(scan)
+    rough, exact = make_execution(scan, dtype="bfloat16"), make_execution(scan)
     params = random_params(QWEN3, exact)
     got = shared_logits(params, QWEN3, rough, CONTEXT, ROWS)
     expected = shared_logits(params, QWEN3, exact, CONTEXT, ROWS)
@@ -196,10 +202,10 @@ def test_bfloat16_stays_near_float32(scan):
 
 @pytest.mark.parametrize("family, scan", [("qwen2", False), ("qwen3", True)])
 def test_kernels_cast_early_give_the_same_bits(family, scan):
-    arch, how = architecture(family), execution(scan, dtype="bfloat16")
-    params = random_params(arch, how)
-    early = Transformer(arch, how).cast_kernels(params)
+    arch, execution = architecture(family), make_execution(scan, dtype="bfloat16")
+    params = random_params(arch, execution)
+    early = Transformer(arch, execution).cast_kernels(params)
     assert {x.dtype for x in jax.tree.leaves(early)} == {jnp.dtype("float32"), jnp.dtype("bfloat16")}
     np.testing.assert_array_equal(
-        shared_logits(early, arch, how, CONTEXT, ROWS), shared_logits(params, arch, how, CONTEXT, ROWS)
+        shared_logits(early, arch, execution, CONTEXT, ROWS), shared_logits(params, arch, execution, CONTEXT, ROWS)
     )

@@ -24,7 +24,7 @@ from exprl_jax.weights.adapters import fetch_merged, save_adapters
 from exprl_jax.weights.language_model import LanguageModel
 from exprl_jax.weights.sources import resolve_model
 from tests.oracles import torch_models
-from tests.oracles.tiny_decoder import QWEN3, architecture, execution, forward_logits, random_params, stack_layers
+from tests.oracles.tiny_decoder import QWEN3, architecture, forward_logits, make_execution, random_params, stack_layers
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 # A scale of 2.5, neither 1 nor alpha nor 1 / rank.
@@ -33,11 +33,11 @@ LAYOUTS = pytest.mark.parametrize("scan", [False, True], ids=["unrolled", "scann
 B, T = 8, 12
 
 
-def abstract_adapters(arch, how, lora):
-    return jax.eval_shape(lambda: init_adapters(arch, how, lora, "float32", jax.random.key(0)))
+def abstract_adapters(arch, execution, lora):
+    return jax.eval_shape(lambda: init_adapters(arch, execution, lora, "float32", jax.random.key(0)))
 
 
-def merged(adapted, how, dtype):
+def merged(adapted, execution, dtype):
     """The parameters of an ordinary model that computes the same, on the device."""
 
     def merge(weights, own):
@@ -45,7 +45,7 @@ def merged(adapted, how, dtype):
         for name in weights:
             if name + LORA_A in own:
                 a, b = (own[name + part].astype(jnp.float32) for part in (LORA_A, LORA_B))
-                product = jax.vmap(_product)(a, b) if how.scan_layers else _product(a, b)
+                product = jax.vmap(_product)(a, b) if execution.scan_layers else _product(a, b)
                 made[name] = weights[name].astype(jnp.float32) + adapted.scale * product
         return made
 
@@ -57,12 +57,12 @@ def _product(a, b):
     return jnp.tensordot(a, b, axes=1)
 
 
-def random_adapters(arch, how, lora=LORA, seed=1):
+def random_adapters(arch, execution, lora=LORA, seed=1):
     """The same A and B in both layouts, of a size that changes every hidden state."""
-    unrolled = abstract_adapters(arch, dataclasses.replace(how, scan_layers=False), lora)
+    unrolled = abstract_adapters(arch, dataclasses.replace(execution, scan_layers=False), lora)
     random = np.random.default_rng(seed)
     drawn = jax.tree.map(lambda x: jnp.asarray(0.2 * random.standard_normal(x.shape), x.dtype), unrolled)
-    return stack_layers(drawn, arch) if how.scan_layers else drawn
+    return stack_layers(drawn, arch) if execution.scan_layers else drawn
 
 
 def packed(vocabulary=QWEN3.vocab_size):
@@ -79,13 +79,13 @@ REAL_BT = np.asarray(packed().segment_BT > 0)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def states(params, arch, how, rows):
-    return Transformer(arch, how).packed_hidden_states(attached(params), rows)
+def states(params, arch, execution, rows):
+    return Transformer(arch, execution).packed_hidden_states(attached(params), rows)
 
 
-def by_layer(tree, arch, how):
+def by_layer(tree, arch, execution):
     """Each layer's part of a model's parameters or of its adapters."""
-    if how.scan_layers:
+    if execution.scan_layers:
         return [jax.tree.map(lambda x: x[i], tree["layers"]) for i in range(arch.layers)]
     return [tree[f"layer_{i}"] for i in range(arch.layers)]
 
@@ -100,7 +100,7 @@ def test_a_is_uniform_and_b_zero(scan):
     inputs = dict.fromkeys(TARGETS, 64) | {"o": 32, "down": 96}
     seen = []
     for layer in by_layer(
-        init_adapters(arch, execution(scan), LORA, "float32", jax.random.key(0)), arch, execution(scan)
+        init_adapters(arch, make_execution(scan), LORA, "float32", jax.random.key(0)), arch, make_execution(scan)
     ):
         assert set(layer) == {name + part for name in TARGETS for part in ("_lora_a", "_lora_b")}
         for name in TARGETS:
@@ -116,13 +116,13 @@ def test_a_is_uniform_and_b_zero(scan):
 def test_a_targets_start_hangs_on_neither_layout_nor_the_other_targets():
     few = dataclasses.replace(LORA, targets="down,v")
     every, stacked, some = (
-        init_adapters(QWEN3, execution(scan), lora, "float32", jax.random.key(5))
+        init_adapters(QWEN3, make_execution(scan), lora, "float32", jax.random.key(5))
         for scan, lora in ((False, LORA), (True, LORA), (False, few))
     )
     for ours, theirs, fewer in zip(
-        by_layer(every, QWEN3, execution()),
-        by_layer(stacked, QWEN3, execution(True)),
-        by_layer(some, QWEN3, execution()),
+        by_layer(every, QWEN3, make_execution()),
+        by_layer(stacked, QWEN3, make_execution(True)),
+        by_layer(some, QWEN3, make_execution()),
     ):
         assert set(fewer) == {"down_lora_a", "down_lora_b", "v_lora_a", "v_lora_b"}
         for name in ours:
@@ -131,8 +131,8 @@ def test_a_targets_start_hangs_on_neither_layout_nor_the_other_targets():
             np.testing.assert_array_equal(fewer[name], ours[name])
 
 
-def model_of(arch, how):
-    made = dataclasses.replace(resolve(tiny.get_config()).policy, execution=how)
+def model_of(arch, execution):
+    made = dataclasses.replace(resolve(tiny.get_config()).policy, execution=execution)
     return LanguageModel(config=made, arch=arch, tokenizer=load_tokenizer("byte"), source=None)
 
 
@@ -162,45 +162,45 @@ def make_mesh(data, model):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_start_is_the_base_exactly(scan, dtype):
     """To the last bit, operation by operation; compiled, two programs may add in another order."""
-    how = execution(scan, dtype=dtype)
-    base = random_params(QWEN3, how)
-    start = adapt(LORA, base, init_adapters(QWEN3, how, LORA, "float32", jax.random.key(0)))
-    moved = adapt(LORA, base, random_adapters(QWEN3, how))
+    execution = make_execution(scan, dtype=dtype)
+    base = random_params(QWEN3, execution)
+    start = adapt(LORA, base, init_adapters(QWEN3, execution, LORA, "float32", jax.random.key(0)))
+    moved = adapt(LORA, base, random_adapters(QWEN3, execution))
     with jax.disable_jit():
-        ours, theirs, others = (np.asarray(states(x, QWEN3, how, packed())) for x in (start, base, moved))
+        ours, theirs, others = (np.asarray(states(x, QWEN3, execution, packed())) for x in (start, base, moved))
     np.testing.assert_array_equal(ours, theirs)
     assert (ours != others)[REAL_BT].mean() > 0.9
 
 
 @pytest.mark.parametrize("scan, dtype, error", [(False, "float32", 1e-5), (True, "bfloat16", 0.02)])
 def test_the_start_samples_as_the_base_does(scan, dtype, error):
-    how, over = execution(scan, dtype=dtype), make_mesh(1, 1)
-    base, model = random_params(QWEN3, how), model_of(QWEN3, how)
-    start = adapt(LORA, base, init_adapters(QWEN3, how, LORA, "float32", jax.random.key(0)))
+    execution, over = make_execution(scan, dtype=dtype), make_mesh(1, 1)
+    base, model = random_params(QWEN3, execution), model_of(QWEN3, execution)
+    start = adapt(LORA, base, init_adapters(QWEN3, execution, LORA, "float32", jax.random.key(0)))
     ours, theirs = sampled(start, model, over), sampled(base, model, over)
     np.testing.assert_array_equal(ours.tokens_PGR, theirs.tokens_PGR)
     np.testing.assert_allclose(ours.logp_PGR, theirs.logp_PGR, atol=error)
 
 
 def test_without_a_rank_parameters_are_themselves():
-    params = random_params(QWEN3, execution())
+    params = random_params(QWEN3, make_execution())
     assert adapt(dataclasses.replace(LORA, rank=0), (), params) is params and attached(params) is params
 
 
 # ------------------------------------------------------------------------------------------------ what adapters compute
 
 
-def by_hand(base, adapters, arch, how, lora=LORA):
+def by_hand(base, adapters, arch, execution, lora=LORA):
     """W + alpha / rank · A·B of every target in float64, and the rest as it is."""
     made = {name: np.asarray(x) for name, x in base.items() if not name.startswith("layer")}
-    for i, (own, ab) in enumerate(zip(by_layer(base, arch, how), by_layer(adapters, arch, how))):
+    for i, (own, ab) in enumerate(zip(by_layer(base, arch, execution), by_layer(adapters, arch, execution))):
         layer = {name: np.asarray(x, np.float64) for name, x in own.items()}
         for name in lora.names:
             a, b = (np.asarray(ab[name + part], np.float64) for part in ("_lora_a", "_lora_b"))
             flat = a.reshape(-1, lora.rank) @ b.reshape(lora.rank, -1)
             layer[name] = layer[name] + (lora.alpha / lora.rank) * flat.reshape(layer[name].shape)
         made[f"layer_{i}"] = {name: x.astype(np.float32) for name, x in layer.items()}
-    return stack_layers(made, arch) if how.scan_layers else made
+    return stack_layers(made, arch) if execution.scan_layers else made
 
 
 @pytest.mark.parametrize(
@@ -214,29 +214,29 @@ def by_hand(base, adapters, arch, how, lora=LORA):
 )
 def test_adapted_is_merged_is_the_sum_by_hand(family, scan, lora):
     """Of all targets and of some, with scales on either side of 1."""
-    arch, how = architecture(family), execution(scan)
-    base = random_params(arch, how)
-    own = random_adapters(arch, how, lora)
+    arch, execution = architecture(family), make_execution(scan)
+    base = random_params(arch, execution)
+    own = random_adapters(arch, execution, lora)
     adapted = adapt(lora, base, own)
-    whole, expected = merged(adapted, how, "float32"), by_hand(base, own, arch, how, lora)
+    whole, expected = merged(adapted, execution, "float32"), by_hand(base, own, arch, execution, lora)
     assert jax.tree.structure(whole) == jax.tree.structure(base)
     for (path, a), b, start in zip(
         jax.tree_util.tree_leaves_with_path(whole), jax.tree.leaves(expected), jax.tree.leaves(base), strict=True
     ):
         np.testing.assert_allclose(a, b, atol=1e-6, err_msg=jax.tree_util.keystr(path))
         assert (np.asarray(a) != np.asarray(start)).any() == (path[-1].key in lora.names), path
-    got = states(adapted, arch, how, packed())[REAL_BT]
-    np.testing.assert_allclose(got, states(whole, arch, how, packed())[REAL_BT], atol=1e-5)
-    assert np.abs(got - states(base, arch, how, packed())[REAL_BT]).mean() > 0.05
+    got = states(adapted, arch, execution, packed())[REAL_BT]
+    np.testing.assert_allclose(got, states(whole, arch, execution, packed())[REAL_BT], atol=1e-5)
+    assert np.abs(got - states(base, arch, execution, packed())[REAL_BT]).mean() > 0.05
 
 
 @LAYOUTS
 def test_merging_a_bfloat16_base_rounds_the_sum_once(scan):
-    how = execution(scan, dtype="bfloat16")
-    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(QWEN3, how))
-    own = random_adapters(QWEN3, how)
-    whole = merged(adapt(LORA, base, own), how, "bfloat16")
-    expected = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), by_hand(base, own, QWEN3, how))
+    execution = make_execution(scan, dtype="bfloat16")
+    base = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_params(QWEN3, execution))
+    own = random_adapters(QWEN3, execution)
+    whole = merged(adapt(LORA, base, own), execution, "bfloat16")
+    expected = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), by_hand(base, own, QWEN3, execution))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(expected), strict=True):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-8, atol=1e-6)
@@ -253,14 +253,14 @@ def gradient_of(compute, params):
 @pytest.mark.parametrize("scan, remat", [(False, "none"), (True, "full")])
 def test_gradients_are_those_of_the_merged_model(scan, remat):
     """By the chain rule through W + scale · A·B; every A and B of every target and layer has one."""
-    how = execution(scan, remat)
-    base, own = random_params(QWEN3, how), random_adapters(QWEN3, how)
+    execution = make_execution(scan, remat)
+    base, own = random_params(QWEN3, execution), random_adapters(QWEN3, execution)
     got = gradient_of(
-        lambda own: Transformer(QWEN3, how).packed_hidden_states(attached(adapt(LORA, base, own)), packed()), own
+        lambda own: Transformer(QWEN3, execution).packed_hidden_states(attached(adapt(LORA, base, own)), packed()), own
     )
     expected = gradient_of(
-        lambda own: Transformer(QWEN3, how).packed_hidden_states(
-            merged(adapt(LORA, base, own), how, "float32"), packed()
+        lambda own: Transformer(QWEN3, execution).packed_hidden_states(
+            merged(adapt(LORA, base, own), execution, "float32"), packed()
         ),
         own,
     )
@@ -271,10 +271,10 @@ def test_gradients_are_those_of_the_merged_model(scan, remat):
 
 
 def test_at_the_start_only_b_has_a_gradient():
-    how = execution()
-    base, own = random_params(QWEN3, how), init_adapters(QWEN3, how, LORA, "float32", jax.random.key(0))
+    execution = make_execution()
+    base, own = random_params(QWEN3, execution), init_adapters(QWEN3, execution, LORA, "float32", jax.random.key(0))
     got = gradient_of(
-        lambda own: Transformer(QWEN3, how).packed_hidden_states(attached(adapt(LORA, base, own)), packed()), own
+        lambda own: Transformer(QWEN3, execution).packed_hidden_states(attached(adapt(LORA, base, own)), packed()), own
     )
     for path, x in jax.tree_util.tree_leaves_with_path(got):
         assert np.asarray(x).any() == path[-1].key.endswith("_lora_b"), path
@@ -288,10 +288,10 @@ WIDE = dataclasses.replace(QWEN3, vocab_size=64, ffn=32, heads=8, kv_heads=4)
 @LAYOUTS
 def test_adapters_lie_as_their_targets_do(scan):
     """A as W along what W takes in, B as W along what it gives; the rank is whole."""
-    how, over = execution(scan), make_mesh(2, 4)
-    of_params = mesh.shard_parameters(Transformer(WIDE, how).abstract_params("float32"), WIDE, how, over)
-    own = abstract_adapters(WIDE, how, LORA)
-    shardings = mesh.shard_parameters(own, WIDE, how, over)
+    execution, over = make_execution(scan), make_mesh(2, 4)
+    of_params = mesh.shard_parameters(Transformer(WIDE, execution).abstract_params("float32"), WIDE, execution, over)
+    own = abstract_adapters(WIDE, execution, LORA)
+    shardings = mesh.shard_parameters(own, WIDE, execution, over)
     stacked = int(scan)
     for layer in ["layers"] if scan else ["layer_0", "layer_1"]:
         for name in TARGETS:
@@ -303,10 +303,10 @@ def test_adapters_lie_as_their_targets_do(scan):
 @functools.cache
 def on_mesh(data, model):
     """What the run's programs make of adapters: rollouts, log-probs with their gradient, the merged model."""
-    how, over = execution(True), make_mesh(data, model)
-    policy = model_of(WIDE, how)
-    base, own = random_params(WIDE, how), random_adapters(WIDE, how)
-    base, own = (jax.device_put(x, mesh.shard_parameters(x, WIDE, how, over)) for x in (base, own))
+    execution, over = make_execution(True), make_mesh(data, model)
+    policy = model_of(WIDE, execution)
+    base, own = random_params(WIDE, execution), random_adapters(WIDE, execution)
+    base, own = (jax.device_put(x, mesh.shard_parameters(x, WIDE, execution, over)) for x in (base, own))
     assert own["layers"]["o_lora_a"].is_fully_replicated == (over.size == 1)
 
     def objective(own):
@@ -340,26 +340,26 @@ class FakeTokenizer:
         (folder / "tokenizer_config.json").write_text("{}")
 
 
-def load(folder, how):
+def load(folder, execution):
     source = resolve_model(str(folder))
     arch = weights.read_architecture(source)
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    where = jax.tree.map(lambda _: one, Transformer(arch, how).abstract_params("float32"))
-    return arch, weights.load_params(source, arch, how, "float32", where)
+    where = jax.tree.map(lambda _: one, Transformer(arch, execution).abstract_params("float32"))
+    return arch, weights.load_params(source, arch, execution, "float32", where)
 
 
 def test_the_files_hold_torchs_arrangement(tmp_path):
     """[out, in], heads before head size on either side, under PEFT's names."""
-    how, lora = execution(True), dataclasses.replace(LORA, targets="o,q")
-    own = random_adapters(QWEN3, how, lora)
-    save_adapters(tmp_path / "adapter", jax.device_get(own), QWEN3, how, lora, "some/base")
+    execution, lora = make_execution(True), dataclasses.replace(LORA, targets="o,q")
+    own = random_adapters(QWEN3, execution, lora)
+    save_adapters(tmp_path / "adapter", jax.device_get(own), QWEN3, execution, lora, "some/base")
     assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
     ]
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert len(tensors) == 2 * 2 * QWEN3.layers
-    for i, layer in enumerate(by_layer(own, QWEN3, how)):
+    for i, layer in enumerate(by_layer(own, QWEN3, execution)):
         stem = f"base_model.model.model.layers.{i}.self_attn"
         for name in ("q", "o"):
             a, b = (np.asarray(layer[name + part]) for part in ("_lora_a", "_lora_b"))
@@ -387,17 +387,17 @@ def test_peft_computes_the_same_from_our_files(family, scan, targets, tmp_path):
     peft = pytest.importorskip("peft")
     model = torch_models.tiny_model(family)
     plain = torch_models.logits(model, TOKENS)
-    how, lora = execution(scan), dataclasses.replace(LORA, targets=",".join(targets))
-    arch, base = load(torch_models.save(model, tmp_path / "base"), how)
-    own = random_adapters(arch, how, lora)
+    execution, lora = make_execution(scan), dataclasses.replace(LORA, targets=",".join(targets))
+    arch, base = load(torch_models.save(model, tmp_path / "base"), execution)
+    own = random_adapters(arch, execution, lora)
     adapted = adapt(lora, base, own)
-    save_adapters(tmp_path / "adapter", jax.device_get(own), arch, how, lora, str(tmp_path / "base"))
+    save_adapters(tmp_path / "adapter", jax.device_get(own), arch, execution, lora, str(tmp_path / "base"))
     theirs = peft.PeftModel.from_pretrained(model, tmp_path / "adapter").eval()
 
-    ours = jax.jit(lambda params: forward_logits(attached(params), arch, how, jnp.asarray(TOKENS)))(adapted)
+    ours = jax.jit(lambda params: forward_logits(attached(params), arch, execution, jnp.asarray(TOKENS)))(adapted)
     np.testing.assert_allclose(ours, torch_models.logits(theirs, TOKENS), atol=1e-4, rtol=0)
     assert np.abs(ours - plain).mean() > 0.1
-    weights.export_folder(adapted, arch, how, tmp_path / "export", FakeTokenizer(), "float32", fetch=fetch_merged)
+    weights.export_folder(adapted, arch, execution, tmp_path / "export", FakeTokenizer(), "float32", fetch=fetch_merged)
     exported, united = load_file(tmp_path / "export" / "model.safetensors"), theirs.merge_and_unload().state_dict()
     assert exported.keys() == united.keys() - ({"lm_head.weight"} if arch.tied else set())
     for name, tensor in exported.items():

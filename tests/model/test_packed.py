@@ -18,7 +18,7 @@ from exprl_jax.records import Packed, Prefix, Rows
 from exprl_jax.weights import folder as weights
 from exprl_jax.weights.sources import resolve_model
 from tests.oracles import torch_models
-from tests.oracles.tiny_decoder import QWEN3, TpuWay, architecture, execution, random_params
+from tests.oracles.tiny_decoder import QWEN3, TpuWay, architecture, make_execution, random_params
 
 # A row that is full, one with padding and an example of one token, one that is empty, one that holds one example.
 LENGTHS = [[7, 4, 9], [5, 1, 6], [], [8]]
@@ -49,11 +49,11 @@ def examples():
 REAL_BT = packed().segment_BT > 0
 
 
-@functools.partial(jax.jit, static_argnames=("arch", "how", "scores", "place"))
-def forward(params, arch, how, rows, scores=attention.SCORES, place=ONE_DEVICE):
+@functools.partial(jax.jit, static_argnames=("arch", "execution", "scores", "placement"))
+def forward(params, arch, execution, rows, scores=attention.SCORES, placement=ONE_DEVICE):
     """Hidden states; `scores` is what SCORES is, so that another one is another program."""
     assert scores == attention.SCORES
-    return Transformer(arch, how, place).packed_hidden_states(params, rows)
+    return Transformer(arch, execution, placement).packed_hidden_states(params, rows)
 
 
 def cut_queries(monkeypatch, chunk):
@@ -63,14 +63,14 @@ def cut_queries(monkeypatch, chunk):
     return scores
 
 
-@functools.partial(jax.jit, static_argnames=("arch", "how"))
-def plain(params, arch, how, rows):
+@functools.partial(jax.jit, static_argnames=("arch", "execution"))
+def plain(params, arch, execution, rows):
     """Hidden states of whole sequences; padding to their right is harmless to a causal forward."""
     B = len(rows)
-    nothing = Prefix(empty_context(arch, how, B), jnp.zeros(B, jnp.int32))
-    return Transformer(arch, how).hidden_states(params, nothing, Rows(rows[:, None], jnp.zeros((B, 1), jnp.int32)))[
-        :, 0
-    ]
+    nothing = Prefix(empty_context(arch, execution, B), jnp.zeros(B, jnp.int32))
+    return Transformer(arch, execution).hidden_states(
+        params, nothing, Rows(rows[:, None], jnp.zeros((B, 1), jnp.int32))
+    )[:, 0]
 
 
 def apart(x_BT):
@@ -84,14 +84,14 @@ def apart(x_BT):
 @pytest.mark.parametrize("family, scan, remat, chunk", WAYS)
 def test_each_example_is_as_if_alone(family, scan, remat, chunk, monkeypatch):
     """Hidden states, and the gradient of a smooth function of them."""
-    arch, how, rows = architecture(family), execution(scan, remat), packed()
-    params = random_params(arch, how)
+    arch, execution, rows = architecture(family), make_execution(scan, remat), packed()
+    params = random_params(arch, execution)
     weight = np.random.default_rng(1).standard_normal((*REAL_BT.shape, arch.width)).astype(np.float32)
     weight *= REAL_BT[..., None]
-    alone = functools.partial(plain, arch=arch, how=how, rows=apart(rows.tokens_BT))
+    alone = functools.partial(plain, arch=arch, execution=execution, rows=apart(rows.tokens_BT))
     expected, expected_gradient = value_and_gradient(alone, params, apart(weight))
     scores = cut_queries(monkeypatch, chunk)
-    together = functools.partial(forward, arch=arch, how=how, rows=rows, scores=scores)
+    together = functools.partial(forward, arch=arch, execution=execution, rows=rows, scores=scores)
     got, gradient = value_and_gradient(together, params, weight)
 
     assert np.isfinite(got).all()
@@ -139,7 +139,7 @@ def rollouts():
 def of_responses(share, scan=False, remat="none", way=Placement):
     """(hidden state of every response's slots, gradient of a smooth function of those); prompts shared, repeated, or
     (`share` None) an example a row."""
-    how, (drawn, group_N) = execution(scan, remat), rollouts()
+    execution, (drawn, group_N) = make_execution(scan, remat), rollouts()
     if share is None:
         filled = fill_rows(drawn, group_N, np.arange(len(drawn)), (1, len(drawn), 12), False)
     else:
@@ -148,9 +148,11 @@ def of_responses(share, scan=False, remat="none", way=Placement):
     slots = [np.arange(first, first + len(e.response)) for first, e in zip(filled.first_N, drawn)]
     row, slot = np.concatenate([[r] * len(s) for r, s in zip(filled.row_N, slots)]), np.concatenate(slots)
     weight = np.random.default_rng(13).standard_normal((len(slot), QWEN3.width)).astype(np.float32)
-    transformer = Transformer(QWEN3, how, way(None))
+    transformer = Transformer(QWEN3, execution, way(None))
     return value_and_gradient(
-        lambda params: transformer.packed_hidden_states(params, rows)[row, slot], random_params(QWEN3, how), weight
+        lambda params: transformer.packed_hidden_states(params, rows)[row, slot],
+        random_params(QWEN3, execution),
+        weight,
     )
 
 
@@ -185,7 +187,7 @@ def branches():
 @pytest.mark.parametrize("scan, remat", [(False, "none"), (True, "full")])
 def test_branches_of_a_text_are_a_row_each(scan, remat):
     """Hidden states of the answers' slots, and the gradient of a smooth function of them."""
-    (drawn, group_N, shared_N), how = branches(), execution(scan, remat)
+    (drawn, group_N, shared_N), execution = branches(), make_execution(scan, remat)
     apart = fill_rows(drawn, group_N, np.arange(len(drawn)), (1, len(drawn), 14), False)
     together = fill_branches(drawn, group_N, np.array([0] * 4 + [1] * 3), (1, 2, 32), shared_N)
     results = []
@@ -193,9 +195,9 @@ def test_branches_of_a_text_are_a_row_each(scan, remat):
         rows = jax.tree.map(lambda x: jnp.asarray(x[0]), filled.packed)
         row, slot = np.repeat(filled.row_N, 2), (filled.first_N[:, None] + np.arange(2)).reshape(-1)
         weight = np.random.default_rng(15).standard_normal((len(slot), QWEN3.width)).astype(np.float32)
-        transformer = Transformer(QWEN3, how)
+        transformer = Transformer(QWEN3, execution)
         hidden_fn = lambda params: transformer.packed_hidden_states(params, rows)[row, slot]  # noqa: B023, E731
-        results.append(value_and_gradient(hidden_fn, random_params(QWEN3, how), weight))
+        results.append(value_and_gradient(hidden_fn, random_params(QWEN3, execution), weight))
     (expected, expected_gradient), (got, gradient) = results
     np.testing.assert_allclose(got, expected, atol=1e-5)
     assert_gradients_equal(dict(gradient), dict(expected_gradient))
@@ -203,13 +205,13 @@ def test_branches_of_a_text_are_a_row_each(scan, remat):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_no_token_sees_another_example(dtype):
-    how, rows = execution(dtype=dtype), packed()
-    params = random_params(QWEN3, how)
-    before = np.asarray(forward(params, QWEN3, how, rows))
+    execution, rows = make_execution(dtype=dtype), packed()
+    params = random_params(QWEN3, execution)
+    before = np.asarray(forward(params, QWEN3, execution, rows))
     for b, slots in examples():
         tokens = rows.tokens_BT.copy()
         tokens[b, slots] = (tokens[b, slots] + 1) % QWEN3.vocab_size
-        after = np.asarray(forward(params, QWEN3, how, rows.replace(tokens_BT=tokens)))
+        after = np.asarray(forward(params, QWEN3, execution, rows.replace(tokens_BT=tokens)))
         own = np.zeros((len(LENGTHS), T), bool)
         own[b, slots] = True
         assert (after[own] != before[own]).any(-1).all()
@@ -217,11 +219,11 @@ def test_no_token_sees_another_example(dtype):
 
 
 def test_no_token_sees_a_later_one():
-    params, rows = random_params(QWEN3, execution()), packed()
-    before = np.asarray(forward(params, QWEN3, execution(), rows))
+    params, rows = random_params(QWEN3, make_execution()), packed()
+    before = np.asarray(forward(params, QWEN3, make_execution(), rows))
     tokens = rows.tokens_BT.copy()
     tokens[0, 9] = (tokens[0, 9] + 1) % QWEN3.vocab_size  # in the middle of the second example
-    after = forward(params, QWEN3, execution(), rows.replace(tokens_BT=tokens))
+    after = forward(params, QWEN3, make_execution(), rows.replace(tokens_BT=tokens))
     changed = (np.asarray(after) != before).any(-1)
     assert changed[0, 9:11].all() and changed.sum() == 2
 
@@ -231,10 +233,10 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     """With its own position ids and a mask written out from the segments."""
     model, rows = torch_models.tiny_model(name), packed(97)
     source = resolve_model(str(torch_models.save(model, tmp_path)))
-    arch, how = weights.read_architecture(source), execution()
+    arch, execution = weights.read_architecture(source), make_execution()
     one_device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    shardings = jax.tree.map(lambda _: one_device, Transformer(arch, how).abstract_params("float32"))
-    params = weights.load_params(source, arch, how, "float32", shardings)
+    shardings = jax.tree.map(lambda _: one_device, Transformer(arch, execution).abstract_params("float32"))
+    params = weights.load_params(source, arch, execution, "float32", shardings)
 
     segment, slot = rows.segment_BT, np.arange(T)
     seen = (segment[:, :, None] == segment[:, None]) & (slot[:, None] >= slot)
@@ -244,7 +246,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
             attention_mask=torch.from_numpy(np.where(seen, 0, -1e30).astype(np.float32))[:, None],
             position_ids=torch.from_numpy(rows.position_BT).long(),
         ).logits.numpy()
-    got = np.asarray(logits(forward(params, arch, how, rows), Transformer(arch, how).unembedding(params)))
+    got = np.asarray(logits(forward(params, arch, execution, rows), Transformer(arch, execution).unembedding(params)))
     assert expected.std() > 0.5
     np.testing.assert_allclose(got[REAL_BT], expected[REAL_BT], atol=1e-4)
 
@@ -253,18 +255,18 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     "scan, way, data, model", [(False, Placement, 4, 2), (True, Placement, 2, 4), (True, TpuWay, 4, 2)]
 )
 def test_sharded_is_unsharded(scan, way, data, model):
-    how = execution(scan, remat="full")
-    params, rows = random_params(QWEN3, how), packed()
+    execution = make_execution(scan, remat="full")
+    params, rows = random_params(QWEN3, execution), packed()
     over = mesh.make_mesh(config.Mesh(data, model))
-    placed = jax.device_put(params, mesh.shard_parameters(params, QWEN3, how, over))
-    hidden = forward(placed, QWEN3, how, hosts.put_rows(over, rows, len(LENGTHS)), place=way(over))
+    placed = jax.device_put(params, mesh.shard_parameters(params, QWEN3, execution, over))
+    hidden = forward(placed, QWEN3, execution, hosts.put_rows(over, rows, len(LENGTHS)), placement=way(over))
     assert hidden.sharding.shard_shape(hidden.shape)[0] == len(LENGTHS) // data
-    expected = np.asarray(forward(params, QWEN3, how, rows))
+    expected = np.asarray(forward(params, QWEN3, execution, rows))
     np.testing.assert_allclose(np.asarray(hidden)[REAL_BT], expected[REAL_BT], atol=1e-5)
 
 
 def test_bfloat16_stays_near_float32():
-    rough, exact = execution(dtype="bfloat16"), execution()
+    rough, exact = make_execution(dtype="bfloat16"), make_execution()
     params, rows = random_params(QWEN3, exact), packed()
     got, expected = forward(params, QWEN3, rough, rows), forward(params, QWEN3, exact, rows)
     error = np.abs(np.asarray(got, np.float32) - expected)[REAL_BT]

@@ -20,7 +20,7 @@ from exprl_jax.model.cache import KV
 from exprl_jax.model.decoder import Transformer, logits
 from exprl_jax.records import Context, Prefix, Rows
 from tests.oracles import pages_numpy
-from tests.oracles.tiny_decoder import QWEN3, TpuWay, execution, random_params
+from tests.oracles.tiny_decoder import QWEN3, TpuWay, make_execution, random_params
 
 PAGE, P, G, C, T, V = 4, 4, 2, 10, 9, QWEN3.vocab_size
 # Of a context shorter than a page, of exactly one, of more than two, of none.
@@ -41,7 +41,7 @@ def small_pages(monkeypatch):
 
 @pytest.fixture
 def pages_everywhere(monkeypatch):
-    monkeypatch.setattr(paged, "is_paged", lambda how, place: True)
+    monkeypatch.setattr(paged, "is_paged", lambda execution, placement: True)
 
 
 # ------------------------------------------------------------------------------------------------ attention alone
@@ -61,12 +61,16 @@ def layers():
     return rows, tuple(KV(draw(P, K, C, E), draw(P, K, C, E)) for _ in range(LAYERS))
 
 
-def through_pages(place, how, chunks=CHUNKS, jitted=True, of=tuple(range(LAYERS))):
+def through_pages(placement, execution, chunks=CHUNKS, jitted=True, of=tuple(range(LAYERS))):
     """[layer, P, G, T, H, E] of some layers, and the cache."""
     rows, contexts = layers()
-    step = functools.partial(page_attention.attend_pages, execution=how, placement=place)
+    step = functools.partial(page_attention.attend_pages, execution=execution, placement=placement)
     step = jax.jit(step) if jitted else step
-    cache, out, slot = paged.open_pages(QWEN3, how, place, Prefix(contexts, LENGTH_P), jnp.asarray(START_PG), T), [], 0
+    cache, out, slot = (
+        paged.open_pages(QWEN3, execution, placement, Prefix(contexts, LENGTH_P), jnp.asarray(START_PG), T),
+        [],
+        0,
+    )
     for n in chunks:
         part = []
         for layer in of:
@@ -91,14 +95,14 @@ def dense():
 
 @pytest.mark.parametrize("chunks", [CHUNKS, (T,), (1,) * T])
 def test_pages_attend_as_slots_do(chunks):
-    got, _ = through_pages(ONE_DEVICE, execution(), chunks)
+    got, _ = through_pages(ONE_DEVICE, make_execution(), chunks)
     np.testing.assert_allclose(got[:, REAL_PGT], dense()[:, REAL_PGT], atol=1e-5)
     assert np.isfinite(got).all()
 
 
 def test_a_context_is_kept_once_and_never_written_again():
     _, contexts = layers()
-    _, cache = through_pages(ONE_DEVICE, execution())
+    _, cache = through_pages(ONE_DEVICE, make_execution())
     shared, own = C // PAGE, -(-(PAGE - 1 + T) // PAGE)
     a_layer = P * (shared + G * own)
     assert cache.pool.shape == (LAYERS * a_layer, PAGE, 2 * K, E) and cache.pool.dtype == jnp.float32
@@ -132,8 +136,8 @@ def test_what_the_tpus_kernel_is_handed_obeys_its_contract(monkeypatch):
         calls.append(np.diff(arrays[3]).tolist())
         return out
 
-    monkeypatch.setattr(paged, "ragged_paged_attention", checked)
-    got, cache = through_pages(TpuWay(None), execution(), (6, 1), jitted=False, of=(1,))
+    monkeypatch.setattr(page_attention, "ragged_paged_attention", checked)
+    got, cache = through_pages(TpuWay(None), make_execution(), (6, 1), jitted=False, of=(1,))
     real = REAL_PGT[:, :, :7]
     np.testing.assert_allclose(got[0][real], dense()[1, :, :, :7][real], atol=1e-5)
     # A query of every row, also of those that have not begun; as many as it has of those that have.
@@ -155,15 +159,17 @@ def test_the_tpus_kernel_has_tiles_for_the_padded_heads(dtype):
 # ------------------------------------------------------------------------------------------------ through the decoder
 
 
-@functools.partial(jax.jit, static_argnames=("how", "place", "chunks"))
-def decoded(params, context, rows, how=execution(), place=ONE_DEVICE, chunks=CHUNKS):
+@functools.partial(jax.jit, static_argnames=("execution", "placement", "chunks"))
+def decoded(params, context, rows, execution=make_execution(), placement=ONE_DEVICE, chunks=CHUNKS):
     """Hidden states of rows fed in chunks, from whatever cache there is."""
-    prefix = Transformer(QWEN3, how, place).prefill(params, context)
-    cache, hidden, slot = Transformer(QWEN3, how, place).open_cache(prefix, rows.start_PG, T, T), [], 0
+    prefix = Transformer(QWEN3, execution, placement).prefill(params, context)
+    cache, hidden, slot = Transformer(QWEN3, execution, placement).open_cache(prefix, rows.start_PG, T, T), [], 0
     assert isinstance(cache, paged.PagedCache)
     for n in chunks:
         tokens = rows.tokens_PGT[:, :, slot : slot + n]
-        h, cache = Transformer(QWEN3, how, place).continue_rows(params, prefix, cache, tokens, rows.start_PG, slot)
+        h, cache = Transformer(QWEN3, execution, placement).continue_rows(
+            params, prefix, cache, tokens, rows.start_PG, slot
+        )
         hidden.append(h)
         slot += n
     return jnp.concatenate(hidden, axis=2)
@@ -171,24 +177,26 @@ def decoded(params, context, rows, how=execution(), place=ONE_DEVICE, chunks=CHU
 
 @jax.jit
 def undecoded(params, context, rows):
-    how = execution()
-    return Transformer(QWEN3, how).hidden_states(params, Transformer(QWEN3, how).prefill(params, context), rows)
+    execution = make_execution()
+    return Transformer(QWEN3, execution).hidden_states(
+        params, Transformer(QWEN3, execution).prefill(params, context), rows
+    )
 
 
 @functools.cache
 def at_once():
-    return np.asarray(undecoded(random_params(QWEN3, execution()), CONTEXT, ROWS))
+    return np.asarray(undecoded(random_params(QWEN3, make_execution()), CONTEXT, ROWS))
 
 
 @pytest.mark.parametrize("scan", [False, True])
 def test_decoding_from_pages_is_the_forward_at_once(scan, pages_everywhere):
-    how = execution(scan)
-    got = np.asarray(decoded(random_params(QWEN3, how), CONTEXT, ROWS, how))
+    execution = make_execution(scan)
+    got = np.asarray(decoded(random_params(QWEN3, execution), CONTEXT, ROWS, execution))
     np.testing.assert_allclose(got[REAL_PGT], at_once()[REAL_PGT], atol=1e-5)
 
 
 def test_no_row_depends_on_another(pages_everywhere):
-    params = random_params(QWEN3, execution())
+    params = random_params(QWEN3, make_execution())
     before = np.asarray(decoded(params, CONTEXT, ROWS))
     for p, g in np.ndindex(P, G):
         tokens = ROWS.tokens_PGT.copy()
@@ -203,22 +211,22 @@ def test_no_row_depends_on_another(pages_everywhere):
 @pytest.mark.parametrize("kv_dtype, data, model", [("compute", 4, 2), ("compute", 2, 4), ("int8", 4, 2)])
 def test_sharded_is_unsharded(kv_dtype, data, model, pages_everywhere):
     """Pages of a device are of its problems and heads; 2 key heads do not divide over 4."""
-    how, over = execution(True, kv_dtype=kv_dtype), mesh.make_mesh(config.Mesh(data, model))
-    params = random_params(QWEN3, how)
-    placed = jax.device_put(params, mesh.shard_parameters(params, QWEN3, how, over))
-    got = decoded(placed, *hosts.put_rows(over, (CONTEXT, ROWS), P), how, Placement(over))
-    expected = at_once() if kv_dtype == "compute" else np.asarray(decoded(params, CONTEXT, ROWS, how))
+    execution, over = make_execution(True, kv_dtype=kv_dtype), mesh.make_mesh(config.Mesh(data, model))
+    params = random_params(QWEN3, execution)
+    placed = jax.device_put(params, mesh.shard_parameters(params, QWEN3, execution, over))
+    got = decoded(placed, *hosts.put_rows(over, (CONTEXT, ROWS), P), execution, Placement(over))
+    expected = at_once() if kv_dtype == "compute" else np.asarray(decoded(params, CONTEXT, ROWS, execution))
     np.testing.assert_allclose(np.asarray(got)[REAL_PGT], expected[REAL_PGT], atol=1e-5)
 
 
 @pytest.mark.parametrize("kv_dtype", ["compute", "int8"])
 def test_the_tpus_way_through_the_decoder(kv_dtype, monkeypatch):
     """Splash for the contexts, pages and a stand-in of the kernel for the rows."""
-    monkeypatch.setattr(paged, "ragged_paged_attention", pages_numpy.called_back)
-    how = execution(kv_dtype=kv_dtype)
-    params = random_params(QWEN3, how)
-    got = np.asarray(decoded(params, CONTEXT, ROWS, how, TpuWay(None)))
-    expected = at_once() if kv_dtype == "compute" else np.asarray(decoded(params, CONTEXT, ROWS, how))
+    monkeypatch.setattr(page_attention, "ragged_paged_attention", pages_numpy.called_back)
+    execution = make_execution(kv_dtype=kv_dtype)
+    params = random_params(QWEN3, execution)
+    got = np.asarray(decoded(params, CONTEXT, ROWS, execution, TpuWay(None)))
+    expected = at_once() if kv_dtype == "compute" else np.asarray(decoded(params, CONTEXT, ROWS, execution))
     np.testing.assert_allclose(got[REAL_PGT], expected[REAL_PGT], atol=1e-5)
 
 
@@ -230,22 +238,22 @@ INT8_LOGP_MEAN, INT8_LOGP_MAX = 0.04, 0.8
 
 def test_int8_saturates_and_does_not_wrap():
     """Keys and values far beyond their context's are ± the largest int8, on their own side."""
-    how, scale = execution(kv_dtype="int8"), jnp.full((1, 1), 0.5)
+    execution, scale = make_execution(kv_dtype="int8"), jnp.full((1, 1), 0.5)
     k = jnp.array([[[1000.0, -1000.0, 63.5, -64.5, 0.3, -0.2, 0.0, 1.2]]])
-    kept = np.asarray(paged.combine(k, -k, scale, scale, how, ONE_DEVICE))
+    kept = np.asarray(paged.combine(k, -k, scale, scale, execution, ONE_DEVICE))
     assert kept.dtype == np.int8
     assert kept[0, 0].tolist() == [127, -127, 127, -127, 1, 0, 0, 2]
     np.testing.assert_array_equal(kept[0, 1], -kept[0, 0])
 
 
 def test_int8_scales_are_of_real_tokens_and_of_pairs_that_rotate():
-    how, (_, contexts) = execution(kv_dtype="int8"), layers()
+    execution, (_, contexts) = make_execution(kv_dtype="int8"), layers()
     loud = tuple(
         jax.tree.map(lambda x: jnp.where(jnp.arange(C)[:, None] < LENGTH_P[:, None, None, None], x, 1e4), kv)
         for kv in contexts
     )
     caches = [
-        paged.open_pages(QWEN3, how, ONE_DEVICE, Prefix(each, LENGTH_P), jnp.asarray(START_PG), T)
+        paged.open_pages(QWEN3, execution, ONE_DEVICE, Prefix(each, LENGTH_P), jnp.asarray(START_PG), T)
         for each in (contexts, loud)
     ]
     for name in ("k_scale", "v_scale"):
@@ -259,22 +267,26 @@ def test_int8_scales_are_of_real_tokens_and_of_pairs_that_rotate():
 
 def test_int8_attention_is_near():
     """Errors of a hundredth of values of deviation 1.5: half a step of 127 in key and value."""
-    got, cache = through_pages(ONE_DEVICE, execution(kv_dtype="int8"))
+    got, cache = through_pages(ONE_DEVICE, make_execution(kv_dtype="int8"))
     assert cache.pool.dtype == jnp.int8
     # Contexts of 3 tokens or none say little about what follows them.
     error = np.abs(got - dense())[:, 2][:, REAL_PGT[2]]
     assert 1e-4 < error.mean() < INT8_ATTENTION_MEAN and error.max() < INT8_ATTENTION_MAX, (error.mean(), error.max())
 
 
-@functools.partial(jax.jit, static_argnames=("how", "chunks"))
-def next_logp(params, context, rows, how, chunks):
+@functools.partial(jax.jit, static_argnames=("execution", "chunks"))
+def next_logp(params, context, rows, execution, chunks):
     """log-probs [P, G, T, V] of the next token, decoded."""
-    prefix = Transformer(QWEN3, how).prefill(params, context)
-    cache, out, slot = Transformer(QWEN3, how).open_cache(prefix, rows.start_PG, *[rows.tokens_PGT.shape[2]] * 2), [], 0
+    prefix = Transformer(QWEN3, execution).prefill(params, context)
+    cache, out, slot = (
+        Transformer(QWEN3, execution).open_cache(prefix, rows.start_PG, *[rows.tokens_PGT.shape[2]] * 2),
+        [],
+        0,
+    )
     for n in chunks:
         tokens = rows.tokens_PGT[:, :, slot : slot + n]
-        hidden, cache = Transformer(QWEN3, how).continue_rows(params, prefix, cache, tokens, rows.start_PG, slot)
-        out.append(logits(hidden, Transformer(QWEN3, how).unembedding(params)))
+        hidden, cache = Transformer(QWEN3, execution).continue_rows(params, prefix, cache, tokens, rows.start_PG, slot)
+        out.append(logits(hidden, Transformer(QWEN3, execution).unembedding(params)))
         slot += n
     return jax.nn.log_softmax(jnp.concatenate(out, axis=2))
 
@@ -285,9 +297,9 @@ def int8_error(context_tokens):
     random, tokens = np.random.default_rng(22), 20
     context = Context(random.integers(0, V, (8, context_tokens), dtype=np.int32), np.full(8, context_tokens, np.int32))
     rows = Rows(random.integers(0, V, (8, 2, tokens), dtype=np.int32), np.zeros((8, 2), np.int32))
-    params, chunks = random_params(QWEN3, execution()), (19, 1)
+    params, chunks = random_params(QWEN3, make_execution()), (19, 1)
     exact, rough = (
-        np.asarray(next_logp(params, context, rows, execution(kv_dtype=kv), chunks)) for kv in ("compute", "int8")
+        np.asarray(next_logp(params, context, rows, make_execution(kv_dtype=kv), chunks)) for kv in ("compute", "int8")
     )
     target = rows.tokens_PGT[:, :, 1:, None]
     return np.abs(np.take_along_axis((rough - exact)[:, :, :-1], target, -1))

@@ -49,17 +49,17 @@ def count_products(traced, trips):
 
 def kernels_of(traced):
     """Matrix products in the body of each Pallas kernel, by the kernel's name."""
-    found = {}
+    counts = {}
 
     def walk(jaxpr, kernel):
         for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
             name = equation.params["name"] if equation.primitive.name == "pallas_call" else kernel
             if name and equation.primitive.name == "dot_general":
-                found[name] = found.get(name, 0) + 1
+                counts[name] = counts.get(name, 0) + 1
             for value in equation.params.values():
                 for inner in value if isinstance(value, tuple | list) else (value,):
                     if isinstance(inner, ClosedJaxpr | Jaxpr):
                         walk(inner, name)
 
     walk(traced, None)
-    return found
+    return counts

@@ -110,18 +110,18 @@ def token_loss(logp, old_logp, ref_logp, entropy, advantage, clip_low, clip_high
     return policy + kl_coef * k3 - entropy_coef * entropy, policy, k3
 
 
-def aggregate(losses, mask, how, max_tokens):
+def aggregate(losses, mask, settings, max_tokens):
     """One number from [row][token] losses."""
     rows = [[x for x, m in zip(row, row_mask) if m] for row, row_mask in zip(losses, mask)]
     tokens = [x for row in rows for x in row]
     if not tokens:
         return 0.0
-    if how == "token_mean":
+    if settings == "token_mean":
         return math.fsum(tokens) / len(tokens)
-    if how == "sequence_mean":
+    if settings == "sequence_mean":
         means = [math.fsum(row) / len(row) for row in rows if row]
         return math.fsum(means) / len(means)
-    if how == "sequence_sum":
+    if settings == "sequence_sum":
         return math.fsum(tokens) / len(rows)
     return math.fsum(tokens) / (len(rows) * max_tokens)
 

@@ -58,15 +58,15 @@ def architecture(family: str) -> Architecture:
     return families.FAMILIES[family].architecture(family, **sizes)
 
 
-def execution(
+def make_execution(
     scan_layers: bool = False, remat: str = "none", dtype: str = "float32", kv_dtype: str = "compute"
 ) -> Execution:
     return Execution(scan_layers=scan_layers, compute_dtype=dtype, remat=remat, kv_dtype=kv_dtype)
 
 
-def random_params(arch: Architecture, how: Execution, seed: int = 0):
+def random_params(arch: Architecture, execution: Execution, seed: int = 0):
     """The same weights in both layouts; norms and biases random too, logits of deviation about 2."""
-    unrolled = Transformer(arch, dataclasses.replace(how, scan_layers=False)).abstract_params("float32")
+    unrolled = Transformer(arch, dataclasses.replace(execution, scan_layers=False)).abstract_params("float32")
     random = np.random.default_rng(seed)
 
     def draw(path, leaf):
@@ -81,7 +81,7 @@ def random_params(arch: Architecture, how: Execution, seed: int = 0):
         return 2 / inputs**0.5 * noise
 
     params = jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(draw, unrolled))
-    return stack_layers(params, arch) if how.scan_layers else params
+    return stack_layers(params, arch) if execution.scan_layers else params
 
 
 def stack_layers(params, arch: Architecture):
@@ -91,9 +91,9 @@ def stack_layers(params, arch: Architecture):
     return rest | {"layers": jax.tree.map(lambda *x: jnp.stack(x), *layers)}
 
 
-def forward_logits(params, arch: Architecture, how: Execution, tokens_BT):
+def forward_logits(params, arch: Architecture, execution: Execution, tokens_BT):
     """Logits [B, T, V] at every position of whole sequences without padding."""
-    transformer, (B, _) = Transformer(arch, how), tokens_BT.shape
-    prefix = Prefix(empty_context(arch, how, B), jnp.zeros((B,), jnp.int32))
+    transformer, (B, _) = Transformer(arch, execution), tokens_BT.shape
+    prefix = Prefix(empty_context(arch, execution, B), jnp.zeros((B,), jnp.int32))
     hidden = transformer.hidden_states(params, prefix, Rows(tokens_BT[:, None], jnp.zeros((B, 1), jnp.int32)))
     return logits(hidden[:, 0], transformer.unembedding(params))

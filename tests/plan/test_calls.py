@@ -109,10 +109,8 @@ def laid_out_alike(given, planned):
 @pytest.mark.parametrize("task", [pytest.param("calibrate", marks=SLOW), "annotate"])
 def test_what_asks_about_fixed_rollouts_calls_what_is_described(task, tmp_path):
     lines = read_jsonl(ROOT / "configs/data/arithmetic.jsonl")[:8]
-    said = {"kind": "math", "domain": "math", "response": "It is so, or so, or so: 3.", "verdict": "wrong"}
-    source = write_problems(
-        tmp_path / "rollouts.jsonl", [line | said | {"id": f"p{n}"} for n, line in enumerate(lines)]
-    )
+    row = {"kind": "math", "domain": "math", "response": "It is so, or so, or so: 3.", "verdict": "wrong"}
+    source = write_problems(tmp_path / "rollouts.jsonl", [line | row | {"id": f"p{n}"} for n, line in enumerate(lines)])
     config = config_of(task, "tiny", {"rollouts": source, "data.source": ""})
     with recorded() as calls:
         {"calibrate": calibrate, "annotate": annotate}[task](config, str(tmp_path / "run"))
@@ -239,7 +237,7 @@ def test_the_baselines_programs_take_what_they_are_given(arm, changes, names, fr
 
 
 @pytest.mark.parametrize(
-    "name, arm, changes, said",
+    "name, arm, changes, message",
     [
         ("calibrate", "tiny", {"wave": 6}, "config.wave: got 6, expected a multiple of mesh.data = 4"),
         ("calibrate", "tiny", {"prefixes.sampling.wave": 6}, "config.prefixes.sampling.wave: got 6, expected"),
@@ -249,6 +247,6 @@ def test_the_baselines_programs_take_what_they_are_given(arm, changes, names, fr
         ("evaluate", "tiny", {"sampling.wave": 7}, "config.sampling.wave: got 7"),
     ],
 )
-def test_what_could_not_run_is_not_described(name, arm, changes, said):
-    with pytest.raises(ValueError, match=said):
+def test_what_could_not_run_is_not_described(name, arm, changes, message):
+    with pytest.raises(ValueError, match=message):
         calls_on(config_of(name, arm, changes))

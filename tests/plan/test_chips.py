@@ -50,5 +50,5 @@ def test_every_shape_that_is_offered_can_be_described(generation):
 )
 def test_a_mesh_axis_has_the_links_of_the_physical_axes_that_it_lies_on(name, data, model, links):
     where = topology(name)
-    found = axis_bandwidth(where, mesh_over(where.devices, data, model))
-    assert found == {axis: count * where.chip.link for axis, count in links.items()}
+    bandwidth = axis_bandwidth(where, mesh_over(where.devices, data, model))
+    assert bandwidth == {axis: count * where.chip.link for axis, count in links.items()}

@@ -235,7 +235,7 @@ LOADS = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 
 @LOADS
 @pytest.mark.parametrize(
-    "options, status, said",
+    "options, status, message",
     [
         (["--topology=v5e:4x4"], 2, "--config and --topology are needed"),
         (["--config=configs/tiny.py"], 2, "--config and --topology are needed"),
@@ -253,10 +253,10 @@ LOADS = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
         (["--config=configs/calibrate.py:tiny", "--topology=v5e:4x4+wave=7+mesh.data=16"], 1, "config.wave: got 7"),
     ],
 )
-def test_what_cannot_work_ends_in_one_line(options, status, said, capsys):
+def test_what_cannot_work_ends_in_one_line(options, status, message, capsys):
     assert compile_check.main(["compile_check", *options]) == status
     error = capsys.readouterr().err
-    assert said in error and error.count("\n") == 1 and error.startswith("exprl_jax.compile_check: ")
+    assert message in error and error.count("\n") == 1 and error.startswith("exprl_jax.compile_check: ")
 
 
 @LOADS
@@ -265,8 +265,8 @@ def test_a_topology_that_takes_too_long_is_given_up_and_one_whose_process_dies_i
     """A process takes longer than a second for its imports alone."""
     options = ["--config=configs/tiny.py:sparse", "--topology=v5e:2x2,v6e:2x2", "--seconds=1"]
     assert compile_check.main(["compile_check", *options]) == 1
-    said = "did not compile within --seconds=1; give it more, or a smaller config"
-    expected = [f"exprl_jax.compile_check: {name}: {said}" for name in ("v5e:2x2", "v6e:2x2")]
+    message = "did not compile within --seconds=1; give it more, or a smaller config"
+    expected = [f"exprl_jax.compile_check: {name}: {message}" for name in ("v5e:2x2", "v6e:2x2")]
     assert capsys.readouterr().err.splitlines() == expected
     with pytest.raises(ValueError, match="its process ended with status 1"):
         compile_check._check_apart(None, "v5e:2x2", 120.0)  # which it cannot read: a traceback, and no report

@@ -198,7 +198,7 @@ def test_what_a_run_does_not_load_takes_no_memory():
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         ({"mesh.data": 3}, "config.rollout.wave: got 4, expected a multiple"),
         ({"segments.rule": "stride:none"}, "config.segments.rule: got 'stride:none'"),
@@ -206,6 +206,6 @@ def test_what_a_run_does_not_load_takes_no_memory():
         ({"policy.weights": "no/such/model/here"}, "no/such/model/here"),
     ],
 )
-def test_what_could_not_run_is_refused(changes, said):
-    with pytest.raises(ValueError, match=re.escape(said)):
+def test_what_could_not_run_is_refused(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         describe(stage1("outcome", changes))

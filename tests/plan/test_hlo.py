@@ -41,9 +41,9 @@ def module(function, *arguments, **options):
         return read_module(jax.jit(function, **options).lower(*arguments).compile().as_text())
 
 
-def summed(found):
+def summed(moves):
     total = collections.Counter()
-    for collective in found:
+    for collective in moves:
         total[collective.kind, collective.axes] += collective.received * collective.times
     return dict(total)
 
@@ -73,15 +73,15 @@ OWN = ROWS * WIDTH * 4
 )
 def test_collectives_have_their_kind_axis_bytes_and_trips(kind, body, share, axes, size):
     over = mesh(2, 8)
-    found = collectives(looped(lambda x: body(x, axes), (WIDTH,), over), over, 0)
-    assert summed(found) == {(kind, "+".join(axes)): LAYERS * OWN * share(size)}
-    assert sum(collective.times for collective in found) == LAYERS
+    moves = collectives(looped(lambda x: body(x, axes), (WIDTH,), over), over, 0)
+    assert summed(moves) == {(kind, "+".join(axes)): LAYERS * OWN * share(size)}
+    assert sum(collective.times for collective in moves) == LAYERS
 
 
 def test_a_permutation_belongs_to_the_axis_along_which_it_goes():
     ring = [(i, (i + 1) % 4) for i in range(4)]
-    found = collectives(looped(lambda x: jax.lax.ppermute(x, "model", ring), (WIDTH,), mesh()), mesh(), 0)
-    assert summed(found) == {("collective-permute", "model"): LAYERS * OWN}
+    moves = collectives(looped(lambda x: jax.lax.ppermute(x, "model", ring), (WIDTH,), mesh()), mesh(), 0)
+    assert summed(moves) == {("collective-permute", "model"): LAYERS * OWN}
 
 
 def test_sharded_weights_are_gathered_in_every_layer_and_their_gradients_scattered():
@@ -95,9 +95,9 @@ def test_sharded_weights_are_gathered_in_every_layer_and_their_gradients_scatter
     weights = shape(LAYERS, width, width, axes=(None, "data"), over=over)
     x = shape(64, 256, width, axes=("data",), over=over)
     step = module(jax.grad(loss), weights, x, out_shardings=weights.sharding)
-    found = summed(collectives(step, over, 0))
+    moves = summed(collectives(step, over, 0))
     least = 3 * LAYERS * width * width * 2 * 15 / 16
-    assert {axes for _, axes in found} == {"data"} and least <= sum(found.values()) <= 1.2 * least
+    assert {axes for _, axes in moves} == {"data"} and least <= sum(moves.values()) <= 1.2 * least
 
 
 def decode(cache, weights, tokens):
@@ -194,10 +194,10 @@ def collective(rest):
 
 @pytest.mark.parametrize("rest, groups, axes", GROUPS)
 def test_every_way_of_writing_groups_of_devices(rest, groups, axes):
-    found = device_groups(collective(rest), 8)
-    assert [list(group) for group in found] == [list(group) for group in groups]
+    moves = device_groups(collective(rest), 8)
+    assert [list(group) for group in moves] == [list(group) for group in groups]
     devices = np.array(jax.devices()[:8]).reshape(2, 4)
-    assert mesh_axes(found, jax.sharding.Mesh(devices, ("data", "model"))) == axes
+    assert mesh_axes(moves, jax.sharding.Mesh(devices, ("data", "model"))) == axes
 
 
 def test_unknown_groups_are_refused():

@@ -48,13 +48,13 @@ def graded(tmp_path, body, responses, seconds=PATIENCE):
 
 
 def test_verdicts_are_what_the_function_says(tmp_path):
-    said = graded(tmp_path, VERDICTS, ["right", "wrong", "zero", "mute", "unsure"])
-    assert said == ["correct", "wrong", "wrong", "no_answer", "missing"]
+    outcomes = graded(tmp_path, VERDICTS, ["right", "wrong", "zero", "mute", "unsure"])
+    assert outcomes == ["correct", "wrong", "wrong", "no_answer", "missing"]
 
 
 def test_what_hangs_has_timed_out_and_what_dies_twice_is_unparsable(tmp_path):
-    said = graded(tmp_path, VERDICTS, ["hang", "right", "die", "right"], seconds=2.0)
-    assert said == ["timed_out", "correct", "unparsable", "correct"]
+    outcomes = graded(tmp_path, VERDICTS, ["hang", "right", "die", "right"], seconds=2.0)
+    assert outcomes == ["timed_out", "correct", "unparsable", "correct"]
 
 
 @pytest.mark.parametrize(

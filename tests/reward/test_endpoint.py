@@ -26,6 +26,7 @@ from stub_endpoint import Answer, StubEndpoint
 
 from exprl_jax import config
 from exprl_jax.data.tokenizer import Message
+from exprl_jax.reward import endpoint, endpoint_replies
 from exprl_jax.reward.endpoint import ChatClient
 from exprl_jax.reward.endpoint_connection import bypasses
 from exprl_jax.reward.endpoint_replies import Failed, asked_wait_s, read_completion, retry_wait_s
@@ -38,7 +39,7 @@ PATIENCE = 60.0  # far more than a loaded machine needs; no test waits for it
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Back-off in milliseconds, a key, and no proxy between a test and its server."""
-    monkeypatch.setattr(endpoint, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(endpoint_replies, "_FIRST_WAIT_S", 0.01)
     monkeypatch.setenv("STUB_KEY", KEY)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
@@ -413,9 +414,9 @@ def test_a_configuration_fault_ends_all_at_once(status):
         with pytest.raises(ValueError, match=f"HTTP {status}"):
             ask(client, "later")
     message = str(caught.value)
-    said = "" if status == 401 else f" (stub says {status})"
+    detail = "" if status == 401 else f" (stub says {status})"
     assert message == (
-        f"endpoint: HTTP {status}{said} from base_url '{stub.base_url}' for model 'm' with the key in $STUB_KEY:"
+        f"endpoint: HTTP {status}{detail} from base_url '{stub.base_url}' for model 'm' with the key in $STUB_KEY:"
         " correct base_url, model or api_key_variable"
     )
     assert len(stub.seen) <= 4 and client.usage()["retries"] == 0

@@ -153,12 +153,12 @@ def refused(function, **workers):
 
 def test_an_exception_is_named_with_its_problem_and_its_line(tmp_path):
     function = write(tmp_path, SCORERS["raising"])
-    said = refused(function, batch=3)
-    assert said == f"config.judge.function: {function}, problem 'p2': KeyError: 'level' (scorer.py line 3)"
+    message = refused(function, batch=3)
+    assert message == f"config.judge.function: {function}, problem 'p2': KeyError: 'level' (scorer.py line 3)"
 
 
 @pytest.mark.parametrize(
-    "returned, said",
+    "returned, message",
     [
         ("[0.5]", "it returned 1 values for 3 attempts, expected one for each"),
         ("0.5", "it returned 0.5, expected a list with a value for each attempt"),
@@ -171,9 +171,9 @@ def test_an_exception_is_named_with_its_problem_and_its_line(tmp_path):
         ("exit(3)", "SystemExit: 3"),
     ],
 )
-def test_what_is_no_list_of_scores_is_refused(returned, said, tmp_path):
+def test_what_is_no_list_of_scores_is_refused(returned, message, tmp_path):
     body = f"\n        def score(attempts):\n            return {returned}\n"
-    assert said in refused(write(tmp_path, body), batch=3)
+    assert message in refused(write(tmp_path, body), batch=3)
 
 
 def test_a_call_beyond_its_time_has_no_scores_and_the_next_has(tmp_path):
@@ -220,7 +220,7 @@ def test_closing_does_not_wait_for_what_hangs(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, said",
+    "name, message",
     [
         ("nowhere.py:score", "FileNotFoundError: no such file in "),
         ("no.such.module:score", "ModuleNotFoundError: No module named 'no'"),
@@ -229,10 +229,10 @@ def test_closing_does_not_wait_for_what_hangs(tmp_path):
         ("{folder}/late.py:score", r"ZeroDivisionError: division by zero \(late.py line 2\)"),
     ],
 )
-def test_a_function_that_cannot_be_loaded_is_one_line(name, said, tmp_path):
+def test_a_function_that_cannot_be_loaded_is_one_line(name, message, tmp_path):
     (tmp_path / "broken.py").write_text("def (")
     (tmp_path / "late.py").write_text("x = 0\n1 / x\n")
-    with pytest.raises(ValueError, match=rf"^config.judge.function: .*{said}") as caught:
+    with pytest.raises(ValueError, match=rf"^config.judge.function: .*{message}") as caught:
         function_files("judge.function", name.format(folder=tmp_path))
     assert "\n" not in str(caught.value)
 

@@ -19,7 +19,8 @@ from exprl_jax.reward.judge_prompts import digit_token_ids
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rollout.call import pad_contexts
 from exprl_jax.weights.language_model import LanguageModel
-from tests.oracles.tiny_decoder import QWEN3, execution, forward_logits, random_params
+from tests.oracles.tiny_decoder import QWEN3, forward_logits, random_params
+from tests.oracles.tiny_decoder import make_execution as execution
 
 GROUP, SEGMENTS, TRACE, ANSWER = 2, 3, 24, 12
 TOKENIZER = load_tokenizer("byte")

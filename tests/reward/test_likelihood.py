@@ -24,18 +24,18 @@ ROUTE = {f"routes.{kind}": "likelihood" for kind in KINDS} | {"loss.kl_coef": 0.
 
 
 @pytest.mark.parametrize(
-    "response, answer, context, said",
+    "response, answer, context, answer_ids",
     [
         ("So \\boxed{1}, no: \\boxed{7}. Yes.", "12", "So \\boxed{1}, no: \\boxed{", "12}"),
         ("So it is 7.", "12", "So it is 7.\n\nThe final answer is \\boxed{", "12}"),
         ("", "\\boxed{\\frac{1}{2}}", "\n\nThe final answer is \\boxed{", "\\frac{1}{2}}"),
     ],
 )
-def test_the_answer_stands_in_the_last_box(response, answer, context, said):
+def test_the_answer_stands_in_the_last_box(response, answer, context, answer_ids):
     tokenizer = load_tokenizer("byte")
     row = answer_row(tokenizer, (5, 6), response, answer)
     assert row.prompt == (5, 6)
-    assert (tokenizer.decode(row.context), tokenizer.decode(row.answer)) == (context, said)
+    assert (tokenizer.decode(row.context), tokenizer.decode(row.answer)) == (context, answer_ids)
 
 
 def test_likelihoods_are_those_of_transformers(tmp_path):
@@ -59,10 +59,10 @@ def test_likelihoods_are_those_of_transformers(tmp_path):
             before = (
                 "So \\boxed{1}, no: \\boxed{" if (p, g) == (0, 1) else f"{response}\n\nThe final answer is \\boxed{{"
             )
-            given, said = [*run.prompts.ids[problem.id], *encode(before)], encode(problem.answer + "}")
+            given, answer_ids = [*run.prompts.ids[problem.id], *encode(before)], encode(problem.answer + "}")
             with torch.no_grad():
-                logits = model(torch.tensor([[*given, *said]])).logits[0, len(given) - 1 : -1]
-            probability = torch.softmax(logits / run.config.rollout.temperature, -1)[range(len(said)), said]
+                logits = model(torch.tensor([[*given, *answer_ids]])).logits[0, len(given) - 1 : -1]
+            probability = torch.softmax(logits / run.config.rollout.temperature, -1)[range(len(answer_ids)), answer_ids]
             np.testing.assert_allclose(score_PG[p, g], probability.mean().item(), rtol=1e-4)
     assert score_PG[valid_PG].std() > 0
 

@@ -39,13 +39,13 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault, judge, words", FAULTS)
 def test_each_fault_is_one_line_with_its_cure(fault, judge, words, capsys):
-    how = settings(**judge)
-    probe.probe_batch(HEALTHY | fault, how)
+    execution = settings(**judge)
+    probe.probe_batch(HEALTHY | fault, execution)
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("warning: probe: ") and err.count("\n") == 1
     assert all(word in err for word in words)
     with pytest.raises(ValueError, match="probe: .*config.probe.strict is set") as raised:
-        probe.probe_batch(HEALTHY | fault, dataclasses.replace(how, probe=config.Probe(strict=True)))
+        probe.probe_batch(HEALTHY | fault, dataclasses.replace(execution, probe=config.Probe(strict=True)))
     assert words[0] in str(raised.value) and "\n" not in str(raised.value)
 
 
@@ -63,8 +63,8 @@ def test_sparse_rewards_are_not_advised_about_judges():
     (line,) = probe.warnings(HEALTHY | {"advantage/live_groups": 0.05}, sparse)
     assert "start from a primed policy" in line and "judge" not in line
     kept = dataclasses.replace(sparse, advantage=dataclasses.replace(sparse.advantage, overlong="keep"))
-    for how, scored in ((sparse, False), (kept, True)):
-        (line,) = probe.warnings(HEALTHY | {"response/overlong": 0.6}, how)
+    for execution, scored in ((sparse, False), (kept, True)):
+        (line,) = probe.warnings(HEALTHY | {"response/overlong": 0.6}, execution)
         assert ("are not scored" in line) != scored
 
 

@@ -63,12 +63,12 @@ def run_freely(program):
 
 def named(name):
     """Process ids, over all namespaces, of the processes of that name."""
-    found = []
+    pids = []
     for path in Path("/proc").glob("[0-9]*/comm"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             if path.read_text().strip() == name:
-                found.append(int(path.parent.name))
-    return found
+                pids.append(int(path.parent.name))
+    return pids
 
 
 def waited_for(condition, seconds=20.0):

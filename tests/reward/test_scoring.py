@@ -11,7 +11,7 @@ from exprl_jax.mesh import ONE_DEVICE, Placement
 from exprl_jax.model.decoder import Transformer
 from exprl_jax.records import Context, Rows
 from exprl_jax.reward.scoring import score
-from tests.oracles.tiny_decoder import QWEN3, TpuWay, execution, forward_logits, random_params
+from tests.oracles.tiny_decoder import QWEN3, TpuWay, forward_logits, make_execution, random_params
 
 P, J, C, T, V = 8, 3, 5, 4, QWEN3.vocab_size
 DIGITS = (7, 50, 3, 21, 60)
@@ -20,15 +20,15 @@ CONTEXT = Context(RANDOM.integers(0, V, (P, C), dtype=np.int32), RANDOM.integers
 ROWS = Rows(RANDOM.integers(0, V, (P, J, T), dtype=np.int32), RANDOM.integers(0, T, (P, J), dtype=np.int32))
 
 
-@functools.partial(jax.jit, static_argnames=("how", "place"))
-def scores(params, context, rows, how=execution(), place=ONE_DEVICE):
-    prefix = Transformer(QWEN3, how, place).prefill(params, context)
-    return score(Transformer(QWEN3, how, place), params, prefix, rows, digit_ids=DIGITS)
+@functools.partial(jax.jit, static_argnames=("execution", "placement"))
+def scores(params, context, rows, execution=make_execution(), placement=ONE_DEVICE):
+    prefix = Transformer(QWEN3, execution, placement).prefill(params, context)
+    return score(Transformer(QWEN3, execution, placement), params, prefix, rows, digit_ids=DIGITS)
 
 
 @functools.cache
 def unsharded():
-    return np.asarray(scores(random_params(QWEN3, execution()), CONTEXT, ROWS))
+    return np.asarray(scores(random_params(QWEN3, make_execution()), CONTEXT, ROWS))
 
 
 def test_scores_are_the_softmax_of_the_plain_forward_over_five_digits():
@@ -36,8 +36,8 @@ def test_scores_are_the_softmax_of_the_plain_forward_over_five_digits():
     for p, j in np.ndindex(P, J):
         sequence = [*CONTEXT.tokens_PC[p, : CONTEXT.length_P[p]], *ROWS.tokens_PGT[p, j, ROWS.start_PG[p, j] :]]
         whole[p, j, : len(sequence)], last[p, j] = sequence, len(sequence) - 1
-    plain = jax.jit(lambda params, tokens: forward_logits(params, QWEN3, execution(), tokens))
-    logits = np.asarray(plain(random_params(QWEN3, execution()), whole.reshape(P * J, -1)))
+    plain = jax.jit(lambda params, tokens: forward_logits(params, QWEN3, make_execution(), tokens))
+    logits = np.asarray(plain(random_params(QWEN3, make_execution()), whole.reshape(P * J, -1)))
     digits = logits[np.arange(P * J), last.ravel()][:, DIGITS].astype(np.float64)
     expected = np.exp(digits) / np.exp(digits).sum(-1, keepdims=True)
     assert expected.std() > 0.1
@@ -47,7 +47,7 @@ def test_scores_are_the_softmax_of_the_plain_forward_over_five_digits():
 def test_permuted_queries_permute_the_scores():
     order = np.array([2, 0, 1])
     rows = jax.tree.map(lambda x: x[:, order], ROWS)
-    got = scores(random_params(QWEN3, execution()), CONTEXT, rows)
+    got = scores(random_params(QWEN3, make_execution()), CONTEXT, rows)
     np.testing.assert_allclose(got, unsharded()[:, order], atol=1e-6)
 
 
@@ -56,9 +56,9 @@ def test_permuted_queries_permute_the_scores():
     [(Placement, 1, 8, True), (Placement, 2, 4, False), (Placement, 8, 1, True), (TpuWay, 4, 2, True)],
 )
 def test_the_mesh_the_layout_and_splash_change_nothing(way, data, model, scan):
-    how, over = execution(scan), mesh.make_mesh(config.Mesh(data, model))
-    params = random_params(QWEN3, how)
-    params = jax.device_put(params, mesh.shard_parameters(params, QWEN3, how, over))
-    got = scores(params, *hosts.put_rows(over, (CONTEXT, ROWS), P), how=how, place=way(over))
+    execution, over = make_execution(scan), mesh.make_mesh(config.Mesh(data, model))
+    params = random_params(QWEN3, execution)
+    params = jax.device_put(params, mesh.shard_parameters(params, QWEN3, execution, over))
+    got = scores(params, *hosts.put_rows(over, (CONTEXT, ROWS), P), execution=execution, placement=way(over))
     assert got.sharding.shard_shape(got.shape)[0] == P // data
     np.testing.assert_allclose(np.asarray(got), unsharded(), atol=1e-5)

@@ -33,7 +33,7 @@ BLANK = b" \t\n\r\x0b\x0c"
 
 def oracle_delimiters(kind: str, text: bytes) -> list[tuple[int, int]]:
     if kind == "heading":
-        found, at, fence = [], 0, None
+        spans, at, fence = [], 0, None
         for line in text.split(b"\n"):
             indent = 0
             while indent < len(line) and line[indent : indent + 1] == b" ":
@@ -47,15 +47,15 @@ def oracle_delimiters(kind: str, text: bytes) -> list[tuple[int, int]]:
                 pass
             elif body[:1] == b"#":
                 if fence is None and run == 3:
-                    found.append((at, at + indent + 3))
+                    spans.append((at, at + indent + 3))
             elif fence is None:
                 if body[:1] == b"~" or b"`" not in rest:
                     fence = body[:run]
             elif body[:1] == fence[:1] and run >= len(fence) and all(c in b" \t\r" for c in rest):
                 fence = None
             at += len(line) + 1
-        return found
-    found, i = [], 0
+        return spans
+    spans, i = [], 0
     while i < len(text):
         if text[i : i + 1] != b"\n":
             i += 1
@@ -66,9 +66,9 @@ def oracle_delimiters(kind: str, text: bytes) -> list[tuple[int, int]]:
                 end = j + 1
             j += 1
         if kind == "line" or end > i + 1:
-            found.append((i, end))
+            spans.append((i, end))
         i = end
-    return found
+    return spans
 
 
 def oracle_ends(kind: str, tokens: list[bytes], limit: int) -> list[int]:

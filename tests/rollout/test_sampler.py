@@ -11,7 +11,7 @@ import pytest
 from configs import tiny
 from exprl_jax import config, hosts, mesh, programs
 from exprl_jax.mesh import ONE_DEVICE, Placement
-from exprl_jax.model import paged
+from exprl_jax.model import page_attention, paged
 from exprl_jax.model.decoder import Transformer
 from exprl_jax.records import Context, Draw, Packed, Rows
 from exprl_jax.resolve import resolve
@@ -19,7 +19,8 @@ from exprl_jax.rollout import sampler
 from exprl_jax.rollout.sampler import sample
 from exprl_jax.weights.language_model import LanguageModel
 from tests.oracles import pages_numpy
-from tests.oracles.tiny_decoder import QWEN3, TpuWay, execution, forward_logits, random_params
+from tests.oracles.tiny_decoder import QWEN3, TpuWay, forward_logits, random_params
+from tests.oracles.tiny_decoder import make_execution as execution
 
 P, G, C, R, V = 4, 3, 5, 6, QWEN3.vocab_size
 HOW, PAD, NEVER = execution(), 0, (V,)
@@ -277,7 +278,7 @@ def test_pages_change_nothing(small_pages, monkeypatch):
     assert_same(rollouts(*batch(), place=Paged(None)), unending())
     monkeypatch.setattr(sampler, "CHUNK", 3)
     assert_same(rollouts(*rows_of_several_tokens(), chunk=3, place=Paged(None)), continued())
-    monkeypatch.setattr(paged, "ragged_paged_attention", pages_numpy.called_back)
+    monkeypatch.setattr(page_attention, "ragged_paged_attention", pages_numpy.called_back)
     assert_same(rollouts(*rows_of_several_tokens(), chunk=3, place=TpuWay(None)), continued())
 
 

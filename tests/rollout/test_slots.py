@@ -10,12 +10,13 @@ import pytest
 
 from exprl_jax import config, hosts, mesh
 from exprl_jax.mesh import ONE_DEVICE, Placement
-from exprl_jax.model import paged
+from exprl_jax.model import page_attention, paged
 from exprl_jax.model.decoder import Transformer
 from exprl_jax.records import Context, Draw, Rows
 from exprl_jax.rollout.sampler import sample
 from tests.oracles import pages_numpy
-from tests.oracles.tiny_decoder import QWEN3, TpuWay, execution, random_params
+from tests.oracles.tiny_decoder import QWEN3, TpuWay, random_params
+from tests.oracles.tiny_decoder import make_execution as execution
 
 # XLA has another kernel for products of one row, and for such narrow ones of 16 or more: with rows between, nothing
 # but slots, order and pages differs.
@@ -153,7 +154,7 @@ def test_int8_pages_in_slots_are_those_of_all_rows():
 
 def test_the_tpus_way(monkeypatch):
     """Splash for the contexts, and a stand-in for the kernel that reads the pages, which checks what it is handed."""
-    monkeypatch.setattr(paged, "ragged_paged_attention", pages_numpy.called_back)
+    monkeypatch.setattr(page_attention, "ragged_paged_attention", pages_numpy.called_back)
     rollouts, _ = sampled(place=TpuWay(None), slots=4, expected=8)
     np.testing.assert_array_equal(rollouts.tokens_PGR, plain().tokens_PGR)
     np.testing.assert_allclose(rollouts.logp_PGR, plain().logp_PGR, atol=1e-5)

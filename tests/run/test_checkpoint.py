@@ -44,9 +44,9 @@ def snapshot(state):
     return jax.tree.map(lambda x: np.array(x, copy=True), state)
 
 
-def assert_bitwise(found, expected):
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+def assert_bitwise(actual, expected):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected)):
         a, b = np.asarray(a), np.asarray(b)
         assert a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
@@ -80,9 +80,9 @@ def test_state_position_and_config_come_back_and_old_ones_go(tmp_path):
     states = write(tmp_path, [1, 2, 4], keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["2", "4"]
     with Checkpoints(tmp_path, 2, CONFIG) as checkpoints:
-        found = checkpoints.restore(abstract(states[4]))
-    assert found.step == 4 and found.position == {"next_batch": 4}
-    assert_bitwise(found.state, states[4])
+        last = checkpoints.restore(abstract(states[4]))
+    assert last.step == 4 and last.position == {"next_batch": 4}
+    assert_bitwise(last.state, states[4])
     assert json.loads((tmp_path / "4" / "config" / "metadata").read_text()) == CONFIG
 
 
@@ -100,8 +100,8 @@ def test_donating_the_state_right_after_save_does_not_reach_the_checkpoint(tmp_p
         for _ in range(3):
             state = step(state)
         jax.block_until_ready(state)
-        found = checkpoints.restore(shapes)
-    assert_bitwise(snapshot(found.state), expected)
+        last = checkpoints.restore(shapes)
+    assert_bitwise(snapshot(last.state), expected)
 
 
 def test_restores_onto_other_meshes(tmp_path):
@@ -122,9 +122,9 @@ def test_restores_onto_other_meshes(tmp_path):
     for target in (place(state, (2, 4)), jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(devices[3]), state)):
         wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, target)
         with Checkpoints(tmp_path, 1, CONFIG) as checkpoints:
-            found = checkpoints.restore(wanted).state
-        assert_bitwise(snapshot(found), expected)
-        assert all(x.sharding == s for x, s in zip(jax.tree.leaves(found), jax.tree.leaves(target)))
+            last = checkpoints.restore(wanted).state
+        assert_bitwise(snapshot(last), expected)
+        assert all(x.sharding == s for x, s in zip(jax.tree.leaves(last), jax.tree.leaves(target)))
 
 
 def flip(path):
@@ -176,9 +176,9 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, logg
     spoil, words = DAMAGE[damage]
     spoil(tmp_path / "2")
     with Checkpoints(tmp_path, 3, CONFIG) as checkpoints:
-        found = checkpoints.restore(abstract(states[1]))
-        assert found.step == 1 and found.position == {"next_batch": 1}
-        assert_bitwise(found.state, states[1])
+        last = checkpoints.restore(abstract(states[1]))
+        assert last.step == 1 and last.position == {"next_batch": 1}
+        assert_bitwise(last.state, states[1])
         *before, line = logged()
         assert all("has no manifest.json" in earlier for earlier in before)
         assert "step 2 is damaged" in line and words in line and "\n" not in line

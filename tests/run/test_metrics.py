@@ -31,11 +31,11 @@ def events_of(workdir: Workdir) -> dict[str, list[tuple[int, float]]]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.util.tensor_util import make_ndarray
 
-    found = EventAccumulator(str(workdir.tensorboard))
-    found.Reload()
+    rows_read = EventAccumulator(str(workdir.tensorboard))
+    rows_read.Reload()
     return {
-        tag: [(e.step, float(make_ndarray(e.tensor_proto))) for e in found.Tensors(tag)]
-        for tag in found.Tags()["tensors"]
+        tag: [(e.step, float(make_ndarray(e.tensor_proto))) for e in rows_read.Tensors(tag)]
+        for tag in rows_read.Tags()["tensors"]
     }
 
 

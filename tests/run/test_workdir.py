@@ -179,17 +179,17 @@ def test_a_second_process_is_refused_and_kill_9_opens_the_door(tmp_path):
 
 
 def test_other_processes_wait_for_the_first_and_only_read(tmp_path):
-    barrier, found = threading.Barrier(2), []
+    barrier, known = threading.Barrier(2), []
 
     def other():
         with open_workdir(tmp_path / "run", CONFIG, process=1, barrier=barrier.wait) as workdir:
-            found.append(workdir.config.exists())
+            known.append(workdir.config.exists())
 
     thread = threading.Thread(target=other)
     thread.start()
     with open_workdir(tmp_path / "run", CONFIG, process=0, barrier=barrier.wait):
         thread.join()
-    assert found == [True]
+    assert known == [True]
 
 
 def test_other_processes_wait_for_a_file_system_that_shows_them_the_run_later(tmp_path, monkeypatch):
@@ -205,14 +205,14 @@ def test_other_processes_wait_for_a_file_system_that_shows_them_the_run_later(tm
 
     def enter():
         with open_workdir(tmp_path / "run", CONFIG, process=1, barrier=first.wait) as workdir:
-            found.append(workdir.path)
+            known.append(workdir.path)
 
-    found, other = [], threading.Thread(target=enter)
+    known, other = [], threading.Thread(target=enter)
     monkeypatch.setattr(pathlib.Path, "exists", late)
     other.start()
     with open_workdir(tmp_path / "run", CONFIG, process=0, barrier=first.set):
         other.join(30)
-    assert found == [tmp_path / "run"] and len(looks) == 2
+    assert known == [tmp_path / "run"] and len(looks) == 2
 
 
 def test_other_processes_are_let_go_when_the_first_refuses(tmp_path, monkeypatch):

@@ -35,8 +35,8 @@ def page(record, width=100):
 
 def check_reference(record, text):
     """Wherever the reference stands, each of its lines has the bar; and it stands in no prompt of the policy."""
-    found = [line for line in text.splitlines() if record["reference"].splitlines()[0] in line]
-    assert found and all(line.startswith("┃ ") for line in found)
+    shown = [line for line in text.splitlines() if record["reference"].splitlines()[0] in line]
+    assert shown and all(line.startswith("┃ ") for line in shown)
     assert record["reference"] not in record["policy"]["prompt"]
 
 
@@ -174,9 +174,10 @@ def fixed(tmp_path):
     """Rollouts as a run writes them, of eight problems."""
     lines = read_jsonl(ROOT / "configs/data/arithmetic.jsonl")[:8]
     made = [
-        line | {"kind": "math", "domain": "math", "id": f"p{n}", "response": f"It is {n}.\n\nSo {n}.", "verdict": said}
+        line
+        | {"kind": "math", "domain": "math", "id": f"p{n}", "response": f"It is {n}.\n\nSo {n}.", "verdict": verdict}
         for n, line in enumerate(lines)
-        for said in ("wrong", "correct")
+        for verdict in ("wrong", "correct")
     ]
     return write_problems(tmp_path / "step_000001.jsonl", made)
 
@@ -241,17 +242,17 @@ def test_a_label_shows_what_each_part_of_a_rollout_is_worth(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name, arm, changes, said",
+    "name, arm, changes, message",
     [
         ("tiny", "outcome", {}, "--show: got 9 problems, expected at most 8, config.rollout.prompts"),
         ("tiny", "sft", {}, "--show: got 9 problems, expected at most 8, config.batch"),
         ("annotate", "tiny", {"rollouts": "rows"}, "--show: got 9 problems, expected at most 8, those of the rollouts"),
     ],
 )
-def test_more_than_there_is_is_refused(name, arm, changes, said, tmp_path, monkeypatch):
+def test_more_than_there_is_is_refused(name, arm, changes, message, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     changes = {key: fixed(tmp_path) for key in changes}
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         records(resolve(config_dict(name, arm, changes)), 9)
 
 

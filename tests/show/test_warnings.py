@@ -43,7 +43,7 @@ MANY = rollout(0, *(segment(0.1 * n) for n in range(3)))
 
 
 @pytest.mark.parametrize(
-    "arm, made, said",
+    "arm, made, starts",
     [
         (
             "outcome",
@@ -70,10 +70,10 @@ MANY = rollout(0, *(segment(0.1 * n) for n in range(3)))
         ("process", record(MANY, route="process"), ["segments.max_segments = 3 is reached"]),
     ],
 )
-def test_what_is_off_is_said(arm, made, said):
+def test_what_is_off_is_said(arm, made, starts):
     lines = told(tiny(arm), made)
-    assert len(lines) == len(said)
-    for line, start in zip(lines, said, strict=True):
+    assert len(lines) == len(starts)
+    for line, start in zip(lines, starts, strict=True):
         assert line.startswith(start)
 
 

@@ -46,10 +46,10 @@ def read(folder, execution, dtype="float32", shardings=None):
 
 def tensors(folder):
     """{name: tensor} of all safetensors files of a folder, read by the safetensors library."""
-    found = {}
+    arrays = {}
     for path in folder.glob("*.safetensors"):
-        found |= safetensors.torch.load_file(path)
-    return found
+        arrays |= safetensors.torch.load_file(path)
+    return arrays
 
 
 @pytest.fixture(scope="module")

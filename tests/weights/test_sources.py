@@ -185,8 +185,8 @@ def test_a_hub_that_fails(error, reason, monkeypatch, tmp_path):
 
 def test_a_committed_model_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    found = resolve_model("configs/mini/models/base")
-    assert found.path == ROOT / "configs/mini/models/base"
+    located = resolve_model("configs/mini/models/base")
+    assert located.path == ROOT / "configs/mini/models/base"
     (tmp_path / "configs/mini/models/base").mkdir(parents=True)
     with pytest.raises(ValueError, match="holds no config.json"):  # one's own folder of that name comes first
         resolve_model("configs/mini/models/base")
