@@ -39,18 +39,19 @@ ANNOTATED = (
 )
 jaxtyping.install_import_hook([f"exprl_jax.{name}" for name in ANNOTATED], "beartype.beartype")
 
-# They compile models or start programs; what the other files test is the quick tier.
+# They compile models or start programs; what the other files test is the quick tier, but for what is marked `long`.
 LONG = """
     attention calibration calls checkpoint code_verifier compile_check costs custom_verifier decoder diagnostics
-    distill dry_run evaluate extending families folder function_judge gguf_file gpu_benchmark grader_agreement hlo
-    judge judge_training leaks likelihood logprobs lora lora_run losses main mesh notebook package packed paged
-    probe processes resume rl_run run_models same_scores sampler sandbox scoring sft slots supervised tpu_scripts train
-    update wave
+    distill dry_run evaluate extending families folder function_judge gguf_file gpu_benchmark grader_agreement hints
+    hlo judge judge_training leaks likelihood logprobs lora lora_run losses main mesh notebook package packed paged
+    probe processes resume rl_run run_models same_scores sampler sandbox scoring sft show slots supervised tpu_scripts
+    train update wave
 """.split()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     for item in items:
-        if item.path.stem.removeprefix("test_") not in LONG and item.get_closest_marker("slow") is None:
+        marked = item.get_closest_marker("slow") or item.get_closest_marker("long")
+        if item.path.stem.removeprefix("test_") not in LONG and marked is None:
             item.add_marker("quick")

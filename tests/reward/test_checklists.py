@@ -314,6 +314,7 @@ def test_a_local_judge_reads_the_list_in_the_references_place(tmp_path):
     assert ["Reference solution:" in text for text in read] == [False, False, True]
 
 
+@pytest.mark.long
 def test_a_run_writes_a_list_for_each_problem_once_and_goes_on_with_them(tmp_path):
     """A judge behind an endpoint, killed between its steps: the lists of the first step are not asked for again, and
     rewards are the shares."""
@@ -353,6 +354,7 @@ def test_a_run_writes_a_list_for_each_problem_once_and_goes_on_with_them(tmp_pat
     assert len(read_jsonl(folder / "checklists.jsonl")) == len(written)
 
 
+@pytest.mark.long
 def test_a_local_text_judge_writes_lists_with_the_programs_it_scores_with(tmp_path):
     """Random weights write no list: every problem falls back, and is not asked about again."""
     changes = LONG | PER_PROBLEM | {"judge.readout": "text", "judge.max_tokens": 8, "steps": 1}

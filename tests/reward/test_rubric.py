@@ -221,6 +221,7 @@ def test_the_examples_and_the_built_in_rubric_say_all_that_a_run_asks():
 # --- in a run --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_a_run_scores_by_the_rubric_it_names_and_notices_another_content(tmp_path):
     """Both examples: other words, other scores; and a file that has changed since the run's first step is refused."""
     folders = []
