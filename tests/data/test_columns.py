@@ -1,12 +1,8 @@
 """Data sets whose columns have other names, answers in GSM8K's form, and what is said of the first row."""
 
-import json
-
 import datasets
-import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
+from data_sets import write_hf_disk, write_jsonl, write_parquet, write_tfds
 from tiny_runs import config_dict
 
 from exprl_jax.data.columns import box_marked, marked_answer
@@ -20,46 +16,10 @@ THEIRS = [
 COLUMNS = "question:problem, solution:reference,final:answer"
 
 
-def jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
-def parquet(path, rows):
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    return str(path)
-
-
-def hf(path, rows):
-    datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)}).save_to_disk(path)
-    return f"hf:{path}"
-
-
-def tfds(path, rows):
-    import tensorflow_datasets as tfds
-
-    with tfds.core.registered.skip_registration():
-
-        class Theirs(tfds.core.GeneratorBasedBuilder):
-            VERSION = tfds.core.Version("1.0.0")
-
-            def _info(self):
-                kinds = {int: tfds.features.Scalar(np.int64), str: tfds.features.Text()}
-                features = {key: kinds[type(value)] for key, value in rows[0].items()}
-                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
-
-            def _split_generators(self, _):
-                return {"train": enumerate(rows)}
-
-            def _generate_examples(self):
-                raise NotImplementedError
-
-    builder = Theirs(data_dir=str(path), file_format="array_record")
-    builder.download_and_prepare()
-    return f"tfds:{builder.data_dir}"
-
-
-@pytest.mark.parametrize("write, name", [(jsonl, "p.jsonl"), (parquet, "p.parquet"), (hf, "disk"), (tfds, "set")])
+@pytest.mark.parametrize(
+    "write, name",
+    [(write_jsonl, "p.jsonl"), (write_parquet, "p.parquet"), (write_hf_disk, "disk"), (write_tfds, "set")],
+)
 def test_columns_are_read_under_their_names_from_every_source(write, name, tmp_path, capsys):
     datasets.disable_progress_bars()
     problems = read_problems(write(tmp_path / name, THEIRS), columns=COLUMNS)
@@ -72,7 +32,7 @@ def test_columns_are_read_under_their_names_from_every_source(write, name, tmp_p
 
 def test_names_that_are_left_out_stay_and_one_may_take_anothers_place(tmp_path, capsys):
     rows = [{"id": "a", "problem": "sums", "question": "1+1?", "reference": "2", "answer": "wrong", "final": "2"}]
-    source = jsonl(tmp_path / "p.jsonl", rows)
+    source = write_jsonl(tmp_path / "p.jsonl", rows)
     (problem,) = read_problems(source, columns="question:problem,final:answer")
     assert problem == Problem("a", "1+1?", "2", "2", "math")
     output = capsys.readouterr().err
@@ -83,8 +43,8 @@ def test_names_that_are_left_out_stay_and_one_may_take_anothers_place(tmp_path, 
 
 
 def test_columns_do_not_concern_a_benchmark(tmp_path):
-    aime = jsonl(tmp_path / "a.jsonl", [{"question": "7?", "answer": 7}])
-    source = f"aime25:{aime},{jsonl(tmp_path / 'p.jsonl', THEIRS)}"
+    aime = write_jsonl(tmp_path / "a.jsonl", [{"question": "7?", "answer": 7}])
+    source = f"aime25:{aime},{write_jsonl(tmp_path / 'p.jsonl', THEIRS)}"
     read = read_problems(source, references=False, columns=COLUMNS)
     assert [p.answer for p in read] == ["7", "2", "4"]
 
@@ -100,13 +60,13 @@ def test_columns_do_not_concern_a_benchmark(tmp_path):
 def test_a_column_that_is_not_there_is_named_with_those_that_are(columns, message, tmp_path):
     for references in (True, False):
         with pytest.raises(ValueError) as error:
-            read_problems(jsonl(tmp_path / "p.jsonl", THEIRS), columns=columns, references=references)
+            read_problems(write_jsonl(tmp_path / "p.jsonl", THEIRS), columns=columns, references=references)
         assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_some_rows_may_lack_choices(tmp_path):
     rows = [THEIRS[0], THEIRS[1] | {"options": {"label": ["A", "B"], "text": ["4", "5"]}, "final": "A"}]
-    problems = read_problems(jsonl(tmp_path / "p.jsonl", rows), columns=COLUMNS + ",options:choices")
+    problems = read_problems(write_jsonl(tmp_path / "p.jsonl", rows), columns=COLUMNS + ",options:choices")
     assert [p.kind for p in problems] == ["math", "choice"]
 
 
@@ -140,7 +100,7 @@ WORKED = GSM8K["answer"].removesuffix("#### 72")
 
 
 def test_gsm8k_is_read_as_it_is(tmp_path):
-    source = jsonl(tmp_path / "p.jsonl", [GSM8K])
+    source = write_jsonl(tmp_path / "p.jsonl", [GSM8K])
     (problem,) = read_problems(source, columns="question:problem,answer:reference")
     assert (problem.answer, problem.reference) == ("72", WORKED + "\\boxed{72}")
     # Evaluations and Stage II need the answer alone, under either name.
@@ -176,12 +136,12 @@ def test_a_marked_line_becomes_a_box_and_the_rest_stays():
 
 def test_an_answer_of_its_own_goes_first(tmp_path):
     rows = [{"problem": "?", "reference": "so\n#### 7", "answer": "8"}]
-    (problem,) = read_problems(jsonl(tmp_path / "p.jsonl", rows))
+    (problem,) = read_problems(write_jsonl(tmp_path / "p.jsonl", rows))
     assert (problem.answer, problem.reference) == ("8", "so\n\\boxed{7}")
 
 
 def test_a_row_without_any_answer_says_what_was_looked_for(tmp_path):
-    source = jsonl(tmp_path / "p.jsonl", [{"problem": "?", "reference": "It is 7."}])
+    source = write_jsonl(tmp_path / "p.jsonl", [{"problem": "?", "reference": "It is 7."}])
     with pytest.raises(
         ValueError, match="line 1: no answer; .*, and its reference does not end in a line '#### <answer>'"
     ):
