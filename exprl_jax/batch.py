@@ -72,6 +72,7 @@ def _hinted_prompts(
     """Each problem's prompt as its group was sampled from it, with a hint or without: of all processes' problems."""
     hinted = {name: prompt for scored in waves for name, prompt in scored.nudged.prompts.items()}
     mine = [hinted.get(problem.id, ()) for scored in waves for problem in scored.wave.problems]
+    # Prompts are gathered as arrays of one width, for processes hold different problems; length 0 says: the bare one.
     tokens = np.zeros((len(mine), run.hints.limit), np.int32)
     for row, prompt in zip(tokens, mine):
         row[: len(prompt)] = prompt
@@ -81,6 +82,8 @@ def _hinted_prompts(
 
 def _by_token(run: RLRun, scored: ScoredWave) -> tuple[Rollouts, np.ndarray, np.ndarray]:
     """A wave's rollouts, the tokens that carry a loss, and each token's advantage: its segment's."""
+    # A token's segment is the number of ends at or before it.  Columns past a rollout's last segment are no segments:
+    # an end that no token reaches keeps them out of that count.
     ends_PGN = np.full(scored.advantages.advantage_PGN.shape, run.config.rollout.max_tokens)
     for i, group in enumerate(scored.wave.ends):
         for g, ends in enumerate(group):
@@ -123,12 +126,14 @@ def pack_update(run: RLRun, batch: Batch, chosen: slice, room_P: Sequence[int] =
     config, placement = run.config, Placement(run.mesh)
     prompts, rollouts = batch.prompts[chosen], jax.tree.map(lambda x: x[chosen], batch.rollouts)
     mask_PGR, advantage_PGR = batch.mask_PGR[chosen], batch.advantage_PGR[chosen]
+    # Weights are of the whole update, before it is divided into rows and microbatches: how it is packed may not matter.
     weight_PGR = normaliser(mask_PGR, config.loss.aggregate, config.rollout.max_tokens)
     length_PG = rollouts.mask_PGR.sum(-1)
     group_N, index_N = np.nonzero(length_PG)
     length_N = length_PG[group_N, index_N]
     # A prompt's last token is fed with the response, whose first token it predicts.
     room_P = np.array(room_P or [len(prompt) for prompt in prompts]) - 1
+    # Where a row cannot share a prompt between rollouts (a TPU's kernel), each rollout is a group of its own.
     shared_N = group_N if placement.shares_segments else np.arange(len(group_N))
     row_N = assign_rows(room_P[group_N], length_N, shared_N, config.updates.row_tokens)
     examples = [Example(prompts[p], rollouts.tokens_PGR[p, g, :n]) for p, g, n in zip(group_N, index_N, length_N)]

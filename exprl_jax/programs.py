@@ -98,6 +98,7 @@ def build(config: Config, mesh: Mesh, policy: LanguageModel) -> Programs:
             keep_sharded=policy.on(mesh).keep_sharded,
         )
 
+    # A donated state is overwritten in place only where the new one has its shardings: one table for both.
     state_shardings = shard_state(config, mesh, policy)
     return Programs(
         init_state=_jit("init_state", _init_state(config, policy, optimizer), state_shardings),
@@ -258,6 +259,7 @@ def init_state(
     if lora.rank:
         params = init_adapters(arch, model.execution, lora, "float32", fold_in_name(jax.random.key(seed), "lora"))
     else:
+        # A copy even in the same dtype: updates donate the state, and a frozen model may be the same buffers.
         params = jax.tree.map(lambda x: jnp.array(x, model.param_dtype, copy=True), params)
     return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
 

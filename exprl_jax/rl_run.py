@@ -132,6 +132,7 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
         problems = within_budget(key, budget, problems, tokens)
         check_budget(key, budget, {p.id: tokens[p.id] for p in held_out})
     check_enough(problems, config.rollout.prompts)
+    # What can be refused without weights has been; from here on they are loaded, which takes minutes.
     # In one order on every process: loading may run programs over the whole mesh.
     reference = _open_reference(config, policy)
     frozen = _load_frozen(config, mesh, policy, reference)

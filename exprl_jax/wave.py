@@ -308,6 +308,7 @@ def score_wave(run: RLRun, pending: PendingWave, clock: Clock) -> ScoredWave:
         truths = pending.truths.result()
     with clock.phase("grade"):
         of_verifiers = pending.grading()
+    # A judge's list is empty but for open-ended answers, where the verifiers' says `missing` of every rollout.
     verdicts = [judged or graded for judged, graded in zip(judge_verdicts, of_verifiers)]
     judgements, verdicts = _agree(pending.request.index_P, judgements, verdicts)
     truths = truths._replace(**agree_rows(truths.arrays, pending.request.index_P))
@@ -325,6 +326,7 @@ def score_wave(run: RLRun, pending: PendingWave, clock: Clock) -> ScoredWave:
         ),
         rules=run.config.advantage,
     )
+    # Of this attempt alone: `replace_groups` adds the attempts up.
     resampled_P = (pending.request.live_P & (pending.request.attempt > 0)).astype(np.int32)
     sampled = int(wave.rollouts.mask_PGR.sum())
     return ScoredWave(pending.request.index_P, wave, judgements, truths, advantages, verdicts, resampled_P, sampled)
@@ -370,7 +372,9 @@ def replace_groups(old: ScoredWave, new: ScoredWave, replaced_P: np.ndarray) -> 
         return [y if replaced else x for x, y, replaced in zip(a, b, replaced_P)]
 
     def answers(a, b):
-        return {key: answer for key, answer in a.items() if not replaced_P[key[0]]} | dict(b)
+        # Keys begin with the problem: those of a group go with it, also where the new one has fewer answers.
+        kept = {key: answer for key, answer in a.items() if not replaced_P[key[0]]}
+        return kept | {key: answer for key, answer in b.items() if replaced_P[key[0]]}
 
     judgements = jax.tree.map(arrays, old.judgements.arrays, new.judgements.arrays)
     return ScoredWave(

@@ -128,6 +128,7 @@ class _Part:
 
     def hot(self, shape, targets):
         """Where a logit is its target's; nowhere, if another device has that."""
+        # Of a target below this device's part the difference is negative, of one beyond it too large: neither is met.
         first = 0 if self.vocabulary is None else jax.lax.axis_index(self.vocabulary) * shape[-1]
         return jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1) == (targets - first)[..., None]
 
@@ -210,9 +211,10 @@ def _pull_score(part, read, hidden_BTD, table_DV, targets_BT, log_normaliser_BT,
         hidden, targets, log_normaliser, entropy, *slopes = piece
         logp = part.logits(hidden, table_DV) - log_normaliser[..., None]
         pi, d_logits = jnp.exp(logp), 0.0
+        # With z the logits and H the entropy:  d log π(target) / dz = 1[target] − π,  dH / dz = −π · (log π + H).
         if read[0]:
             d_logits += (jnp.where(part.hot(logp.shape, targets), 1.0, 0.0) - pi) * slopes[0][..., None]
-        if read[1]:
+        if read[1]:  # the last slope, which is the first too where the log-prob has none
             d_logits -= pi * (logp + entropy[..., None]) * slopes[-1][..., None]
         return part.pull(d_logits, hidden, table_DV, d_table)
 
@@ -269,6 +271,7 @@ def _pull_kl(part, hidden_BTD, table_DV, teacher_hidden_BTW, teacher_table_WV, *
         hidden, teacher_hidden, kl, log_normaliser, teacher_log_normaliser, slope = piece
         logp = part.logits(hidden, table_DV) - log_normaliser[..., None]
         teacher_logp = part.logits(teacher_hidden, teacher_table_WV) - teacher_log_normaliser[..., None]
+        # d KL / dz = π · (log π − log π_teacher − KL)
         d_logits = jnp.exp(logp) * (logp - teacher_logp - kl[..., None]) * slope[..., None]
         return part.pull(d_logits, hidden, table_DV, d_table)
 

@@ -278,6 +278,7 @@ def collectives(module: Module, mesh: Mesh, steps: int) -> list[Collective]:
             if key in seen or size == 1:
                 continue
             seen.add(key)
+            # `_RECEIVED` counts in what is read: the result has another size where the operation gathers or scatters.
             own = sum(array.bytes for name in instruction.operands for array in computation[name].arrays)
             moving.append(Collective(kind, mesh_axes(groups, mesh), own * _RECEIVED[kind](size), visit.times))
     return moving
@@ -379,6 +380,9 @@ def _counted(text: str) -> np.ndarray:
 
 def _along_axes(order: np.ndarray, axes: str, wanted: str) -> Sequence[Sequence[int]]:
     """Groups along `wanted` axes of the compiler's own mesh, whose sizes `axes` has."""
+    # Every axis as three, most of them of size 1: what comes before the part of it that a group goes along, that part,
+    # and what comes behind.
+    #     'a'=2, 'b'=4 {'b':(2)2}     a: [2, 1, 1]   b: [2, 2, 1]     groups along b's middle, 2 devices each
     shape, chosen = [], []
     for name, size in re.findall(r"'([^']+)'=(\d+)", axes):
         match = re.search(rf"'{name}'(?::\((\d+)\)(\d+))?", wanted)
