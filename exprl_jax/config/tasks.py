@@ -110,7 +110,7 @@ class Supervised:
 
     Attributes:
       seed: all randomness derives from it.
-      epochs: passes over the examples or lessons, where `steps` is 0.
+      epochs: passes over the data, where `steps` is 0.
       steps: updates; 0 for as many as `epochs` passes take.
       mesh: how devices are divided.
       lora: whether adapters are trained instead of all its parameters.
