@@ -444,7 +444,7 @@ def test_the_task_names_the_record():
         (lambda: {"task": "sftt"}, f"config.task: got 'sftt', expected one of {KNOWN}"),
         (lambda: {"task": None}, f"config.task: got None, expected one of {KNOWN}"),
         (lambda: {"seed": 1}, "config key config.task is missing; add it to the config file"),
-        (lambda: sft(rollout={}), "unknown config key config.rollout; its keys are task, seed, epochs, steps, data"),
+        (lambda: sft(rollout={}), "unknown config key config.rollout; its keys are task, seed, epochs, steps, mesh"),
         (lambda: evaluate(label=3), "config.label: got 3 of type int, expected str"),
         (lambda: sft(epochs=0), "config.epochs: got 0, expected a positive number"),
         (lambda: sft(batch=-1), "config.batch: got -1, expected a positive number"),
