@@ -2,7 +2,7 @@
 
     python -m exprl_jax.main --config=configs/paper/stage2_8b.py --workdir=runs/stage2_8b
 
-As configs/stage2.py, which see; --config.policy.weights names the Stage-I workdir.
+As configs/stage2.py, where more is said; --config.policy.weights names the Stage-I workdir.
 """
 
 from configs.base import base, large, stage2
