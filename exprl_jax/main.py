@@ -73,9 +73,6 @@ def main(argv: list[str]) -> int:
         _check_options()
         settings = _CONFIG.value.to_dict()
         others = {} if _DIFF.value is None else _DIFF.value.to_dict()
-    except BrokenPipeError:  # the reader of the help has seen enough: `| head`, or a pager that was closed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:  # a config file is a program, and may raise anything
         return _complain(_reason(error), 2)
 

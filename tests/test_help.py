@@ -172,10 +172,3 @@ def test_help_is_there_at_once():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
-
-
-def test_a_reader_who_has_seen_enough_of_the_help_is_no_error():
-    command = [sys.executable, "-m", "exprl_jax.main", "--help"]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        process.stdout.close()
-        assert (process.wait(60), process.stderr.read()) == (0, "")
