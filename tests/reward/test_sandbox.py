@@ -617,6 +617,11 @@ HIDDEN_MEMORY = {
             ring = libc.syscall(425, 8, ctypes.create_string_buffer(120))
             return ring >= 0
         """,
+    "rules about files": """
+        libc = ctypes.CDLL(None)
+        def take():
+            return libc.syscall(444, (ctypes.c_uint64 * 3)(1, 0, 0), 8, 0) >= 0
+        """,
     "watches": """
         libc = ctypes.CDLL(None)
         def take():

@@ -20,6 +20,9 @@ _MEMORY = (
     "shmget shmat shmctl msgget msgsnd semget semop semtimedop mq_open memfd_create memfd_secret vmsplice"
     " inotify_add_watch io_setup io_uring_setup io_uring_enter io_uring_register"
 ).split()
+# Rules about files and ports (landlock_create_ruleset, ..._add_rule, ..._restrict_self), of which each takes memory; by
+# number, the same on every architecture, because older libraries have no name for them.
+_RULES = (444, 445, 446)
 _LOCKS = (fcntl.F_SETLK, fcntl.F_SETLKW, 37, 38)  # the last two: F_OFD_SETLK, F_OFD_SETLKW
 _BUFFERS = (socket.SO_SNDBUF, socket.SO_RCVBUF, 32, 33)  # the last two: SO_SNDBUFFORCE, SO_RCVBUFFORCE
 _NAMESPACES = (
@@ -51,7 +54,7 @@ def filter_program() -> bytes:
     refused = pyseccomp.ERRNO(errno.EPERM)
     calls = pyseccomp.SyscallFilter(pyseccomp.ALLOW)
     calls.set_attr(pyseccomp.Attr.ACT_BADARCH, pyseccomp.KILL_PROCESS)
-    for name in (*_MEMORY, *_NAMESPACES, *_ATTACKS):
+    for name in (*_MEMORY, *_RULES, *_NAMESPACES, *_ATTACKS):
         calls.add_rule(refused, name)
     for name in ("socket", "socketpair"):
         calls.add_rule(pyseccomp.ERRNO(errno.EAFNOSUPPORT), name, Arg(0, NE, socket.AF_UNIX))
