@@ -34,6 +34,7 @@ from exprl_jax.config import (
     Validation,
     column_pairs,
 )
+from exprl_jax.config.values import LARGEST, SMALLEST
 
 
 def resolve(config: Mapping[str, Any]) -> AnyConfig:
@@ -46,7 +47,7 @@ def resolve(config: Mapping[str, Any]) -> AnyConfig:
     values = dict(config.items())
     if "task" not in values:
         raise ValueError("config key config.task is missing; add it to the config file")
-    if values["task"] not in TASKS:
+    if not isinstance(values["task"], str) or values["task"] not in TASKS:
         raise ValueError(f"config.task: got {values['task']!r}, expected one of {', '.join(map(repr, TASKS))}")
     resolved = _build(TASKS[values["task"]], values, "config")
     if isinstance(resolved, Config):
@@ -122,7 +123,9 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if type(value) is not hint:
         raise ValueError(f"{path}: got {value!r} of type {type(value).__name__}, expected {hint.__name__}")
     if hint is float:
-        _require(math.isfinite(value), path, value, "a finite number")
+        held = value == 0 or SMALLEST <= abs(value) <= LARGEST
+        expected = f"a finite number, zero or in size from {SMALLEST:.2g} to {LARGEST:.2g} (float32)"
+        _require(math.isfinite(value) and held, path, value, expected)
     return value
 
 

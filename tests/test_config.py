@@ -300,6 +300,12 @@ DISTILL = {"task": "distill", "loss.kl_coef": 0.0}
         ({"rollout.temperature": -1.0}, "rollout.temperature: got -1.0, expected zero or more"),
         ({"steps": 1 << 20}, "steps: got 1048576, expected less than 1048576"),
         ({"rollout.max_resample": 1 << 10}, "rollout.max_resample: got 1024, expected less than 1024"),
+        (
+            {"optimizer.learning_rate": 1e308},
+            r"optimizer.learning_rate: got 1e\+308, expected a finite number, zero or",
+        ),
+        ({"optimizer.eps": 1e-320}, "optimizer.eps: got 1e-320, expected a finite number, zero or in size"),
+        ({"code.seconds": 1e9}, "code.seconds: got 1000000000.0, expected a positive number of seconds"),
         ({"mesh.data": 0}, "mesh.data: got 0, expected a positive number, or -1 for all devices"),
         ({"policy.weights": ""}, "policy.weights: got '', expected a model"),
         ({"reference.weights": ""}, "reference.weights: got '', expected a model"),

@@ -7,17 +7,7 @@ import inspect
 from typing import Annotated, Literal
 
 from exprl_jax.config.models import Model
-from exprl_jax.config.values import (
-    Count,
-    CountOrNone,
-    Fraction,
-    JsonObject,
-    NotNegative,
-    Number,
-    Positive,
-    Seconds,
-    Workers,
-)
+from exprl_jax.config.values import Count, CountOrNone, Fraction, JsonObject, NotNegative, Number, Seconds, Workers
 from exprl_jax.kinds import KINDS
 
 Route = Literal["process", "outcome", "verifier", "likelihood"]
@@ -94,7 +84,7 @@ class Endpoint:
     model: str
     api_key_variable: str
     concurrency: Count
-    seconds: Positive
+    seconds: Seconds
     retries: CountOrNone
     max_missing: Fraction
     budget_key: Literal["max_tokens", "max_completion_tokens"]
@@ -262,6 +252,6 @@ class Code:
       allow_unsandboxed: run programs even where the system offers no isolation.
     """
 
-    seconds: Positive
+    seconds: Seconds
     memory_mb: Count
     allow_unsandboxed: bool

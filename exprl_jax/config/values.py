@@ -48,6 +48,8 @@ class JsonObject(NamedTuple):
         return isinstance(value, dict) and not value.keys() & set(self.without)
 
 
+# The least and the largest positive number that float32, in which steps are computed, holds in full.
+SMALLEST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127
 _TINIEST, _BELOW_ONE, _INT32 = 5e-324, 1 - 2**-53, 2**31 - 1
 Count = Annotated[int, Range(1, _INT32, "a positive number below 2^31")]
 CountOrNone = Annotated[int, Range(0, _INT32, "zero or more, below 2^31")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import collections
 import glob
 import json
 from collections.abc import Iterator, Mapping
@@ -13,6 +15,7 @@ import numpy as np
 from exprl_jax.packaged import locate
 
 _SUFFIXES = (".jsonl", ".parquet")
+_GZIP = b"\x1f\x8b"
 _PARQUET_ROWS = 256
 _EXPECTED = "expected .jsonl or .parquet files, hf:<id>, tfds:<name> or a benchmark's name"
 
@@ -78,10 +81,17 @@ def _jsonl(path: Path, name: str) -> Iterator[Row]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             where = f"{name} line {number}"
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+                if line.startswith(_GZIP):
+                    raise ValueError(f"{name} is compressed; expected JSON lines: gunzip it")
             if not line.strip():
                 continue
             try:
-                columns = json.loads(line.decode("utf-8"))
+                columns = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+            except UnicodeError as error:
+                fault = f"{error.reason} at byte {error.start}"
+                raise ValueError(f"{where} is not UTF-8 ({fault}); write the file as UTF-8") from error
             except ValueError as error:
                 raise ValueError(f"{where} is not JSON: {error}") from error
             except RecursionError as error:
@@ -91,6 +101,15 @@ def _jsonl(path: Path, name: str) -> Iterator[Row]:
             yield Row(where, columns)
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two values of one name nobody knows which is meant."""
+    named = dict(pairs)
+    if len(named) < len(pairs):
+        twice = next(name for name, count in collections.Counter(name for name, _ in pairs).items() if count > 1)
+        raise ValueError(f"an object has the name {twice!r} twice; remove one")
+    return named
+
+
 def _parquet(path: Path, name: str) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
@@ -98,7 +117,11 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
     number = 0
     try:
         # In small batches: a whole row group is one array a column, and nested arrays of over 2 GB cannot be read.
-        for batch in pyarrow.parquet.ParquetFile(str(path)).iter_batches(batch_size=_PARQUET_ROWS):
+        file = pyarrow.parquet.ParquetFile(str(path))
+        twice = [column for column, count in collections.Counter(file.schema_arrow.names).items() if count > 1]
+        if twice:
+            raise ValueError(f"{name} has the column {twice[0]!r} twice; remove or rename one")
+        for batch in file.iter_batches(batch_size=_PARQUET_ROWS):
             for columns in batch.to_pylist():
                 yield Row(f"{name} row {number}", columns)
                 number += 1

@@ -1,6 +1,7 @@
 """Reading problems from every source, refusing bad ones by name, and visiting them in a fixed order."""
 
 import dataclasses
+import gzip
 import json
 
 import datasets
@@ -165,13 +166,30 @@ def test_bad_rows_are_named(tmp_path, rows, match):
     assert "\n" not in str(caught.value)
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps(PLAIN[0]).encode())
+    (problem,) = read_problems(str(tmp_path / "p.jsonl"))
+    assert problem.problem == PLAIN[0]["problem"]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    texts = [pyarrow.array([text]) for text in ("a", "b", "1", "r")]
+    table = pyarrow.table(texts, names=["problem", "problem", "answer", "reference"])
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match="p.parquet has the column 'problem' twice; remove or rename one"):
+        read_problems(str(tmp_path / "p.parquet"))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "match"),
     [
         ("p.jsonl", b"", "p.jsonl is empty"),
         ("p.jsonl", b"\n\n", "holds no problems"),
         ("p.jsonl", json.dumps(PLAIN[0]).encode() + b'\n{"a": ', "p.jsonl line 2 is not JSON"),
-        ("p.jsonl", b"\xff\xfe\n", "p.jsonl line 1 is not JSON"),
+        ("p.jsonl", b"\xff\xfe\n", r"p.jsonl line 1 is not UTF-8 \(invalid start byte at byte 0\)"),
+        ("p.jsonl", b'{"problem": "a", "problem": "b"}', "line 1 is not JSON: an object has the name 'problem' twice"),
+        ("p.jsonl", b'{"problem": "a", "meta": {"k": 1, "k": 2}}', "has the name 'k' twice"),
+        ("p.jsonl", gzip.compress(b"{}"), "p.jsonl is compressed; expected JSON lines: gunzip it"),
         ("p.jsonl", b"[1, 2]\n", "p.jsonl line 1 must be a JSON object"),
         ("p.parquet", b"not parquet", "p.parquet is not a parquet file"),
         ("p.parquet", b"PAR1 truncated PAR1", "p.parquet is not a parquet file"),
