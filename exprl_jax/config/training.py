@@ -148,8 +148,8 @@ class Checkpoint:
     Attributes:
       every: steps between checkpoints (of a supervised run: updates); the last step is always saved.
       keep: newest checkpoints kept.
-      best: a metric by which the best checkpoint is kept beside them, its mean over the steps since the checkpoint
-        before; empty for none.
+      best: a metric by which the best checkpoint is kept beside them, its mean over the later half of the steps
+        since the checkpoint before; empty for none.
       best_is: the `highest` or the `lowest` value.
     """
 

@@ -232,7 +232,8 @@ def better_of(best: Best | None, config: Checkpoint, step: int, rows: Sequence[M
     """The better of the best checkpoint so far and the one that is about to be saved; the earlier where they tie.
 
     Args:
-      rows: metrics of the steps since the checkpoint before; their mean of `config.best` is the new one's value.
+      rows: metrics of the steps since the checkpoint before; the later half of what they have of `config.best` is the
+        new one's value, as a mean: all of it would credit a policy that has just collapsed with what it was before.
 
     Raises:
       ValueError: the run has no such metric (names the nearest).
@@ -248,7 +249,8 @@ def better_of(best: Best | None, config: Checkpoint, step: int, rows: Sequence[M
     values = [row[config.best] for row in rows if row[config.best] is not None]
     if not values:
         return best
-    new = Best(step, sum(values) / len(values))
+    late = values[len(values) // 2 :]
+    new = Best(step, sum(late) / len(late))
     if best is None:
         return new
     gain = new.value - best.value if config.best_is == "highest" else best.value - new.value
