@@ -230,10 +230,10 @@ class Probe:
 
 @dataclasses.dataclass(frozen=True)
 class Watch:
-    """The comparison of a run's last steps with its first.
+    """The comparison of a run's last steps with its first and best.
 
     Attributes:
-      window: steps whose means are compared.
+      window: steps whose means are compared with those of the last half as many.
       strict: a warning of the watch ends the run.
     """
 

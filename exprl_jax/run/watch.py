@@ -1,12 +1,16 @@
 """A watch over the whole run, as the probe is over its first batch: a collapse is said aloud while it happens.
 
-The means of a run's last `watch.window` steps are compared with those of its first.  A policy that has stopped cutting
-its answers into segments, runs into its token limit, or writes one and the same thing still has finite metrics and
-healthy hardware; without a word it ends "done" with a dead model.
+The means of a run's last `watch.window` / 2 steps are compared with those of its first `watch.window`, and where more
+is better with the best window that the run has had, for a run that begins with nothing can lose what it learned.  A
+policy that has stopped cutting its answers into segments, runs into its token limit, or writes one and the same thing
+still has finite metrics and healthy hardware; without a word it ends "done" with a dead model.
 """
 
 from __future__ import annotations
 
+import collections
+import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,16 +25,28 @@ class Symptom(NamedTuple):
 
     Attributes:
       metric: whose windows are compared.
-      shows: (mean of the first window, mean of the last) → whether the run has the symptom.
+      shows: (mean of the first or best window, mean of the last steps) → whether the run has the symptom.
       cure: what to try.
+      best: the best window so far is compared, instead of the first; a fall must then be more than the noise of that.
     """
 
     metric: str
     shows: Callable[[float, float], bool]
     cure: str
+    best: bool = False
+
+
+class _Window(NamedTuple):
+    """Mean of a metric over a window of steps, and its spread from step to step."""
+
+    mean: float
+    std: float
 
 
 _LEAST_MOVED = 0.2
+_WHICH = {True: "best", False: "first"}
+# So many standard deviations of the best window's own noise must a fall be.
+_DEVIATIONS = 3
 _BACK = "go back to a checkpoint before it (checkpoint.best keeps one), then"
 SYMPTOMS = (
     Symptom(
@@ -38,6 +54,7 @@ SYMPTOMS = (
         lambda first, last: first >= 2 and last < 0.5 * first,
         f"rollouts lose the headings that rewards hang on: {_BACK} add a KL (loss.kl_coef), set advantage.overlong to "
         "'penalty', or take the estimator end_norm or the route outcome",
+        best=True,
     ),
     Symptom(
         "response/overlong",
@@ -59,14 +76,15 @@ SYMPTOMS = (
     ),
     Symptom(
         "policy/entropy",
-        lambda first, last: first > 0 and (last < 0.2 * first or last > 3 * first),
+        lambda first, last: first > 0 and (last < 0.1 * first or last > 3 * first),
         f"the entropy of the policy has collapsed or exploded: {_BACK} lower optimizer.learning_rate, raise "
         "loss.clip_high, or add a KL (loss.kl_coef)",
     ),
     Symptom(
         "solve/accuracy",
-        lambda first, last: first >= 0.05 and last < 0.5 * first,
-        f"accuracy is less than half of what it was: {_BACK} lower optimizer.learning_rate or add a KL (loss.kl_coef)",
+        lambda best, last: best >= 0.05 and last < 0.6 * best,
+        f"accuracy is far below what it was: {_BACK} lower optimizer.learning_rate or add a KL (loss.kl_coef)",
+        best=True,
     ),
 )
 
@@ -80,7 +98,9 @@ class RunWatch:
 
     def __init__(self, config: Watch, rows: Sequence[Row]):
         """Args: rows: metrics of the steps before, of a run that goes on; their symptoms have been told."""
-        self._config, self._first, self._last = config, [], []
+        self._config, self._recent = config, max(1, config.window // 2)
+        self._rows: collections.deque[Row] = collections.deque(maxlen=config.window + self._recent)
+        self._compared: dict[str, _Window] = {}
         self._shown: set[str] = set()
         self.told: list[str] = []
         for row in rows:
@@ -107,19 +127,27 @@ class RunWatch:
         return lines
 
     def _add(self, row: Row) -> list[tuple[Symptom, str]]:
-        window = self._config.window
-        if len(self._first) < window:
-            self._first.append(row)
-        else:
-            self._last = [*self._last, row][-window:]
-        if len(self._last) < window:
+        window, recent = self._config.window, self._recent
+        self._rows.append(row)
+        if len(self._rows) < window + recent:
             return []
+        rows = list(self._rows)
         showing = []
         for symptom in SYMPTOMS:
-            first, last = (_mean(rows, symptom.metric) for rows in (self._first, self._last))
-            if first is not None and last is not None and symptom.shows(first, last):
-                told = f"{symptom.metric} went from {first:.3g} to {last:.3g} (means of {window} steps): {symptom.cure}"
-                showing.append((symptom, told))
+            then, now = _over(rows[:window], symptom.metric), _over(rows[window:], symptom.metric)
+            known = self._compared.get(symptom.metric)
+            if then and (known is None or symptom.best and then.mean > known.mean):
+                self._compared[symptom.metric] = known = then
+            if known is None or now is None or not symptom.shows(known.mean, now.mean):
+                continue
+            noise = known.std * math.sqrt(1 / window + 1 / recent)
+            if symptom.best and known.mean - now.mean <= _DEVIATIONS * noise:
+                continue
+            told = (
+                f"{symptom.metric} went from {known.mean:.3g} to {now.mean:.3g} (means of the {_WHICH[symptom.best]} "
+                f"{window} steps and of the last {recent}): {symptom.cure}"
+            )
+            showing.append((symptom, told))
         return showing
 
 
@@ -136,7 +164,7 @@ def check_moved(step: int, row: Row) -> None:
         )
 
 
-def _mean(rows: Sequence[Row], name: str) -> float | None:
+def _over(rows: Sequence[Row], name: str) -> _Window | None:
     """Over the rows where it is defined; None where it is in none."""
     values = [row[name] for row in rows if row.get(name) is not None]
-    return sum(values) / len(values) if values else None
+    return _Window(statistics.fmean(values), statistics.pstdev(values)) if values else None
