@@ -93,7 +93,7 @@ def refuse(tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    "arguments, said",
+    "arguments, expected",
     [
         (["--confg=configs/tiny.py"], "Unknown command line flag 'confg'. Did you mean: config ?"),
         ([TINY, "--workdir=x", "--dry_rum"], "Unknown command line flag 'dry_rum'. Did you mean: dry_run ?"),
@@ -200,7 +200,7 @@ def test_a_problem_is_shown_and_nothing_is_left_behind(tmp_path, capfd, refuse):
 
 
 @pytest.mark.parametrize(
-    "override, said",
+    "override, expected",
     [
         ("judge.unit=suffix", "config.judge.unit: got 'suffix', expected one of 'prefix', 'step'"),
         ("routes.math=judge", "config.routes.math: got 'judge', expected one of 'process', 'outcome', 'verifier'"),

@@ -263,7 +263,7 @@ def test_the_fixed_sample_hangs_on_seed_and_ids_alone():
 
 
 @pytest.mark.parametrize(
-    "changed, said",
+    "changed, message",
     [
         ({"evaluate.source": "", "evaluate.training_problems": 0}, "config.evaluate.source: got '', expected held-out"),
         (

@@ -134,7 +134,7 @@ def test_a_missing_option_is_one_line(cloud, script, missing):
 
 
 @pytest.mark.parametrize(
-    "script, word, said",
+    "script, word, message",
     [
         *((script, "--no-such=1", f"{script}: unknown option --no-such=1; --help lists them") for script in ALL),
         *((s, "--", f"{s}: unknown option --; --help lists them") for s in ALL if s not in ("launch.sh", "resume.sh")),

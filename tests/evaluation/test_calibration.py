@@ -475,7 +475,7 @@ def test_a_calibration_goes_on_where_its_files_end(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         ({"id": None}, "not a rollout"),
         ({"verdict": "perhaps"}, "not a rollout .*perhaps"),

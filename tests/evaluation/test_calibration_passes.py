@@ -248,7 +248,7 @@ def test_a_rubric_per_problem_is_calibrated_with_a_list_from_each_reference(tmp_
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, message",
     [
         (
             {"judges.text.rubric": "per_problem"},

@@ -117,7 +117,7 @@ def test_last_segment_of_end_norm_keeps_its_score():
 
 def test_overlong_end_norm_is_zero():
     overlong = np.array([[True, False]])
-    got = assigned(pack([[(0.5, 1), (0.5, 1)]]), overlong, STEPS, how("end_norm"))
+    got = assigned(pack([[(0.5, 1), (0.5, 1)]]), overlong, STEPS, config_of("end_norm"))
     assert got.advantage_PGN[0].tolist() == [[0, 0], [-0.5, 1]]  # released: −s_T everywhere
     assert got.counted_PGN.all()
 
@@ -129,8 +129,8 @@ def test_single_segment_is_neither_rewarded_nor_punished():
 def test_the_released_code_rewards_a_single_segment_with_its_score():
     groups = [[[0.75], [0.25, 0.5], [MISSING], [0.5, 0.75, 1.0]]]
     never = np.zeros((1, 4), bool)
-    released = assigned(pack(groups), never, STEPS, how(one_segment="score"))
-    by_equation = assigned(pack(groups), never, STEPS, how())
+    released = assigned(pack(groups), never, STEPS, config_of(one_segment="score"))
+    by_equation = assigned(pack(groups), never, STEPS, config_of())
     assert released.advantage_PGN[0, 0].tolist() == [0.75, 0, 0] and by_equation.advantage_PGN[0, 0].tolist() == [
         0,
         0,
@@ -138,20 +138,20 @@ def test_the_released_code_rewards_a_single_segment_with_its_score():
     ]
     assert (released.advantage_PGN[0, 1:] == by_equation.advantage_PGN[0, 1:]).all()
     assert (released.counted_PGN == by_equation.counted_PGN).all() and not released.counted_PGN[0, 2].any()
-    overlong = assigned(pack(groups), ~never, STEPS, how(one_segment="score"))
+    overlong = assigned(pack(groups), ~never, STEPS, config_of(one_segment="score"))
     assert not overlong.advantage_PGN.any()
-    other = assigned(pack(groups), never, STEPS, how("end_norm", one_segment="score"))
-    assert (other.advantage_PGN == assigned(pack(groups), never, STEPS, how("end_norm")).advantage_PGN).all()
+    other = assigned(pack(groups), never, STEPS, config_of("end_norm", one_segment="score"))
+    assert (other.advantage_PGN == assigned(pack(groups), never, STEPS, config_of("end_norm")).advantage_PGN).all()
 
 
 def test_missing_outcome_leaves_the_group_statistics():
-    got = assigned(pack([[(1,), (0.5,), (MISSING,), (0,)]]), np.zeros((1, 4), bool), WHOLE, how())
+    got = assigned(pack([[(1,), (0.5,), (MISSING,), (0,)]]), np.zeros((1, 4), bool), WHOLE, config_of())
     np.testing.assert_allclose(got.advantage_PGN[0, :, 0], [1, 0, 0, -1], atol=1e-5)  # released: a fourth reward 0
     assert got.counted_PGN[0, :, 0].tolist() == [True, True, False, True]
 
 
 def test_outcome_advantage_is_on_every_token():
-    got = assigned(pack([[(1,), (0,)]]), np.zeros((1, 2), bool), WHOLE, how(std_normalise=False))
+    got = assigned(pack([[(1,), (0,)]]), np.zeros((1, 2), bool), WHOLE, config_of(std_normalise=False))
     mask = np.array([[[True] * 4, [True] * 3 + [False]]])
     advantage, _ = advantages.to_tokens(got.advantage_PGN, got.counted_PGN, np.array([[[4], [3]]]), mask)
     assert advantage[0].tolist() == [[0.5] * 4, [-0.5] * 3 + [0]]  # released mixed runs: the EOS token alone, raw score
@@ -233,7 +233,7 @@ def test_a_spread_below_the_least_is_no_signal_to_any_estimator(name):
 @pytest.mark.parametrize("name", ["rloo", "maxrl"])
 def test_the_config_chooses_the_whole_rollout_estimator(name):
     rewards = [0.0, 0.0, 1.0]
-    rules = how(rollout_estimator=name, std_normalise=False)
+    rules = config_of(rollout_estimator=name, std_normalise=False)
     made = assigned(pack([[[reward] for reward in rewards]]), np.zeros((1, 3), bool), WHOLE, rules)
     np.testing.assert_allclose(made.advantage_PGN[0, :, 0], getattr(oracle, name)(rewards), rtol=1e-6)
 
@@ -265,8 +265,8 @@ def test_assign_follows_permutation_within_a_group(groups, random):
         packed = pack(groups)
         overlong = np.arange(len(order))[None].repeat(len(groups), 0) % 3 == 1
         routes = (packed[2] > 1).any(-1)  # a whole rollout has one score
-        plain = assigned(packed, overlong, routes, how(name))
-        moved = assigned([x[:, order] for x in packed], overlong[:, order], routes, how(name))
+        plain = assigned(packed, overlong, routes, config_of(name))
+        moved = assigned([x[:, order] for x in packed], overlong[:, order], routes, config_of(name))
         np.testing.assert_allclose(moved.advantage_PGN, plain.advantage_PGN[:, order], atol=1e-7)
         np.testing.assert_array_equal(moved.counted_PGN, plain.counted_PGN[:, order])
 
@@ -288,7 +288,7 @@ def test_equal_rewards_are_exactly_zero(value, std_normalise):
     valid, overlong = np.ones((1, 3, 1), bool), np.zeros((1, 3), bool)
     count = np.ones((1, 3), int)
     for route, name in ((WHOLE, "delta_norm"), (STEPS, "delta_norm"), (STEPS, "group_norm")):
-        got = assigned((score, valid, count), overlong, route, how(name, std_normalise=std_normalise))
+        got = assigned((score, valid, count), overlong, route, config_of(name, std_normalise=std_normalise))
         assert (got.advantage_PGN == 0).all() and got.counted_PGN.all() and not got.live_P.any()
 
 
@@ -297,7 +297,7 @@ def test_equal_rewards_are_exactly_zero(value, std_normalise):
 
 def test_too_few_valid_rollouts_give_nothing():
     packed = pack([[(1,), (MISSING,)], [(MISSING,), (MISSING,)], [(1,), (0,)]])
-    got = assigned(packed, np.zeros((3, 2), bool), WHOLE, how())
+    got = assigned(packed, np.zeros((3, 2), bool), WHOLE, config_of())
     assert got.live_P.tolist() == [False, False, True]
     assert (got.advantage_PGN[:2] == 0).all()
     assert got.counted_PGN[..., 0].tolist() == [[True, False], [False, False], [True, True]]
@@ -305,7 +305,7 @@ def test_too_few_valid_rollouts_give_nothing():
 
 def test_small_spread_is_no_signal():
     packed = pack([[(0.50,), (0.52,)], [(0.2,), (0.8,)]])
-    got = assigned(packed, np.zeros((2, 2), bool), WHOLE, how(min_spread=0.1, std_normalise=False))
+    got = assigned(packed, np.zeros((2, 2), bool), WHOLE, config_of(min_spread=0.1, std_normalise=False))
     np.testing.assert_allclose(got.advantage_PGN[..., 0], [[0, 0], [-0.3, 0.3]], atol=1e-6)
     assert got.live_P.tolist() == [False, True]
 
@@ -314,24 +314,24 @@ def test_noise_of_a_judge_read_by_its_digits_is_no_signal():
     """A spread of 1e-4 in written scores is a difference; in expectations over digits it is rounding."""
     noise, signal = [[[0.5], [0.5001], [0.4999]]], [[[0.2], [0.5], [0.9]]]
     packed, none = pack(noise * 2 + signal * 2), np.zeros((4, 3), bool)
-    made = assigned(packed, none, WHOLE, how(), logits_P=np.array([True, False, True, False]))
+    made = assigned(packed, none, WHOLE, config_of(), logits_P=np.array([True, False, True, False]))
     assert made.live_P.tolist() == [False, True, True, True] and not made.advantage_PGN[0].any()
     np.testing.assert_array_equal(made.advantage_PGN[2], made.advantage_PGN[3])
     assert np.abs(made.advantage_PGN[1]).max() > 0.9
-    kept = assigned(packed, none, WHOLE, how(min_logits_spread=0.0), logits_P=True)
+    kept = assigned(packed, none, WHOLE, config_of(min_logits_spread=0.0), logits_P=True)
     assert kept.live_P.all()
 
 
 def test_missing_rules():
     groups = [[(0.5, MISSING, 1), (0.25, 0.5)]]
     overlong = np.zeros((1, 2), bool)
-    segment = assigned(pack(groups), overlong, STEPS, how("delta_norm"))
+    segment = assigned(pack(groups), overlong, STEPS, config_of("delta_norm"))
     assert segment.counted_PGN[0].tolist() == [[True, False, False], [True, True, False]]
-    rollout = assigned(pack(groups), overlong, STEPS, how("delta_norm", missing="drop_rollout"))
+    rollout = assigned(pack(groups), overlong, STEPS, config_of("delta_norm", missing="drop_rollout"))
     assert rollout.counted_PGN[0].tolist() == [[False] * 3, [True, True, False]]
     assert (rollout.advantage_PGN[~rollout.counted_PGN] == 0).all()
     # The dropped rollout leaves the baseline too: what remains is centred on its own mean.
-    rollout = assigned(pack(groups), overlong, STEPS, how("group_norm", missing="drop_rollout"))
+    rollout = assigned(pack(groups), overlong, STEPS, config_of("group_norm", missing="drop_rollout"))
     np.testing.assert_allclose(rollout.advantage_PGN[0, 1, :2], [-0.125, 0.125])
 
 
@@ -349,7 +349,7 @@ def test_overlong_rules_on_outcomes(rule, advantage, counted):
     rewards = {"zero_score": (1.0, 0.5, MISSING, 0.5)}.get(rule, (1.0, 0.5, MISSING, 0.75))
     packed = pack([[(r,) for r in rewards]])
     overlong = np.array([[False, False, True, False]])
-    got = assigned(packed, overlong, WHOLE, how(overlong=rule, overlong_penalty=-2.0, std_normalise=False))
+    got = assigned(packed, overlong, WHOLE, config_of(overlong=rule, overlong_penalty=-2.0, std_normalise=False))
     np.testing.assert_allclose(got.advantage_PGN[0, :, 0], advantage, atol=1e-7)
     assert got.counted_PGN[0, :, 0].tolist() == counted
     assert got.live_P.all()
@@ -366,11 +366,11 @@ def test_overlong_rules_on_outcomes(rule, advantage, counted):
 def test_overlong_rules_on_steps(estimator, zero, others):
     packed = pack([[(0.5, 1), (0.25, MISSING)]])
     overlong = np.array([[False, True]])
-    got = assigned(packed, overlong, STEPS, how(estimator))
+    got = assigned(packed, overlong, STEPS, config_of(estimator))
     assert got.advantage_PGN[0].tolist() == [others, zero] and got.counted_PGN.all()
-    masked = assigned(packed, overlong, STEPS, how(estimator, overlong="mask"))
+    masked = assigned(packed, overlong, STEPS, config_of(estimator, overlong="mask"))
     assert not masked.counted_PGN[0, 1].any() and (masked.advantage_PGN[0, 1] == 0).all()
-    penalty = assigned(packed, overlong, STEPS, how(estimator, overlong="penalty"))
+    penalty = assigned(packed, overlong, STEPS, config_of(estimator, overlong="penalty"))
     assert penalty.counted_PGN[0, 1].all() and (penalty.advantage_PGN[0, 1] == -1).all()
     np.testing.assert_array_equal(penalty.advantage_PGN[0, 0], masked.advantage_PGN[0, 0])
 
@@ -379,8 +379,8 @@ def test_overlong_rules_on_steps(estimator, zero, others):
 def test_an_overlong_rollout_that_is_kept_is_like_any_other(route):
     packed = pack([[(0.5, 1), (0.25, 0.75)], [(0, 1), (1, 0.25)]] if route else [[(0.5,), (0.25,)], [(0,), (1,)]])
     for estimator in ESTIMATORS:
-        kept = assigned(packed, np.array([[True, False], [True, True]]), route, how(estimator, overlong="keep"))
-        ended = assigned(packed, np.zeros((2, 2), bool), route, how(estimator))
+        kept = assigned(packed, np.array([[True, False], [True, True]]), route, config_of(estimator, overlong="keep"))
+        ended = assigned(packed, np.zeros((2, 2), bool), route, config_of(estimator))
         for a, b in zip(kept, ended):
             np.testing.assert_array_equal(a, b)
         assert kept.live_P.all() and kept.counted_PGN.all()
@@ -396,14 +396,14 @@ def test_an_overlong_rollout_that_is_kept_is_like_any_other(route):
 def test_assign_refuses(change, message):
     *packed, overlong = change(*pack([[(0.5, 1), (0.25, 0.5)]]), np.zeros((1, 2), bool))
     with pytest.raises(ValueError, match=message):
-        assigned(packed, overlong, STEPS, how())
+        assigned(packed, overlong, STEPS, config_of())
 
 
 def test_whole_rollouts_have_one_score():
     packed, overlong = pack([[(0.5, 1), (0.25, 0.5)], [(0.5,), (0.25,)]]), np.zeros((2, 2), bool)
     with pytest.raises(ValueError, match="got 2 scores a rollout where only whole rollouts are scored"):
-        assigned(packed, overlong, [False, True], how())
-    assigned(packed, overlong, [True, False], how())
+        assigned(packed, overlong, [False, True], config_of())
+    assigned(packed, overlong, [True, False], config_of())
 
 
 # Mixed batches.
@@ -429,7 +429,7 @@ def test_each_problem_of_a_mixed_batch_has_what_it_would_have_alone(drawn, estim
     routes = np.array([process for process, _ in drawn])
     groups = [group if process else [scores[:1] for scores in group] for process, group in drawn]
     overlong = np.array([[random.random() < 0.3 for _ in range(3)] for _ in groups])
-    options = how(estimator, std_normalise=std, overlong=rule, missing=missing)
+    options = config_of(estimator, std_normalise=std, overlong=rule, missing=missing)
     together = assigned(pack(groups), overlong, routes, options)
     for p, group in enumerate(groups):
         alone = assigned(pack([group]), overlong[p : p + 1], routes[p : p + 1], options)
@@ -447,7 +447,7 @@ def test_each_problem_of_a_mixed_batch_has_its_own_equation(drawn, estimator, st
     routes = np.array([process for process, _ in drawn])
     groups = [group if process else [scores[:1] for scores in group] for process, group in drawn]
     score, valid, count = pack(groups)
-    options = how(estimator, std_normalise=std_normalise)
+    options = config_of(estimator, std_normalise=std_normalise)
     got = assigned((score, valid, count), np.zeros(count.shape, bool), routes, options)
     steps, defined = ESTIMATORS[estimator](score, valid, count)
     for p, (process, group) in enumerate(zip(routes, groups)):
@@ -462,7 +462,7 @@ def test_each_problem_of_a_mixed_batch_has_its_own_equation(drawn, estimator, st
 
 def test_an_outcome_row_of_a_mixed_batch_has_its_advantage_on_every_token():
     packed = pack([[(0.5, 1), (0.25, 0.5)], [(1,), (0,)]])
-    got = assigned(packed, np.zeros((2, 2), bool), [True, False], how(std_normalise=False))
+    got = assigned(packed, np.zeros((2, 2), bool), [True, False], config_of(std_normalise=False))
     ends = np.array([[[2, 4], [1, 4]], [[4, 4], [3, 3]]])
     mask = np.ones((2, 2, 4), bool)
     mask[1, 1, 3] = False
