@@ -2,10 +2,10 @@
 
     python -m benchmarks.judge --output=runs/judge.json
 
-SmolLM2-135M in float32 (the weights of configs/smoke.py), one problem, four rollouts of TRACE tokens each, cut into
-T equal prefixes.  Both sides are `Judge.score` itself, prefill and host included; compilation is left out.  Each pair
-runs back to back, and a figure is the median of the pairs' ratios, so that a drift of the machine cancels.  The scores
-of the two sides are compared besides.
+SmolLM2-135M in float32 (the weights of configs/smoke.py), one rollout, cut into T equal prefixes; some four minutes on
+two cores.  Both sides are `Judge.score` itself, prefill and host included; compilation is left out.
+Each pair runs back to back, and a figure is the median of the pairs' ratios, so that a drift of the machine cancels.
+The scores of the two sides are compared besides.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import os
 import pathlib
 import platform
 import statistics
+import sys
 import time
 from typing import Any
 
@@ -33,7 +34,7 @@ from exprl_jax.reward.judgements import Query
 from exprl_jax.rollout.call import padded_width
 from exprl_jax.weights.language_model import load_params, open_model
 
-GROUP, TRACE, PAIRS, SEED = 4, 160, 3, 1
+SEED = 1
 COUNTS = 1, 4, 8, 16
 
 
@@ -41,10 +42,15 @@ def main() -> None:
     """Prints the table, and writes the JSON where asked."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", help="a JSON file for the figures")
+    parser.add_argument("--trace", type=int, default=512, help="tokens of the rollout")
+    parser.add_argument("--pairs", type=int, default=2, help="measurements of both sides")
     parser.add_argument("--weights", default="", help="another model than that of configs/smoke.py")
     asked = parser.parse_args()
-    judge, tokens = open_judge(asked.weights)
-    rows = [measure(judge, tokens, count) for count in COUNTS]
+    judge, tokens = open_judge(asked.weights, asked.trace)
+    rows = []
+    for count in COUNTS:
+        rows.append(measure(judge, tokens, count, asked.pairs))
+        print(f"{count} prefixes: {rows[-1]}", file=sys.stderr, flush=True)
     whole = rows[0]["packed_seconds"]
     for row in rows:
         row["packed_over_one_score"] = row["packed_seconds"] / whole
@@ -56,9 +62,8 @@ def main() -> None:
         "python": platform.python_version(),
         "model": judge.config.model.weights,
         "seed": SEED,
-        "rollouts": GROUP,
-        "trace_tokens": TRACE,
-        "pairs": PAIRS,
+        "trace_tokens": asked.trace,
+        "pairs": asked.pairs,
     }
     print("\n".join(f"{key} {value}" for key, value in about.items()))
     print("\n| T | separate passes, s | one row, s | separate / one row | one row / one score | largest difference |")
@@ -73,12 +78,12 @@ def main() -> None:
         pathlib.Path(asked.output).write_text(text, encoding="utf-8")
 
 
-def open_judge(weights: str) -> tuple[Judge, list[int]]:
-    """The judge, and the ids of a long text from which traces are cut."""
+def open_judge(weights: str, trace: int) -> tuple[Judge, list[int]]:
+    """The judge, and the ids of a rollout of so many tokens."""
     settings = smoke.get_config("process").copy_and_resolve_references().unlock()
     if weights:
         settings.judge.model.weights = weights
-    settings.judge.update(max_trace_tokens=TRACE, max_context_tokens=1024)
+    settings.judge.update(max_trace_tokens=trace, max_context_tokens=1024)
     config = resolve(settings).judge
     mesh, model = make_mesh(resolve(settings).mesh), open_model(config.model)
     problem = Problem("p", "What is 12 + 30 + 7?", "12 + 30 = 42, and 42 + 7 = 49.", "49", "math")
@@ -91,32 +96,32 @@ def open_judge(weights: str) -> tuple[Judge, list[int]]:
         mesh=mesh,
         prompts=JudgePrompts({"p": prompt}, {}),
         context_width=padded_width(len(prompt.head)),
-        row_width=padded_width(TRACE + len(prompt.suffix)),
+        row_width=padded_width(trace + len(prompt.suffix)),
         problems=1,
-        group=GROUP,
+        group=1,
     )
     random = np.random.default_rng(SEED)
     words = "so we add the two numbers and get a sum which is then carried over to the next step of it".split()
-    return judge, list(prompt.encode(" " + " ".join(random.choice(words, 8 * GROUP * TRACE))))
+    return judge, list(prompt.encode(" " + " ".join(random.choice(words, 8 * trace))))[:trace]
 
 
-def measure(judge: Judge, tokens: list[int], count: int) -> dict[str, Any]:
-    """Seconds of both sides for so many prefixes of each rollout, and how far their scores are apart."""
+def measure(judge: Judge, tokens: list[int], count: int, pairs: int) -> dict[str, Any]:
+    """Seconds of both sides for so many prefixes of the rollout, and how far their scores are apart."""
     problem = Problem("p", "", None, "", "math")
-    queries = []
-    for g in range(GROUP):
-        ids = tokens[g * TRACE : (g + 1) * TRACE]
-        ends = [TRACE * (n + 1) // count for n in range(count)]
-        # A little short, for a text may come back as some more tokens than it was cut from.
-        queries += [Query(g, n, judge.tokenizer.decode(ids[: max(1, end - 8)])) for n, end in enumerate(ends)]
+    ends = [len(tokens) * (n + 1) // count for n in range(count)]
+    # A little short, for a text may come back as some more tokens than it was cut from.
+    queries = [Query(0, n, judge.tokenizer.decode(tokens[: max(1, end - 8)])) for n, end in enumerate(ends)]
     apart = dataclasses.replace(judge, programs=dataclasses.replace(judge.programs, branches=None))
     sides = {"separate": apart, "packed": judge}
-    scores = {name: side.score([problem], [queries], count) for name, side in sides.items()}  # compiles
+    # Compiles; separate passes have one program, whatever their number.
+    apart.score([problem], [queries[:1]], count)
+    judge.score([problem], [queries], count)
+    scores: dict[str, Any] = {}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(PAIRS):
+    for _ in range(pairs):
         for name, side in sides.items():
             start = time.perf_counter()
-            side.score([problem], [queries], count)
+            scores[name] = side.score([problem], [queries], count)
             seconds[name].append(time.perf_counter() - start)
     assert scores["packed"].valid_PGN.all() and scores["separate"].valid_PGN.all()
     difference = np.abs(scores["packed"].score_PGN - scores["separate"].score_PGN).max()
