@@ -307,7 +307,8 @@ def restore_params(checkpoint: pathlib.Path, abstract_params: Any) -> Any:
 
 
 def _steps(folder: pathlib.Path) -> list[int]:
-    return [int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal()]
+    """Those of the folders that a save has named; `09` and digits of other scripts are somebody else's."""
+    return [int(entry.name) for entry in folder.iterdir() if re.fullmatch("0|[1-9][0-9]*", entry.name)]
 
 
 def _remove_unfinished(folder: pathlib.Path) -> None:
@@ -340,7 +341,7 @@ def _misplaced(folder: pathlib.Path) -> str | None:
     try:
         position = json.loads((folder / "position" / "metadata").read_text(encoding="utf-8"))
         step = position["next_batch"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         return f"its position is not what was written: {_one_line(error)}"
     return None if step == int(folder.name) else f"it is the checkpoint of step {step}"
 
@@ -353,7 +354,7 @@ def _difference(folder: pathlib.Path) -> str | None:
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         expected = {name: [int(size), int(crc)] for name, (size, crc) in recorded.items()}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (IsADirectoryError, ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"{MANIFEST} is not what was written: {_one_line(error)}"
     files = _fingerprints(folder)
     for name in sorted({*expected, *files}):

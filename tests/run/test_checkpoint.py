@@ -20,7 +20,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from exprl_jax.records import TrainState
-from exprl_jax.run.checkpoint import Checkpoints
+from exprl_jax.run.checkpoint import Checkpoints, newest_step
 
 CONFIG = {"seed": 3, "model": {"weights": "random:tiny"}}
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -149,6 +149,8 @@ DAMAGE = {
     "a missing item": (lambda f: shutil.rmtree(f / "state"), "is missing"),
     "a garbled position": (lambda f: (f / "position" / "metadata").write_text("{{"), "position/metadata"),
     "a garbled manifest": (lambda f: (f / "manifest.json").write_text("{"), "manifest.json"),
+    "a manifest of infinite sizes": (lambda f: (f / "manifest.json").write_text('{"a": [1e999, 0]}'), "manifest.json"),
+    "a manifest nested too deeply": (lambda f: (f / "manifest.json").write_text("[" * 100_000), "manifest.json"),
     "an emptied manifest": (lambda f: (f / "manifest.json").write_text("{}"), "was not part of it"),
     "nothing recorded and a truncated array": (
         lambda f: (truncate(array_file(f)), (f / "manifest.json").unlink()),
@@ -221,6 +223,12 @@ def test_an_intact_checkpoint_of_other_shapes_is_refused_and_kept(tmp_path):
         with pytest.raises(ValueError, match="step 1 .* does not restore") as caught:
             checkpoints.restore(abstract(other))
     assert "\n" not in str(caught.value) and (tmp_path / "1").is_dir()
+
+
+def test_what_no_save_has_named_is_no_checkpoint(tmp_path):
+    for name in ("3", "09", "\u0669", "4.corrupt", "x"):
+        (tmp_path / name).mkdir()
+    assert newest_step(tmp_path) == 3
 
 
 def test_steps_go_forward(tmp_path):
