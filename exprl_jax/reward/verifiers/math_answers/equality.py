@@ -218,6 +218,8 @@ def _same_numeral(expected: Numeral, got: Body) -> bool:
 
 
 def _same_items(expected: Items, got: Body) -> bool:
+    if isinstance(got, Region) and isinstance(got.points, sympy.FiniteSet):
+        got = Items("{}", tuple(map(Number, got.points)))
     if isinstance(got, Region):
         own = region(expected) if expected.brackets != "{}" else None
         return own is not None and _same_region(own, got)

@@ -754,7 +754,7 @@ class _Parser:
         self._at += 1
 
 
-_PAIRS = {("per", "cent"): "%", ("divided", "by"): "/", ("multiplied", "by"): "*"}
+_PAIRS = {("per", "cent"): "%", ("out", "of"): "/", ("divided", "by"): "/", ("multiplied", "by"): "*"}
 
 
 def _root(value: sympy.Expr, index: sympy.Expr) -> sympy.Expr:
