@@ -460,7 +460,8 @@ def test_a_calibration_goes_on_where_its_files_end(tmp_path, monkeypatch):
                 assert ours[key]["score"] == pytest.approx(row["score"], abs=1e-6)
     scores = read_jsonl(tmp_path / "whole" / "scores.jsonl")
     assert sum(row["repeat"] > 0 for row in scores) == 2 * 2
-    assert sum(row["segment"] is not None for row in scores) == 2 * 2  # one prefix of each of two rollouts, two judges
+    # One prefix of each of two rollouts, two judges, three references (correct, none, wrong).
+    assert sum(row["segment"] is not None for row in scores) == 2 * 2 * 3
     assert all(row["graded"] == 2 for row in read_jsonl(tmp_path / "whole" / "continuations.jsonl"))
     assert (tmp_path / "whole" / "prefix_check.png").exists()
     assert results(tmp_path / "cut")["histograms"] == results(tmp_path / "whole")["histograms"]
