@@ -305,7 +305,7 @@ def test_a_validation_says_how_the_judge_ranks_what_was_held_back(readout, tmp_p
     """Its scores are made anew, each asked for alone; the true ones are set against them."""
     source = written(tmp_path / "some.jsonl", [row | {"reference": "It is so."} for row in prefixes(count=24)])
     if readout == "text":
-        rows_ = [x | {"score": round(4 * x["score"]) / 4} for x in one_by_one(read_rows_of(source))]
+        rows_ = [x | {"score": round(4 * x["score"]) / 4} for x in one_by_one(read_rows_of(tmp_path / "some.jsonl"))]
         source = written(tmp_path / "text.jsonl", rows_)
     changes = {"lessons": source, "batch": 8, "steps": 1, "judge.readout": readout}
     changes["row_tokens"] = 1536 if readout == "logits" else 4096
@@ -326,7 +326,7 @@ def test_a_validation_says_how_the_judge_ranks_what_was_held_back(readout, tmp_p
 
 
 def read_rows_of(path):
-    return [json.loads(line) for line in open(path, encoding="utf-8")]
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def expected_digit(run, params, lesson, label):
