@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,8 @@ def points_of(run: Mapping[str, Any], key: str) -> tuple[list[int], list[float]]
 def curves_figure(runs: Sequence[Mapping[str, Any]]) -> Figure:
     """A panel for each of the metrics that some run has, a line for each run.
 
+    Runs whose names differ in a number at the end alone, `grpo-1` and `grpo-2`, have one colour.
+
     Args:
       runs: as of `report_page.Contents`.
 
@@ -45,18 +48,13 @@ def curves_figure(runs: Sequence[Mapping[str, Any]]) -> Figure:
     figure = figures.new_figure(3.6 * columns, 2.5 * rows + 0.25 * (1 + len(runs) // 2))
     grid = figure.subplots(rows, columns, squeeze=False).flat
     lines: dict[int, Any] = {}
+    styles = _styles([run["name"] for run in runs])
     for axes, key in zip(grid, panels):
         for number, run in enumerate(runs):
             steps, values = points_of(run, key)
             if steps:
                 (lines[number],) = axes.plot(
-                    steps,
-                    [100 * value for value in values],
-                    figures.DASHES[number // len(figures.COLOURS) % len(figures.DASHES)],
-                    color=figures.COLOURS[number % len(figures.COLOURS)],
-                    marker=figures.MARKERS[number % len(figures.MARKERS)],
-                    markersize=3.5,
-                    linewidth=1.4,
+                    steps, [100 * value for value in values], **styles[number], markersize=3.5, linewidth=1.4
                 )
         axes.set_title(f"{_PANELS[key]}, %", fontsize=9)
         axes.set_xlabel("step", fontsize=8)
@@ -66,6 +64,24 @@ def curves_figure(runs: Sequence[Mapping[str, Any]]) -> Figure:
     names = [figures.plain_text(runs[number]["name"]) for number in sorted(lines)]
     figures.legend_below(figure, [lines[number] for number in sorted(lines)], names, ncols=min(4, len(names)))
     return figure
+
+
+def _styles(names: Sequence[str]) -> list[dict[str, str]]:
+    """Colour by the names without a number at their end, dashes and marker by the place among those of one colour; more
+    than there are colours go on with other dashes."""
+    stems = [re.sub(r"-\d+$", "", name) for name in names]
+    order, made = list(dict.fromkeys(stems)), []
+    for i, stem in enumerate(stems):
+        again, colour = divmod(order.index(stem), len(figures.COLOURS))
+        place = stems[:i].count(stem)
+        made.append(
+            {
+                "color": figures.COLOURS[colour],
+                "linestyle": figures.DASHES[(place + again) % len(figures.DASHES)],
+                "marker": figures.MARKERS[(colour + place) % len(figures.MARKERS)],
+            }
+        )
+    return made
 
 
 def write_curves(runs: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:

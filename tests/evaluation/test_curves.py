@@ -40,6 +40,14 @@ def test_a_panel_holds_a_line_for_each_run_that_has_the_metric(tmp_path):
     assert [line.get_color() for line in legend.get_lines()] == colours and len(set(colours)) == 2
 
 
+def test_seeds_of_an_arm_share_its_colour_and_no_two_lines_look_alike(tmp_path):
+    names = [*(f"arm-{seed}" for seed in (1, 2, 3)), "other-1", *"cdefghi"]
+    figure = curves_figure(read_workdirs([write_run(tmp_path / name, ONE) for name in names])[0].runs)
+    looks = [(line.get_color(), line.get_linestyle(), line.get_marker()) for line in figure.axes[0].lines]
+    assert len(set(looks)) == len(names) and len({colour for colour, _, _ in looks[:3]}) == 1
+    assert looks[3][0] != looks[0][0]
+
+
 def test_the_report_writes_it_beside_the_page(tmp_path, capsys):
     folder, png = write_run(tmp_path / "a", ONE), tmp_path / "curves.png"
     assert report.main([str(folder), f"--output={tmp_path / 'out.html'}", f"--png={png}"]) == 0
