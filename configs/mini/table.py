@@ -64,7 +64,11 @@ def main(arguments: Sequence[str]) -> int:
         todo += variants(numbers, "hard")
     todo = [job for job in todo if re.search(options.match, job.name)]
     signal.signal(signal.SIGTERM, _interrupt)
-    failed = [] if options.write_only else run(todo, options.root, sorted(os.sched_getaffinity(0))[:2])
+    try:
+        failed = [] if options.write_only else run(todo, options.root, sorted(os.sched_getaffinity(0))[:2])
+    except KeyboardInterrupt:
+        print("configs.mini.table: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
     results.write(options.root, options.output, options.page, difficulties)
     print(options.page)
     for name in failed:
@@ -135,6 +139,7 @@ def _start(job: Job, root: pathlib.Path, core: int) -> subprocess.Popen[bytes] |
 
 
 def _interrupt(number: int, frame: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the jobs end after the step that is under way
     raise KeyboardInterrupt
 
 
