@@ -53,7 +53,7 @@ SYMPTOMS = (
         "segments/mean",
         lambda first, last: first >= 2 and last < 0.5 * first,
         f"rollouts lose the headings that rewards hang on: {_BACK} add a KL (loss.kl_coef), set advantage.overlong to "
-        "'penalty', or take the estimator end_norm or the route outcome",
+        "'penalty', or take the estimator delta_group or the route outcome",
         best=True,
     ),
     Symptom(
