@@ -126,12 +126,14 @@ class Rollouts:
       mask_PGR: bool, True for sampled tokens, EOS included.
       logp_PGR: float32, log-probability of each sampled token under the distribution it was drawn from
         (logits / temperature); 0 where the mask is False.
+      entropy_PGR: float32, entropy of that distribution in nats; 0 where the mask is False.
       ended_PG: bool, True where an EOS was sampled within R tokens.
     """
 
     tokens_PGR: Array
     mask_PGR: Array
     logp_PGR: Array
+    entropy_PGR: Array
     ended_PG: Array
 
 

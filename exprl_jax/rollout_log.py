@@ -99,10 +99,15 @@ def _segments(run: RLRun, scored: ScoredWave, i: int, g: int) -> list[dict[str, 
 
 
 def token_row(run: RLRun, wave: Wave, i: int, g: int, part: slice) -> dict[str, Any]:
-    """Some tokens of a rollout as people read them, and their log-probs under the policy as it sampled them (nats, at
-    its temperature)."""
-    ids, logp = (x[i, g, part].tolist() for x in (wave.rollouts.tokens_PGR, wave.rollouts.logp_PGR))
-    return {"token_text": run.policy.tokenizer.spell(ids), "token_logp": [round(value, 4) for value in logp]}
+    """Some tokens of a rollout as people read them, their log-probs under the policy as it sampled them, and the
+    entropies of what they were drawn from (nats, at its temperature)."""
+    of_row = (wave.rollouts.tokens_PGR, wave.rollouts.logp_PGR, wave.rollouts.entropy_PGR)
+    ids, logp, entropy = (x[i, g, part].tolist() for x in of_row)
+    return {
+        "token_text": run.policy.tokenizer.spell(ids),
+        "token_logp": [round(value, 4) for value in logp],
+        "token_entropy": [round(value, 4) for value in entropy],
+    }
 
 
 def segment_texts(run: RLRun, wave: Wave, i: int, g: int) -> list[str]:

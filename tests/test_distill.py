@@ -83,9 +83,9 @@ def test_rollouts_are_written_with_their_references_and_no_scores(kl, whole):
     for sample in samples:
         assert sample["reference"] and sample["reference"] not in sample["prompt"]
         (segment,) = sample["segments"]
-        tokens, logp = segment.pop("token_text"), segment.pop("token_logp")
+        tokens, logp, entropy = (segment.pop(f"token_{name}") for name in ("text", "logp", "entropy"))
         assert segment == {"text": sample["response"], "score": None, "advantage": None, "judge": None}
-        assert len(tokens) == len(logp) == sample["length"] and max(logp) <= 0
+        assert len(tokens) == len(logp) == len(entropy) == sample["length"] and max(logp) <= 0 <= min(entropy)
         assert sample["verdict"] in {str(verdict) for verdict in statistics.VERDICTS}
 
 

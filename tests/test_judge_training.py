@@ -60,8 +60,8 @@ def asked_by_a_judge(judge_config, problem, unit, trace):
         seen["tail"] = tokens[start:].tolist()
         if judge_config.readout == "logits":
             return jax.device_put(np.full((8, 1, 5), 0.2, np.float32))
-        nothing = np.zeros((8, 1, 4), np.int32)
-        return jax.device_put(Rollouts(nothing, nothing > 0, nothing.astype(np.float32), np.ones((8, 1), bool)))
+        nothing, zeros = np.zeros((8, 1, 4), np.int32), np.zeros((8, 1, 4), np.float32)
+        return jax.device_put(Rollouts(nothing, nothing > 0, zeros, zeros, np.ones((8, 1), bool)))
 
     mesh = make_mesh(tiny().mesh)
     builder = JudgeBuilder(judge_config, scored=[problem], verified=[], unit=lambda _: unit)

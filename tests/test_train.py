@@ -264,9 +264,9 @@ def test_rollouts_are_written_as_people_read_them(arm):
         assert sample["verdict"] in {str(verdict) for verdict in statistics.VERDICTS}
         assert len(sample["segments"]) <= segment_rule(arm.config).max_segments
         assert sum(len(segment["token_logp"]) for segment in sample["segments"]) == sample["length"]
-        assert all(
-            len(s["token_text"]) == len(s["token_logp"]) and max(s["token_logp"]) <= 0 for s in sample["segments"]
-        )
+        for segment in sample["segments"]:
+            assert len(segment["token_text"]) == len(segment["token_logp"]) == len(segment["token_entropy"])
+            assert max(segment["token_logp"]) <= 0 <= min(segment["token_entropy"])
         for segment in sample["segments"]:
             if not sample["ended"]:  # D3: overlong rollouts are not judged
                 assert segment["judge"] is None and (segment["score"] is None or route == "verifier")

@@ -47,7 +47,7 @@ _ABOUT = {
 
 _PROBLEM = ("id", "domain", "kind", "problem", "reference", "answer", "prompt")
 _SEGMENT = ("text", "score", "advantage", "judge")
-_TOKENS = ("token_text", "token_logp")  # what rollouts of an earlier version do not have
+_TOKENS = ("token_text", "token_logp", "token_entropy")  # what rollouts of an earlier version do not have
 _SHOWN_TEXT = 160  # characters of a problem in the table of evaluated ones
 _HTML = {ord(character): f"\\u{ord(character):04x}" for character in "<>&"}
 

@@ -42,7 +42,7 @@ class Sampling:
       slots: what the decoder's rows hold.
       waiting_PG: bool, rows without a slot that have not ended; empty without a queue.
       cache: the slots' keys and values.
-      tokens_PGR, logp_PGR: the responses so far, as in `Rollouts`.
+      tokens_PGR, logp_PGR, entropy_PGR: the responses so far, as in `Rollouts`.
       length_PG: int32, tokens of each.
       ended_PG: bool, EOS was sampled, or there was nothing to sample.
       busy_X, restarts_X, pages_X: `Usage` of each data shard.
@@ -54,6 +54,7 @@ class Sampling:
     cache: Any
     tokens_PGR: Array
     logp_PGR: Array
+    entropy_PGR: Array
     length_PG: Array
     ended_PG: Array
     busy_X: Array
@@ -125,11 +126,11 @@ def sample(
         # A token's key is of its row and its number in the response alone: no slot, no batch.
         count_PG = jnp.broadcast_to(now.count, now.busy_PG.shape)
         step_keys = jax.vmap(jax.vmap(jax.random.fold_in))(asked.key_PG, count_PG)
-        token_PG, logp_PG = draw_tokens(step_keys, logits_PGV, asked.temperature_PG)
+        token_PG, logp_PG, entropy_PG = draw_tokens(step_keys, logits_PGV, asked.temperature_PG)
         # Padding may be one of the EOS ids, and is fed to rows that have ended: only a busy row can hit one.
         token_PG = jnp.where(now.busy_PG, token_PG, pad_id)
         hit_PG = now.busy_PG & jnp.any(token_PG[..., None] == eos, axis=-1)
-        logp_PG = jnp.where(now.busy_PG, logp_PG, 0.0)
+        logp_PG, entropy_PG = (jnp.where(now.busy_PG, x, 0.0) for x in (logp_PG, entropy_PG))
         s = s.replace(
             step=s.step + 1,
             cache=cache,
@@ -141,7 +142,7 @@ def sample(
         )
         if queued:
             # `now`, not `s.slots`: a row's last token belongs to it, though its slot is empty by now.
-            return note(s, now, token_PG, logp_PG, hit_PG)
+            return note(s, now, token_PG, logp_PG, entropy_PG, hit_PG)
 
         def record(into_PGR, value_PG):
             return jax.lax.dynamic_update_slice(into_PGR, value_PG[..., None], (0, 0, now.count))
@@ -149,6 +150,7 @@ def sample(
         return s.replace(
             tokens_PGR=record(s.tokens_PGR, token_PG),
             logp_PGR=record(s.logp_PGR, logp_PG),
+            entropy_PGR=record(s.entropy_PGR, entropy_PG),
             length_PG=s.length_PG + now.busy_PG,
             ended_PG=s.ended_PG | hit_PG,
         )
@@ -169,14 +171,15 @@ def sample(
 
         # Rows are left-padded: before the first token of the longest there is nothing to read.
         cache = jax.lax.fori_loop(rows.start_PG.min() // length, (T - 1) // length, read, cache)
-    none_X = jnp.zeros(X, jnp.int32)
+    none_X, nothing_PGR = jnp.zeros(X, jnp.int32), jnp.zeros((P, G, max_tokens), jnp.float32)
     start = Sampling(
         step=jnp.int32(0),
         slots=opened,
         waiting_PG=waiting_PG,
         cache=cache,
         tokens_PGR=jnp.full((P, G, max_tokens), pad_id, jnp.int32),
-        logp_PGR=jnp.zeros((P, G, max_tokens), jnp.float32),
+        logp_PGR=nothing_PGR,
+        entropy_PGR=nothing_PGR,
         length_PG=jnp.zeros((P, G), jnp.int32),
         ended_PG=budget_PG == 0,
         busy_X=none_X,
@@ -188,7 +191,7 @@ def sample(
     busy = s.busy_X.sum() if queued else s.length_PG.sum()
     pages_used = s.pages_X.mean() if queued and isinstance(cache, paged.PagedCache) else None
     usage = Usage(s.step, jnp.int32(slots * X if queued else P * G), busy, s.restarts_X.sum(), pages_used)
-    return Rollouts(s.tokens_PGR, mask_PGR, s.logp_PGR, s.ended_PG), usage
+    return Rollouts(s.tokens_PGR, mask_PGR, s.logp_PGR, s.entropy_PGR, s.ended_PG), usage
 
 
 def open_slots(transformer: Transformer, prefix: Prefix, slots: int, max_tokens: int, expected_tokens: int) -> Any:
@@ -226,12 +229,13 @@ def _by_shard(transformer: Transformer, expected_pages: int) -> tuple[Callable, 
             s = s.replace(cache=s.cache.replace(pool=pool, pages=pages), pages_X=s.pages_X + in_use_X)
         return s, asked
 
-    def note(s: Sampling, slots: Slots, token_PG: Array, logp_PG: Array, hit_PG: Array) -> Sampling:
+    def note(s: Sampling, slots: Slots, token_PG: Array, logp_PG: Array, entropy_PG: Array, hit_PG: Array) -> Sampling:
         # `slots` as they were fed.
         write = placement.split(write_rows, (shard, shard, shard), shard)
         return s.replace(
             tokens_PGR=write(s.tokens_PGR, slots, token_PG),
             logp_PGR=write(s.logp_PGR, slots, logp_PG),
+            entropy_PGR=write(s.entropy_PGR, slots, entropy_PG),
             length_PG=write(s.length_PG, slots, slots.count + 1),
             ended_PG=write(s.ended_PG, slots, hit_PG),
         )

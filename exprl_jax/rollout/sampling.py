@@ -30,18 +30,21 @@ BLOCK = 256
 
 def draw_tokens(
     key_PG: Key[Array, "P G"], logits_PGV: Float[Array, "P G V"], temperature_PG: Float[Array, "P G"]
-) -> tuple[Int[Array, "P G"], Float[Array, "P G"]]:
-    """Samples from softmax(logits / temperature) and returns the token and its log-probability there.
+) -> tuple[Int[Array, "P G"], Float[Array, "P G"], Float[Array, "P G"]]:
+    """Samples from softmax(logits / temperature); returns the token, its log-probability there, and the entropy (nats).
 
     Inverts the cumulative distribution at one uniform number a row, first over blocks of tokens, then within a block:
     one pass of exponentials where Gumbel noise would need V random numbers and logarithms a row.  Where the
-    temperature is 0, takes the argmax and returns its log-probability at temperature 1.
+    temperature is 0, takes the argmax and returns its log-probability, and the entropy, at temperature 1.
     """
     P, G, V = logits_PGV.shape
     greedy_PG = temperature_PG == 0
     scaled = logits_PGV / jnp.where(greedy_PG, 1.0, temperature_PG)[..., None]
     top_PG = jnp.max(scaled, axis=-1)
-    mass = jnp.exp(scaled - top_PG[..., None])
+    centred = scaled - top_PG[..., None]
+    mass = jnp.exp(centred)
+    # H = log Σ m − Σ m·log m / Σ m; a token without mass adds nothing, though the log of its mass be −∞.
+    moment_PG = jnp.sum(jnp.where(mass > 0, mass * centred, 0.0), axis=-1)
     mass = jnp.pad(mass, ((0, 0), (0, 0), (0, -V % BLOCK))).reshape(P, G, -1, BLOCK)
     block_mass = jnp.sum(mass, axis=-1)
     total_PG = jnp.sum(block_mass, axis=-1)
@@ -54,7 +57,8 @@ def draw_tokens(
 
     token_PG = jnp.where(greedy_PG, jnp.argmax(scaled, axis=-1), sampled_PG).astype(jnp.int32)
     chosen_PG = jnp.take_along_axis(scaled, token_PG[..., None], axis=-1)[..., 0]
-    return token_PG, chosen_PG - top_PG - jnp.log(total_PG)
+    log_total_PG = jnp.log(total_PG)
+    return token_PG, chosen_PG - top_PG - log_total_PG, log_total_PG - moment_PG / total_PG
 
 
 def _search(mass: Float[Array, "P G N"], goal_PG) -> tuple[Int[Array, "P G"], Float[Array, "P G"]]:

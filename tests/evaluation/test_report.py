@@ -267,11 +267,12 @@ def test_rollouts_arrive_with_their_problem_once_and_their_text_once(tmp_path):
     assert (first["verdict"], first["ended"], first["length"]) == ("correct", True, 9)
 
 
-def test_tokens_and_their_log_probs_arrive_where_they_were_written(tmp_path):
+def test_tokens_their_log_probs_and_entropies_arrive_where_they_were_written(tmp_path):
     segment = rollout()["segments"][0] | {"token_text": ["### ", "One"], "token_logp": [-0.5, 0.0]}
+    segment["token_entropy"] = [0.75, 0.0]
     folder = write_run(tmp_path / "run", rollouts={1: [rollout(segments=[segment]), rollout()]})
     new, old = embedded(page_of(folder))["runs"][0]["rollouts"]["rows"]
-    assert new["segments"] == [segment] and "token_logp" not in old["segments"][0]
+    assert new["segments"] == [segment] and not {"token_logp", "token_entropy"} & old["segments"][0].keys()
 
 
 def test_a_line_of_rollouts_ends_only_at_its_newline(tmp_path):
@@ -502,6 +503,7 @@ def test_a_browser_joins_the_points_of_evaluations_and_shows_problems_warnings_a
         for s in range(9)
     ]
     segment = rollout()["segments"][0] | {"token_text": ["### ", "One"], "token_logp": [-0.5, -2.25]}
+    segment["token_entropy"] = [0.25, 3.0]
     folder, output = write_run(tmp_path / "run", rows, config, {1: [rollout(segments=[segment])]}), tmp_path / "a.html"
     (folder / "evaluations").mkdir()
     solved = {"set": "held-out", "id": HOSTILE, "problem": HOSTILE, "graded": 4, "correct": 0}
@@ -518,5 +520,5 @@ def test_a_browser_joins_the_points_of_evaluations_and_shows_problems_warnings_a
     assert sum(a.get("class") == "dot c0 d0" for tag, a in tags if tag == "circle") == 6
     assert "step 6: segments/mean went from 8 to 1" in drawn
     assert "held-out: 0 of 1 unsolved after step 4; since step 0 solved 1, lost 0" in drawn and "○◐" in drawn
-    assert "token log-probs" in drawn and "−1.375" in drawn
+    assert "by entropy" in drawn and "−1.375" in drawn and "1.625" in drawn
     assert not [a for _, a in tags if "data-taken" in a or "onerror" in a]

@@ -243,7 +243,8 @@ def writing(mesh, written, ends=None, order=None):
             tokens[i, j, : len(ids)], mask[i, j, : len(ids)] = ids, True
             if order is not None:
                 order.append(text)
-        return put_rows(mesh, Rollouts(tokens, mask, np.zeros(tokens.shape, np.float32), ended), 4)
+        zeros = np.zeros(tokens.shape, np.float32)
+        return put_rows(mesh, Rollouts(tokens, mask, zeros, zeros, ended), 4)
 
     return write
 

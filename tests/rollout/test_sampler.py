@@ -64,6 +64,7 @@ def assert_same(got, expected):
     np.testing.assert_array_equal(got.mask_PGR, expected.mask_PGR)
     np.testing.assert_array_equal(got.ended_PG, expected.ended_PG)
     np.testing.assert_allclose(got.logp_PGR, expected.logp_PGR, atol=1e-5)
+    np.testing.assert_allclose(got.entropy_PGR, expected.entropy_PGR, atol=1e-5)
 
 
 @functools.cache
@@ -79,21 +80,23 @@ def unending(temperature=0.8):
 
 
 @pytest.mark.parametrize("temperature", [0.8, 1.3])
-def test_recorded_logp_is_what_the_trainer_computes(temperature):
+def test_recorded_logp_and_entropy_are_what_the_trainer_computes(temperature):
     out = unending(temperature)
-    assert out.logp_PGR.std() > 0.5
-    np.testing.assert_allclose(out.logp_PGR, trainer_logp(out, temperature, "float32"), atol=1e-5)
+    logp, entropy = trainers(out, temperature, "float32")
+    assert out.logp_PGR.std() > 0.5 and out.entropy_PGR.std() > 0.1
+    np.testing.assert_allclose(out.logp_PGR, logp, atol=1e-5)
+    np.testing.assert_allclose(out.entropy_PGR, entropy, atol=1e-5)
 
 
 def test_in_bfloat16_sampler_and_trainer_round_alike():
     """Casting a norm's scale in one of them alone makes this 0.02."""
     out = rollouts(*batch(1.0), how=execution(dtype="bfloat16"))
     assert np.abs(out.logp_PGR - unending(1.0).logp_PGR).mean() > 1e-3
-    assert np.abs(out.logp_PGR - trainer_logp(out, 1.0, "bfloat16")).mean() < 1e-3
+    assert np.abs(out.logp_PGR - trainers(out, 1.0, "bfloat16")[0]).mean() < 1e-3
 
 
-def trainer_logp(out, temperature, dtype):
-    """Of a packed row a rollout."""
+def trainers(out, temperature, dtype):
+    """Log-probs and entropies, of a packed row a rollout."""
     how = dataclasses.replace(resolve(tiny.get_config()).policy, execution=execution(dtype=dtype))
     one = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "model"))
     policy = LanguageModel(config=how, arch=QWEN3, tokenizer=None, source=None)
@@ -106,8 +109,11 @@ def trainer_logp(out, temperature, dtype):
     segment = (np.arange(C + R) < length_B[:, None] + R).astype(np.int32)
     packed = Packed(tokens, target, segment, segment, np.broadcast_to(np.arange(C + R, dtype=np.int32), segment.shape))
     trainer = functools.partial(programs.packed_logp_and_entropy, policy.on(one), chunk=64)
-    logp = np.asarray(jax.jit(functools.partial(trainer, temperature=temperature))(PARAMS, packed)[0])
-    return np.stack([logp[b, length : length + R] for b, length in enumerate(length_B)]).reshape(P, G, R)
+    computed = jax.jit(functools.partial(trainer, temperature=temperature))(PARAMS, packed)
+    return [
+        np.stack([x[b, length : length + R] for b, length in enumerate(length_B)]).reshape(P, G, R)
+        for x in map(np.asarray, computed)
+    ]
 
 
 def test_greedy_is_the_teacher_forced_argmax_and_its_logp_is_at_temperature_1():
@@ -156,6 +162,7 @@ def test_ends_a_row_after_its_first_eos():
     np.testing.assert_array_equal(out.ended_PG, length <= R)
     np.testing.assert_array_equal(out.tokens_PGR, np.where(mask, whole.tokens_PGR, pad))
     np.testing.assert_allclose(out.logp_PGR, np.where(mask, whole.logp_PGR, 0), atol=1e-6)
+    np.testing.assert_allclose(out.entropy_PGR, np.where(mask, whole.entropy_PGR, 0), atol=1e-6)
 
 
 def test_stops_when_every_row_has_ended():

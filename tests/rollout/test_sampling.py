@@ -15,8 +15,8 @@ LOGITS = np.random.default_rng(0).standard_normal(V).astype(np.float32)
 def draws(logits, temperature, rows=(100, 200), seed=0):
     keys = jax.random.split(jax.random.key(seed), rows)
     logits = jnp.broadcast_to(logits, (*rows, len(logits)))
-    tokens, logp = jax.jit(draw_tokens)(keys, logits, jnp.full(rows, temperature, jnp.float32))
-    return np.asarray(tokens).ravel(), np.asarray(logp).ravel()
+    drawn = jax.jit(draw_tokens)(keys, logits, jnp.full(rows, temperature, jnp.float32))
+    return [np.asarray(x).ravel() for x in drawn]
 
 
 def probabilities(logits, temperature):
@@ -24,11 +24,17 @@ def probabilities(logits, temperature):
     return mass / mass.sum()
 
 
+def entropy_of(probability):
+    some = probability[probability > 0]
+    return -(some * np.log(some)).sum()
+
+
 @pytest.mark.parametrize("temperature", [0.8, 1.3])
-def test_draws_from_softmax_and_records_its_logarithm(temperature):
-    tokens, logp = draws(LOGITS, temperature)
+def test_draws_from_softmax_and_records_its_logarithm_and_entropy(temperature):
+    tokens, logp, entropy = draws(LOGITS, temperature)
     expected = probabilities(LOGITS, temperature)
     np.testing.assert_allclose(logp, np.log(expected)[tokens], atol=1e-5)
+    np.testing.assert_allclose(entropy, entropy_of(expected), atol=1e-5)
     counts = np.bincount(tokens, minlength=V)
     common = expected * len(tokens) > 5
     chi2 = ((counts - expected * len(tokens)) ** 2 / (expected * len(tokens)))[common].sum()
@@ -40,9 +46,11 @@ def test_draws_from_softmax_and_records_its_logarithm(temperature):
 def test_rows_of_any_temperature_and_greedy_ones_share_a_batch():
     temperature = jnp.asarray([[0.0, 0.8, 0.0, 2.0]], jnp.float32)
     logits = np.random.default_rng(1).standard_normal((1, 4, V)).astype(np.float32)
-    token, logp = draw_tokens(jax.random.split(jax.random.key(3), (1, 4)), jnp.asarray(logits), temperature)
+    token, logp, entropy = draw_tokens(jax.random.split(jax.random.key(3), (1, 4)), jnp.asarray(logits), temperature)
     for g, t in enumerate([1.0, 0.8, 1.0, 2.0]):
-        np.testing.assert_allclose(logp[0, g], np.log(probabilities(logits[0, g], t))[token[0, g]], atol=1e-5)
+        expected = probabilities(logits[0, g], t)
+        np.testing.assert_allclose(logp[0, g], np.log(expected)[token[0, g]], atol=1e-5)
+        np.testing.assert_allclose(entropy[0, g], entropy_of(expected), atol=1e-5)
     assert [int(token[0, g]) for g in (0, 2)] == [logits[0, g].argmax() for g in (0, 2)]
 
 
@@ -50,7 +58,9 @@ def test_rows_of_any_temperature_and_greedy_ones_share_a_batch():
 def test_tokens_without_mass_are_never_drawn(vocabulary):
     allowed = np.random.default_rng(2).random(vocabulary) < 0.3
     allowed[0] = True
-    tokens, logp = draws(np.where(allowed, LOGITS[:vocabulary], -np.inf), 1.0, rows=(20, 200))
+    logits = np.where(allowed, LOGITS[:vocabulary], -np.inf)
+    tokens, logp, entropy = draws(logits, 1.0, rows=(20, 200))
+    np.testing.assert_allclose(entropy, entropy_of(probabilities(logits, 1.0)), atol=1e-5)
     assert tokens.max() < vocabulary and allowed[tokens].all() and np.isfinite(logp).all()
     assert len(np.unique(tokens)) == allowed.sum()
 
