@@ -178,6 +178,8 @@ def _check_section(section: Any, path: str) -> None:
     if isinstance(section, Truth):
         _check_truth(section.source, f"{path}.source")
     if isinstance(section, Judge):
+        expected = "'per_problem' alone, or a template file after the colon"
+        _require(section.rubric != "per_problem:", f"{path}.rubric", section.rubric, expected)
         unused = section.per_problem or not section.checklists
         _require(unused, f"{path}.checklists", section.checklists, f"'' unless {path}.rubric is 'per_problem'")
         if section.backend == "function":

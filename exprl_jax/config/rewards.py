@@ -10,6 +10,7 @@ from exprl_jax.config.models import Model
 from exprl_jax.config.values import Count, CountOrNone, Fraction, JsonObject, NotNegative, Number, Seconds, Workers
 from exprl_jax.kinds import KINDS
 
+_PER_PROBLEM = "per_problem"
 Route = Literal["process", "outcome", "verifier", "likelihood"]
 
 
@@ -124,7 +125,7 @@ class Judge:
       workers: the processes that call it.
       rubric: what the judge is asked: empty for the built-in rubric, a template file of one's own (docs/judges.md), or
         `per_problem`: the judge first writes a checklist from each reference, and scores against that: `text` item by
-        item, `logits` in one number.
+        item, `logits` in one number.  `per_problem:<file>` does that in the words of a template file.
       checklists: of `per_problem`: a JSONL file of checklists that another run has written (its `checklists.jsonl`);
         problems that are not in it are written anew.  Empty for none.
       unit: what is scored on the route `process`: every `prefix` y_≤t (the paper), or every `step` on its own (the
@@ -155,12 +156,12 @@ class Judge:
     @property
     def per_problem(self) -> bool:
         """Whether each problem has a rubric of its own."""
-        return self.rubric == "per_problem"
+        return self.rubric == _PER_PROBLEM or self.rubric.startswith(f"{_PER_PROBLEM}:")
 
     @property
     def template(self) -> str:
         """The file that prompts are made from; empty for the built-in one."""
-        return "" if self.per_problem else self.rubric
+        return self.rubric.removeprefix(_PER_PROBLEM).removeprefix(":") if self.per_problem else self.rubric
 
     @property
     def reads_digits(self) -> bool:

@@ -40,9 +40,9 @@ def problem_key(problem: Problem) -> str:
     return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
-def prompt_version() -> str:
-    """A fingerprint of the words that ask for a checklist."""
-    chat = write_messages("p", (), "r", "math", "<nothing>")
+def prompt_version(rubric: str) -> str:
+    """A fingerprint of the words of a template that ask for a checklist."""
+    chat = write_messages("p", (), "r", "math", "<nothing>", rubric)
     return hashlib.blake2b(json.dumps([m.content for m in chat]).encode(), digest_size=8).hexdigest()
 
 
@@ -55,17 +55,18 @@ class Checklists:
     a file of its own, and reads those of all.
     """
 
-    def __init__(self, source: str, judge: str):
+    def __init__(self, source: str, judge: str, rubric: str = ""):
         """Reads the named file; writes nothing before `open`.
 
         Args:
           source: a JSONL file; empty for none.
           judge: a fingerprint of who writes.
+          rubric: the template that asks for them; empty for the built-in one.
 
         Raises:
           ValueError: the file is not there, or a row of it is none.
         """
-        self._judge, self._prompt = judge, prompt_version()
+        self._judge, self._prompt = judge, prompt_version(rubric)
         self._items: dict[str, tuple[str, ...]] = {}
         self._ledger: Ledger | None = None
         path = pathlib.Path(source)
@@ -112,7 +113,8 @@ def check_rubric(judge: schema.Judge) -> None:
       ValueError: one cannot be read, or is none.
     """
     open_rubric(judge.template)
-    Checklists(judge.checklists, "")
+    if judge.per_problem:
+        Checklists(judge.checklists, "", judge.template)
 
 
 def _checked(path: pathlib.Path, row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -140,16 +142,21 @@ class ChecklistPrompts:
     def write(self, problem: Problem) -> SplitPrompt | list[Message]:
         """Asks for the checklist; for an endpoint a chat without a hole."""
         asked = problem.problem, problem.choices, needed_reference(problem)
-        chat = write_messages(*asked, problem.domain, MARKER)
+        chat = write_messages(*asked, problem.domain, MARKER, self._config.template)
         return fill(chat, "") if self._tokenizer is None else self._tokenizer.render_split(chat, MARKER, "")
 
     def score(self, problem: Problem, items: Sequence[str]) -> SplitPrompt | list[Message]:
         """Asks for a score against the checklist."""
         readout, unit = self._config.readout, self._unit(problem)
-        chat = checklist_messages(problem.problem, problem.choices, items, problem.domain, unit, readout, MARKER)
+        asked = problem.problem, problem.choices, items, problem.domain, unit, readout
+        chat = checklist_messages(*asked, MARKER, self._config.template)
         if self._tokenizer is None:
             return chat
         return self._tokenizer.render_split(chat, MARKER, CONTINUATION[readout])
+
+    def by_item(self, problem: Problem) -> bool:
+        """Whether the judge is asked item by item."""
+        return open_rubric(self._config.template).by_item(self._unit(problem), self._config.readout)
 
     def fits(self, prompt: SplitPrompt | list[Message]) -> bool:
         """Whether the judge has room for it."""
@@ -233,8 +240,7 @@ class ChecklistJudge:
         """The judge that has the problems' checklists in the place of their references, where they have one."""
         made = {problem.id: self._score_prompt(problem) for problem in problems}
         own = {name: prompt for name, prompt in made.items() if prompt is not None}
-        by_item = self.inner.config.readout == "text"
-        items = {p.id: len(self.checklists.items(p)) for p in problems if p.id in own and by_item}
+        items = {p.id: len(self.checklists.items(p)) for p in problems if p.id in own and self._prompts.by_item(p)}
         if isinstance(self.inner, Judge):
             prompts = JudgePrompts({**self.inner.prompts.score, **own}, self.inner.prompts.verify)
             return dataclasses.replace(self.inner, prompts=prompts, items=items)

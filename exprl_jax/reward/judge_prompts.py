@@ -29,22 +29,22 @@ CONTINUATION = {"text": "", "logits": "Score: "}
 
 # What a rubric calls what is scored (its holes {unit} and {Unit}).
 _UNITS = {"outcome": "attempt", "prefix": "attempt so far", "step": "step"}
-# How to answer (its hole {form}): what the read-outs read.
+# How to answer: what the read-outs read.
 _FORM = {
-    ("text", ""): (
+    "text": (
         "Then end with one line that holds nothing but the score, a whole number from 1 to 5, in this form:\n"
         "Score: <1-5>"
     ),
-    ("logits", ""): "Answer with the score only: one digit from 1 to 5.",
-    ("text", "write"): (
-        "Write the list and nothing else, one item a line with its number before it, in this form:\n"
-        "1. <the first thing to achieve>\n2. <the second>"
-    ),
-    ("text", "checklist"): (
-        "Then end with one line for each item of the checklist, in its order, that holds nothing but the item's number "
-        "and yes or no, in this form:\nItem <number>: <yes|no>"
-    ),
+    "logits": "Answer with the score only: one digit from 1 to 5.",
 }
+_FORM_OF_LIST = (
+    "Write the list and nothing else, one item a line with its number before it, in this form:\n"
+    "1. <the first thing to achieve>\n2. <the second>"
+)
+_FORM_BY_ITEM = (
+    "Then end with one line for each item of the checklist, in its order, that holds nothing but the item's number "
+    "and yes or no, in this form:\nItem <number>: <yes|no>"
+)
 
 
 def judge_messages(
@@ -121,18 +121,22 @@ def checklist_messages(
     unit: Unit,
     readout: Readout,
     marker: str,
+    rubric: str = "",
 ) -> list[Message]:
-    """`judge_messages` with a checklist in the reference's place: `text` is answered item by item
-    (`checklist.read_items`), `logits` by a digit for the share."""
+    """`judge_messages` with a checklist in the reference's place.
+
+    `logits` is answered by a digit for the share, `text` as the template asks: item by item (`checklist.read_items`) or
+    by a score line (`Rubric.by_item`).
+    """
     listed = "\n".join(f"{number}. {item}" for number, item in enumerate(items, 1))
-    return _chat(problem, choices, listed, domain, unit, readout, "checklist", marker, "")
+    return _chat(problem, choices, listed, domain, unit, readout, "checklist", marker, rubric)
 
 
 def write_messages(
-    problem: str, choices: Sequence[tuple[str, str]], reference: str, domain: str, marker: str
+    problem: str, choices: Sequence[tuple[str, str]], reference: str, domain: str, marker: str, rubric: str = ""
 ) -> list[Message]:
     """Asks for a problem's checklist (`checklist.parse_checklist`); nothing goes where the marker stands."""
-    return _chat(problem, choices, _needed(problem, reference), domain, "outcome", "text", "write", marker, "")
+    return _chat(problem, choices, _needed(problem, reference), domain, "outcome", "text", "write", marker, rubric)
 
 
 def _chat(
@@ -155,7 +159,8 @@ def _chat(
         "problem": stated_problem(problem, choices),
         "reference": given.strip(),
         "checklist": given.strip(),
-        "form": _FORM.get((readout, variant)) or _FORM[readout, ""],
+        "form": _FORM_OF_LIST if variant == "write" else _FORM[readout],
+        "form_by_item": _FORM_BY_ITEM,
     }
     return open_rubric(rubric).chat(unit, readout, variant, values, marker)
 

@@ -66,7 +66,7 @@ class JudgeBuilder:
         by_words = judge_config.backend != "function"
         self.files = judge_files(judge_config) if scored or (self._asked and not by_words) else {}
         for unit_scored in sorted({unit(p) for p in scored}) if by_words else ():
-            open_rubric(judge_config.template).turns(unit_scored, judge_config.readout, "")
+            check_turns(judge_config, unit_scored)
         self.models: list[LanguageModel] = []
         self._prompts = JudgePrompts({}, {})
         self._written: dict[str, SplitPrompt] = {}
@@ -161,6 +161,19 @@ class JudgeBuilder:
         return with_checklists(judge, self._checklists, [p for p in self._scored if p.id in kept], self._unit)
 
 
+def check_turns(judge_config: config.Judge, unit: Unit) -> None:
+    """Checks that the rubric has the words for what a judge asks about that unit.
+
+    Raises:
+      ValueError: names the section that is missing.
+    """
+    rubric = open_rubric(judge_config.template)
+    rubric.turns(unit, judge_config.readout, "")
+    if judge_config.per_problem:
+        rubric.turns("outcome", "text", "write")
+        rubric.turns(unit, judge_config.readout, "checklist")
+
+
 def open_checklists(
     judge_config: config.Judge, models: Sequence[LanguageModel], scored: Sequence[Problem]
 ) -> Checklists:
@@ -173,7 +186,8 @@ def open_checklists(
       ValueError: the file cannot be read, or lacks some that a judge which writes nothing needs.
     """
     by = [fingerprint(m.source.files) if m.source else m.config.weights for m in models]
-    checklists = Checklists(judge_config.checklists, by[0] if by else judge_config.endpoint.model)
+    who = by[0] if by else judge_config.endpoint.model
+    checklists = Checklists(judge_config.checklists, who, judge_config.template)
     if models and judge_config.readout == "logits":
         missing = [problem.id for problem in scored if not checklists.known(problem)]
         if missing:

@@ -33,7 +33,7 @@ Readout = Literal["text", "logits"]
 Variant = Literal["", "blind", "reference_last", "write", "checklist"]
 
 DIGITS = (1, 2, 3, 4, 5)
-HOLES = ("task", "advice", "unit", "Unit", "problem", "reference", "checklist", "trace", "form")
+HOLES = ("task", "advice", "unit", "Unit", "problem", "reference", "checklist", "trace", "form", "form_by_item")
 # Of each variant: what a judge compares with.
 _GIVEN = {"": "reference", "blind": "", "reference_last": "reference", "write": "reference", "checklist": "checklist"}
 _ROLES = ("system", "user")
@@ -123,10 +123,15 @@ class Rubric:
             if name != given and any(section.holes(name) for section in chosen):
                 kind = f"that is {variant}" if variant == "blind" else f"that shows the {given}"
                 raise ValueError(f"{where}: expected no hole {{{name}}} in a prompt {kind}")
-        for name in filter(None, ("problem", given, "form")):
+        by_item = any(section.holes("form_by_item") for section in chosen)
+        if by_item and (variant, readout) != ("checklist", "text"):
+            raise ValueError(f"{where}: expected no hole {{form_by_item}} but in [user text checklist]")
+        if by_item and any(section.holes("form") for section in chosen):
+            raise ValueError(f"{where}: expected one of the holes {{form}} and {{form_by_item}}, got both")
+        for name in filter(None, ("problem", given, "" if by_item else "form")):
             if not any(section.holes(name) for section in chosen):
                 raise ValueError(f"{where}: the hole {{{name}}} is missing; expected it in the system or user turn")
-        if variant == "write" or (variant == "checklist" and readout == "text"):
+        if variant == "write" or by_item:
             return chosen  # which are not answered by a digit
         fixed = "\n".join(section.fixed for section in chosen)
         if missing := [digit for digit in DIGITS if not re.search(rf"(?<![\w.]){digit}:", fixed)]:
@@ -135,6 +140,14 @@ class Rubric:
                 "system or user turn"
             )
         return chosen
+
+    def by_item(self, unit: Unit, readout: Readout) -> bool:
+        """Whether a judge goes through a checklist item by item; else it gives one number.
+
+        Raises:
+          ValueError: as `turns`.
+        """
+        return any(section.holes("form_by_item") for section in self.turns(unit, readout, "checklist"))
 
     def _choose(self, role: str, unit: Unit, readout: Readout, variant: Variant) -> Section | None:
         """The section of a turn that names most of what is wanted, and nothing else; None without any."""
