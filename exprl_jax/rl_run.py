@@ -124,13 +124,10 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
     check_lengths(config, policy.arch)
     ids = policy_prompts(config, policy.tokenizer, [*problems, *held_out])
     lengths = {name: len(prompt) for name, prompt in ids.items()}
-    judged = builder.lengths([*problems, *held_out])
-    for key, budget, tokens in (
-        ("data.max_prompt_tokens", config.data.max_prompt_tokens, lengths),
-        ("judge.max_context_tokens", config.judge.max_context_tokens, judged),
-    ):
-        problems = within_budget(key, budget, problems, tokens)
-        check_budget(key, budget, {p.id: tokens[p.id] for p in held_out})
+    problems = within_budget("data.max_prompt_tokens", config.data.max_prompt_tokens, problems, lengths)
+    check_budget("data.max_prompt_tokens", config.data.max_prompt_tokens, {p.id: lengths[p.id] for p in held_out})
+    problems = builder.within_context(problems)
+    check_budget("judge.max_context_tokens", config.judge.max_context_tokens, builder.lengths(held_out))
     check_enough(problems, config.rollout.prompts)
     # What can be refused without weights has been; from here on they are loaded, which takes minutes.
     # In one order on every process: loading may run programs over the whole mesh.

@@ -10,7 +10,7 @@ import types
 
 import numpy as np
 import pytest
-from tiny_runs import opened, take_step, tiny
+from tiny_runs import opened, sparse, take_step, tiny
 
 from exprl_jax import distill, train
 from exprl_jax.kinds import KINDS
@@ -167,6 +167,38 @@ def test_likelihood_moves_the_policy_towards_what_makes_the_answer_likelier():
         for step in range(STEPS):
             state, _ = take_step(train, signed, state, step)
         share[sign] = shares(run, state, slice(0, 8))
+    assert share[1] > share[0] + 0.05, share
+    assert share[-1] < share[0] - 0.02, share
+
+
+class LettersAfterHints(LetterGraders):
+    """Finds everything wrong that follows a bare prompt, and what follows a hint as `LetterGraders` does: the calls
+    take turns."""
+
+    def __init__(self, sign):
+        super().__init__(sign)
+        self.hinted = True
+
+    def submit(self, rows):
+        self.hinted = not self.hinted
+        found = [Verdict.wrong] * len(rows)
+        return super().submit(rows) if self.hinted else types.SimpleNamespace(result=lambda: found)
+
+
+@pytest.mark.slow
+def test_success_after_hints_moves_the_policy_on_bare_prompts():
+    share, changes = {}, FAST | {"rollout.hints": 16, "data.max_prompt_tokens": 280, "updates.row_tokens": 512}
+    with contextlib.ExitStack() as stack:
+        run = open_run(sparse(changes), stack)
+    for sign in (1, -1):
+        signed, nudged = dataclasses.replace(run, graders=LettersAfterHints(sign)), []
+        state = first_state(run)
+        share[0] = shares(run, state, slice(0, 8))
+        for step in range(STEPS):
+            state, result = take_step(train, signed, state, step)
+            nudged.append(result.row["rollout/nudged"])
+        share[sign] = shares(run, state, slice(0, 8))
+        assert np.mean(nudged) > 2, nudged
     assert share[1] > share[0] + 0.05, share
     assert share[-1] < share[0] - 0.02, share
 

@@ -76,12 +76,13 @@ def test_the_scores_are_worth_comparing(local):
     assert all(row["advantage/live_groups"] > 0 and row["update/moved"] > 0 for row in rows(folder / "run"))
 
 
-def test_a_function_of_the_same_scores_gives_the_same_run(local, tmp_path):
+def test_a_function_of_the_same_scores_gives_the_same_run(local, tmp_path, capfd):
     folder, scores = local
     (tmp_path / "scores.json").write_text(json.dumps([[key, score] for key, score in scores.items()]))
     (tmp_path / "recorded.py").write_text(textwrap.dedent(FUNCTION))
     function = {"judge.backend": "function", "judge.function": f"{tmp_path}/recorded.py:score"}
     assert_same_run(run(tiny("process", SHAPE | function), tmp_path / "run"), folder / "run")
+    assert "max_context_tokens" not in capfd.readouterr().err  # it takes no prompt
 
 
 def test_an_endpoint_of_the_same_scores_gives_the_same_run(local, tmp_path, monkeypatch):

@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 
 from exprl_jax.config import Labelling
 from exprl_jax.data.problems import Problem
-from exprl_jax.data.training import within_budget
 from exprl_jax.evaluation.fixed_rollouts import FixedRollout, check_unchanged, read_rollouts
 from exprl_jax.evaluation.passes import draw_some
 from exprl_jax.files import Ledger, write_atomically
@@ -74,8 +73,7 @@ def label(config: Labelling, workdir_path: str) -> None:
     problems = list({x.rollout.problem.id: x.rollout.problem for x in cut}.values())
     say(f"{len(cut)} rollouts of {len(problems)} problems in {sum(len(x.parts) for x in cut)} parts")
     builder = JudgeBuilder(config.judge, scored=problems, verified=[], unit=lambda _: config.unit)
-    budget = config.judge.max_context_tokens
-    kept = within_budget("judge.max_context_tokens", budget, problems, builder.lengths(problems))
+    kept = builder.within_context(problems)
     ids = {problem.id for problem in kept}
     cut = [x for x in cut if x.rollout.problem.id in ids]
     with contextlib.ExitStack() as stack:

@@ -13,6 +13,7 @@ from exprl_jax import config
 from exprl_jax.architecture import Architecture
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.tokenizer import SplitPrompt, Tokenizer
+from exprl_jax.data.training import within_budget
 from exprl_jax.model.decoder import Params
 from exprl_jax.reward.checklists import ChecklistJudge, ChecklistPrompts, Checklists
 from exprl_jax.reward.endpoint import ChatClient
@@ -87,6 +88,18 @@ class JudgeBuilder:
             if self.models and judge_config.readout == "text":
                 prompts = ChecklistPrompts(judge_config, self._model.tokenizer, unit)
                 self._written = {p.id: prompts.write(p) for p in scored}
+
+    def within_context(self, problems: Sequence[Problem]) -> list[Problem]:
+        """The problems whose prompts are within the judge's budget; says how many are not.  Where no model on the mesh
+        is asked there is none, and nothing is said.
+
+        Raises:
+          ValueError: none is left.
+        """
+        if not self.models:
+            return list(problems)
+        budget = self._config.max_context_tokens
+        return within_budget("judge.max_context_tokens", budget, problems, self.lengths(problems))
 
     def lengths(self, problems: Sequence[Problem]) -> dict[str, int]:
         """Tokens of the longest prompt of each problem without what is judged; 0 where a local judge is not asked."""

@@ -10,7 +10,6 @@ from typing import Any
 
 from exprl_jax.config import Annotate, Calibrate, Labelling
 from exprl_jax.data.tokenizer import Message, Tokenizer
-from exprl_jax.data.training import within_budget
 from exprl_jax.evaluation.annotate import annotation_chat, annotation_row, open_annotator, open_annotator_model
 from exprl_jax.evaluation.fixed_rollouts import FixedRollout, read_rollouts
 from exprl_jax.evaluation.judge_task import SCORE_FIELDS, SCORE_KEY, JudgeTask, open_judge_model
@@ -95,8 +94,7 @@ def show_labels(config: Labelling, count: int) -> Iterator[dict[str, Any]]:
     cut = cut_rollouts(config, _first_of_each(drawn, count, "rollouts"))
     problems, mesh = [x.rollout.problem for x in cut], make_mesh(config.mesh)
     builder = JudgeBuilder(config.judge, scored=problems, verified=[], unit=lambda _: config.unit)
-    budget = config.judge.max_context_tokens
-    kept = {p.id for p in within_budget("judge.max_context_tokens", budget, problems, builder.lengths(problems))}
+    kept = {p.id for p in builder.within_context(problems)}
     cut = [x for x in cut if x.rollout.problem.id in kept]
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         judge = open_judge(config, builder, [x.rollout.problem for x in cut], mesh, stack)

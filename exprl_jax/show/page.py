@@ -274,11 +274,21 @@ def _supervised(record: Record, paper: Paper) -> list[str]:
 def _lesson(record: Record, paper: Paper) -> list[str]:
     judge = record["judge"]
     note = f"{judge['model']}, {judge['readout']}, {judge['asks']}, no loss"
-    lines = _question(paper, "judge's prompt", judge["question"], record["reference"], note)
-    score = "" if record["score"] is None else f", score {record['score']:.3g}"
-    between = f": {1 - record['share']:.2f} of it, and {record['share']:.2f} of the next digit" * (record["share"] > 0)
-    lines += _section(paper, "answer to learn", f"{record['target_tokens']} tokens with a loss{score}{between}")
-    return lines + _tokens(paper, record["target_pieces"])
+    labels, last = record["labels"], len(record["labels"]) - 1
+    of = f" about part {last}" if last else ""
+    lines = _question(paper, f"judge's prompt{of}", judge["question"], record["reference"], note)
+    for number, label in enumerate(labels):
+        of = f" of part {number}" if last else ""
+        share = label["share"]
+        between = f": {1 - share:.2f} of it, and {share:.2f} of the next digit" * (share > 0)
+        note = f"{label['target_tokens']} tokens with a loss, score {label['score']:.3g}{between}"
+        lines += _section(paper, f"answer to learn{of}", note) + _tokens(paper, label["target_pieces"])
+    if last:
+        rows = [[Span(cell) for cell in ("part", "score", "ends with")]]
+        for number, label in enumerate(labels):
+            rows.append([Span(str(number)), _score(label["score"]), Span(label["text"].strip()[-40:])])
+        lines += _section(paper, "lesson's parts") + paper.table(rows)
+    return lines
 
 
 def _calibrated(record: Record, paper: Paper) -> list[str]:

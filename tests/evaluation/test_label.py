@@ -56,7 +56,7 @@ def labelling(tmp_path, stub, **changes):
     data = write_problems(tmp_path / "problems.jsonl", PROBLEMS)
     endpoint = {"base_url": stub.base_url, "model": "m", "api_key_variable": "", "concurrency": 4, "seconds": 20.0}
     changes = {f"judge.endpoint.{key}": value for key, value in endpoint.items()} | changes
-    changes |= {"judge.backend": "openai", "judge.readout": "text", "segments.rule": "heading"}
+    changes = {"judge.backend": "openai", "judge.readout": "text", "segments.rule": "heading"} | changes
     changes |= {"segments.max_segments": 5, "data.source": data, "rollouts": rollouts(tmp_path / "rollouts.jsonl")}
     return resolve(config_dict("label", "tiny", changes))
 
@@ -89,6 +89,38 @@ def test_beginnings_of_rollouts_become_lessons_that_a_judge_can_be_taught(tmp_pa
             x["reference"] for x in PROBLEMS if x["problem"] == lesson.problem.problem
         )
         assert all(parse_score(x.judgement) == 1 + 4 * x.score for x in lesson.labels)
+
+
+FUNCTION = """
+def words(attempts):
+    counts = [len(a.trace.split()) for a in attempts]
+    assert all(a.reference and a.ended is None and a.unit == "{unit}" for a in attempts)
+    return [None if count == 4 else min(4, count) / 4 for count in counts]
+"""
+
+
+@pytest.mark.parametrize("unit", ["prefix", "outcome"])
+def test_a_function_labels_as_an_endpoint_of_the_same_scores_does_but_for_its_words(tmp_path, stub, unit, capfd):
+    asked = labelling(tmp_path, stub, unit=unit)
+    label(asked, str(tmp_path / "asked"))
+    (tmp_path / "mine.py").write_text(FUNCTION.format(unit=unit))
+    function = {"judge.backend": "function", "judge.function": f"{tmp_path}/mine.py:words"}
+    config = labelling(tmp_path, stub, unit=unit, **function)
+    capfd.readouterr()
+    label(config, str(tmp_path / "run"))
+    assert "max_context_tokens" not in capfd.readouterr().err  # there is no prompt
+    ours, theirs = (read_jsonl(tmp_path / name / "lessons.jsonl") for name in ("run", "asked"))
+    for row in theirs:
+        for labelled in row.get("segments", [row]):
+            labelled["judgement"] = None
+    assert ours == theirs and len(ours) == (12 if unit == "prefix" else len(theirs))
+    assert read_lessons(str(tmp_path / "run/lessons.jsonl"))
+    path, before = tmp_path / "run/lessons.jsonl", (tmp_path / "run/lessons.jsonl").read_bytes()
+    label(config, str(tmp_path / "run"))
+    assert path.read_bytes() == before
+    (tmp_path / "mine.py").write_text(FUNCTION.format(unit=unit) + "\n# another")
+    with pytest.raises(ValueError, match="is not what the run began with"):
+        label(config, str(tmp_path / "run"))
 
 
 def test_whole_rollouts_and_some_of_them(tmp_path, stub):

@@ -143,12 +143,31 @@ def test_a_judges_lesson_is_its_prompt_and_its_answer(tmp_path):
     config = resolve(config_dict("judge", "tiny", {"lessons": source, "judge.readout": "logits", "batch": 8}))
     (record,) = records(config)
     # 1 + 4 · 0.3 = 2.2: four fifths of the digit 2.
-    assert record["target_pieces"] == ["2"] and record["share"] == pytest.approx(0.2)
+    (label,) = record["labels"]
+    assert label["target_pieces"] == ["2"] and label["share"] == pytest.approx(0.2)
     question = record["judge"]["question"]
     assert question["text"].startswith("It is ") and question["after"].endswith("Score: ")
     assert "2 + 3 = 5" in question["before"] and "0.80 of it, and 0.20 of the next digit" in page(record)
     hidden = [line for line in page(record).splitlines() if "2 + 3 = 5" in line]
     assert len(hidden) == 2 and all(line.startswith("┃ ") for line in hidden)
+
+
+@pytest.mark.parametrize("readout", ["logits", "text"])
+def test_all_scores_of_a_lesson_are_shown(tmp_path, readout):
+    segments = [{"text": f" Line {n}.", "score": n / 4, "judgement": f"Fine.\nScore: {n + 1}"} for n in range(3)]
+    segments.insert(2, {"text": " Unscored."})
+    lesson = {"problem": "2 + 3?", "reference": "2 + 3 = 5", "segments": segments}
+    source = write_problems(tmp_path / "lessons.jsonl", [lesson] * 8)
+    config = resolve(config_dict("judge", "tiny", {"lessons": source, "judge.readout": readout, "row_tokens": 4096}))
+    (record,) = records(config)
+    assert [label["text"] for label in record["labels"]] == [" Line 0.", " Line 1.", " Unscored. Line 2."]
+    assert [label["score"] for label in record["labels"]] == [0, 0.25, 0.5]
+    for n, label in enumerate(record["labels"], 1):
+        answer = str(n) if readout == "logits" else f"Fine.\nScore: {n}<|end|>"
+        assert "".join(label["target_pieces"]) == answer and label["target_tokens"] == len(label["target_pieces"])
+    assert record["judge"]["question"]["text"] == " Line 0. Line 1. Unscored. Line 2."
+    text = page(record)
+    assert all(f"answer to learn of part {n} " in text for n in range(3)) and "judge's prompt about part 2" in text
 
 
 def few_problems(tmp_path):
