@@ -196,6 +196,10 @@ class ChecklistJudge:
         """As the judge without checklists."""
         return self.inner.submit_verify(problems, responses)
 
+    def submit_answers(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Pending[list[Answer]]:
+        """As the judge without checklists."""
+        return self.inner.submit_answers(problems, responses)
+
     def verify(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> list[list[Verdict]]:
         """As the judge without checklists."""
         return self.inner.verify(problems, responses)

@@ -90,8 +90,12 @@ class EndpointJudge:
           `result` gives a verdict a response: `correct`, `wrong`, or `missing` where the request failed or the model
           did not say; it raises as that of `submit` does.
         """
-        answers = self._submit(self.verdict_chats, problems, responses, "verdicts")
-        return Pending(lambda: verdicts_of(answers(), responses))
+        answers = self.submit_answers(problems, responses)
+        return Pending(lambda: verdicts_of(answers.result(), responses))
+
+    def submit_answers(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Pending[list[Answer]]:
+        """What `submit_verify` makes its verdicts of."""
+        return Pending(self._submit(self.verdict_chats, problems, responses, "verdicts"))
 
     def verify(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> list[list[Verdict]]:
         """The result of `submit_verify`."""

@@ -67,12 +67,16 @@ class FunctionJudge:
         self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]
     ) -> Pending[list[list[Verdict]]]:
         """Begins to ask whether each response's final answer is right, and returns at once: of 0.5 and more it is."""
+        answers = self.submit_answers(problems, responses)
+        return Pending(lambda: verdicts_of(answers.result(), responses))
+
+    def submit_answers(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Pending[list[Answer]]:
+        """What `submit_verify` makes its verdicts of."""
         asked = [
             [Asked(problem, response, "answer") for response in of_problem]
             for problem, of_problem in zip(problems, responses, strict=True)
         ]
-        answers = self._submit(asked, "verdicts")
-        return Pending(lambda: verdicts_of(answers(), responses))
+        return Pending(self._submit(asked, "verdicts"))
 
     def verify(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> list[list[Verdict]]:
         """The result of `submit_verify`."""

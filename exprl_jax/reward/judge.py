@@ -145,8 +145,12 @@ class Judge(AnswersAtOnce):
           problems: this process's problems of a wave.
           responses: of each problem, any number; none for problems that have other verifiers.
         """
-        prompts = _prompts_of(self.prompts.verify, problems, responses)
-        return verdicts_of(self._ask(prompts, responses), responses)
+        return verdicts_of(self.submit_answers(problems, responses).result(), responses)
+
+    def submit_answers(self, problems: Sequence[Problem], responses: Sequence[Sequence[str]]) -> Pending[list[Answer]]:
+        """What `verify` makes its verdicts of."""
+        answers = list(self._ask(_prompts_of(self.prompts.verify, problems, responses), responses))
+        return Pending(lambda: answers)
 
     def report(self) -> dict[str, float]:
         """Metrics of its own: none."""

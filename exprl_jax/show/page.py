@@ -162,7 +162,7 @@ def _scored(record: Record, paper: Paper) -> list[str]:
         of = "" if judge["segment"] is None else f" about segment {judge['segment']}"
         note = f"{judge['backend']} {judge['model']}, {judge['readout']}, {judge['asks']}"
         lines += _question(paper, f"judge's prompt{of}", judge["question"], record["reference"], note)
-        lines += _answers(shown["segments"], judge, paper)
+        lines += _answers(shown["segments"], judge, paper) + _said(record, paper)
     return lines + _segment_table(shown["segments"], paper) + _group(record, paper)
 
 
@@ -181,6 +181,23 @@ def _answers(segments: Sequence[Record], judge: Record, paper: Paper) -> list[st
             lines += _section(paper, f"judge's words about segment {number}", "cut" if segment["cut"] else "")
             lines += _block(paper, segment["judge"] or "(nothing)")
     return lines
+
+
+def _said(record: Record, paper: Paper) -> list[str]:
+    """What the judge said of the shown rollout's answer, where it was asked whether that is right."""
+    said = record["judge"].get("said")
+    if said is None:
+        return []
+    of_shown = said[record["shown"]]
+    if of_shown is None:
+        return _section(paper, "judge's verdict", "not asked, or the response is over max_trace_tokens")
+    lines = _section(paper, "judge's verdict", "cut" if of_shown["cut"] else "")
+    if of_shown["text"] is not None:
+        return lines + _block(paper, of_shown["text"] or "(nothing)")
+    if of_shown["no_yes"] is not None:
+        no, yes = of_shown["no_yes"]
+        return lines + _block(paper, f"P(no) {no:.3f}  P(yes) {yes:.3f}")
+    return lines + _block(paper, "none" if of_shown["score"] is None else f"score {of_shown['score']:.3g}")
 
 
 def _segment_table(segments: Sequence[Record], paper: Paper) -> list[str]:
@@ -226,6 +243,7 @@ def _sampled(record: Record, paper: Paper) -> list[str]:
     if (judge := record["judge"]) is not None:
         note = f"{judge['backend']} {judge['model']}, {judge['readout']}"
         lines += _question(paper, "judge's prompt", judge["question"], record["reference"], note)
+        lines += _said(record, paper)
     correct = sum(rollout["verdict"] == "correct" for rollout in record["rollouts"])
     lines += _section(paper, "samples", f"{correct} of {len(record['rollouts'])} correct")
     return lines + paper.table(_sample_rows(record))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from exprl_jax.rl_run import RLRun, first_policy, open_run
 from exprl_jax.rollout.call import describe_problem
 from exprl_jax.rollout_log import scored_row
 from exprl_jax.run.clock import Clock
+from exprl_jax.show.listening import Listening
 from exprl_jax.show.questions import asked_model, score_question, verdict_question, written
 from exprl_jax.show.warnings import rollout_warnings, score_warnings
 from exprl_jax.wave import ScoredWave, WaveRequest, finish_wave, prompt_of, start_wave, trace_of, wave_requests
@@ -33,10 +35,11 @@ def show_scored(config: Config, count: int) -> Iterator[dict[str, Any]]:
     check_count(count, config.rollout.prompts, "config.rollout.prompts")
     with contextlib.ExitStack() as stack:
         run = open_run(config, stack)
-        policy = first_policy(run)
+        policy, judge = first_policy(run), Listening(run.judge)
+        heard = dataclasses.replace(run, judge=judge)
         for request in first_requests(run, count):
-            scored = finish_wave(run, policy, start_wave(run, policy, request, Clock()), Clock())
-            yield from (_scored(run, scored, i) for i in np.flatnonzero(request.live_P))
+            scored = finish_wave(heard, policy, start_wave(heard, policy, request, Clock()), Clock())
+            yield from (_scored(run, judge, scored, i) for i in np.flatnonzero(request.live_P))
 
 
 def check_count(count: int, most: int, those: str) -> None:
@@ -71,7 +74,7 @@ def without_problem(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in _OF_PROBLEM}
 
 
-def _scored(run: RLRun, scored: ScoredWave, i: int) -> dict[str, Any]:
+def _scored(run: RLRun, judge: Listening, scored: ScoredWave, i: int) -> dict[str, Any]:
     wave, problem, route = scored.wave, scored.wave.problems[i], run.route(scored.wave.problems[i])
     rollouts = [_rollout(run, scored, i, g) for g in range(run.config.rollout.group)]
     policy = prompted_model(run.config.policy.weights, run.policy.tokenizer, prompt_of(run, scored, i))
@@ -86,6 +89,8 @@ def _scored(run: RLRun, scored: ScoredWave, i: int) -> dict[str, Any]:
     elif problem.traits.by_judge:
         question = verdict_question(run.judge, problem.id, rollouts[shown]["response"])
         record["judge"] = asked_model(run.config.judge) | {"asks": "verdict", "segment": None, "question": question}
+    if record["judge"] is not None and problem.traits.by_judge:
+        record["judge"]["said"] = [judge.said_of(problem.id, rollout["response"]) for rollout in rollouts]
     record["live"] = bool(scored.advantages.live_P[i])
     record["warnings"] = rollout_warnings(record, run.config.rollout.max_tokens)
     record["warnings"] += score_warnings(record, run.config)
@@ -129,16 +134,23 @@ def show_samples(config: Evaluate, count: int) -> Iterator[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
         parts = evaluate.open_parts(config, sets)
         run = evaluate.open_evaluation(config, sets, parts, stack)
+        judge = Listening(run.bench.judge)
+        heard = dataclasses.replace(run.bench, judge=judge)
         for wave in waves.sample_waves(problems[:count], np.ones((count, 1), bool), config.sampling.wave):
-            table = waves.finish_wave(waves.start_wave(run.bench, run.params, wave, wave.part, 0))
+            table = waves.finish_wave(waves.start_wave(heard, run.params, wave, wave.part, 0))
             rows = evaluate.sample_rows(run, wave, table)
             for problem in wave.problems[: int(wave.live_P.sum())]:
                 of_problem = [row for row in rows if row["id"] == problem.id]
-                yield _sampled(run, parts.policy.tokenizer, name, problem, of_problem)
+                yield _sampled(run, judge, parts.policy.tokenizer, name, problem, of_problem)
 
 
 def _sampled(
-    run: evaluate.EvaluationRun, tokenizer: Tokenizer, name: str, problem: Problem, rows: Sequence[dict[str, Any]]
+    run: evaluate.EvaluationRun,
+    judge: Listening,
+    tokenizer: Tokenizer,
+    name: str,
+    problem: Problem,
+    rows: Sequence[dict[str, Any]],
 ) -> dict[str, Any]:
     policy = prompted_model(run.config.policy.weights, tokenizer, run.bench.prompts.ids[problem.id])
     record = problem_record("evaluate", problem, policy) | {"set": name, "judge": None, "shown": 0}
@@ -146,5 +158,6 @@ def _sampled(
     if problem.traits.by_judge:
         question = verdict_question(run.bench.judge, problem.id, rows[0]["response"])
         record["judge"] = asked_model(run.config.judge) | {"asks": "verdict", "segment": None, "question": question}
+        record["judge"]["said"] = [judge.said_of(problem.id, row["response"]) for row in rows]
     record["warnings"] = rollout_warnings(record, run.config.sampling.max_tokens)
     return record

@@ -189,6 +189,37 @@ def test_samples_are_those_of_an_evaluation(tmp_path):
         assert "of 4 correct" in page(record)
 
 
+@pytest.mark.parametrize("task", ["evaluate", "verifier", "outcome"])
+def test_what_a_judge_says_of_open_ended_answers_is_shown(task, tmp_path):
+    """Its words, from which a run takes the verdict alone; each response is asked about once."""
+    why = [dict(problem=f"Why {n}?", reference="By law.", answer="gravity", domain="science") for n in range(8)]
+    changes = {"data.source": write_problems(tmp_path / "why.jsonl", why), "judge.backend": "openai"}
+    changes |= {"judge.readout": "text", "judge.endpoint.model": "stub", "judge.endpoint.api_key_variable": ""}
+
+    def answer(seen, count):
+        if "Verdict: <yes|no>" not in seen.content:
+            return Answer("Score: 3")
+        right = len(seen.content) % 2
+        return Answer(f"It has {len(seen.content)} letters.\nVerdict: {'yes' if right else 'no'}")
+
+    with StubEndpoint(answer) as stub:
+        changes["judge.endpoint.base_url"] = stub.base_url
+        if task == "evaluate":
+            config = resolve(config_dict("evaluate", "tiny", changes | {"sampling.samples": 4}))
+        else:
+            changes |= LONG | {"routes.science": task, "advantage.overlong": "keep"}
+            config = tiny("outcome", changes)
+        (record,) = records(config)
+        asked = [seen.content for seen in stub.seen if "Verdict: <yes|no>" in seen.content]
+    assert record["judge"]["asks"] == ("outcome" if task == "outcome" else "verdict")
+    assert len(asked) == len(record["rollouts"]) == 4
+    for rollout, said in zip(record["rollouts"], record["judge"]["said"], strict=True):
+        (content,) = [content for content in asked if f"Response:\n{rollout['response']}\n" in content]
+        assert said["text"].startswith(f"It has {len(content)} letters.")
+        assert rollout["verdict"] == ("correct" if said["text"].endswith("yes") else "wrong")
+    assert record["judge"]["said"][record["shown"]]["text"].splitlines()[0] in page(record, 120)
+
+
 def fixed(tmp_path):
     """Rollouts as a run writes them, of eight problems."""
     lines = read_jsonl(ROOT / "configs/data/arithmetic.jsonl")[:8]
