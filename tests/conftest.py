@@ -44,8 +44,8 @@ LONG = """
     attention calibration calls checkpoint code_verifier compile_check costs custom_verifier decoder diagnostics
     distill dry_run evaluate extending families folder function_judge gguf_file gpu_benchmark grader_agreement hints
     hlo judge judge_training leaks likelihood logprobs lora lora_run losses main mesh notebook package packed paged
-    probe processes resume rl_run run_models same_scores sampler sandbox scoring sft show slots supervised tpu_scripts
-    train update wave
+    probe processes resume rl_run run_evaluation run_models same_scores sampler sandbox scoring sft show slots
+    supervised tpu_scripts train update wave
 """.split()
 
 

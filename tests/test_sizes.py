@@ -127,6 +127,7 @@ def test_a_distilled_runs_rows_hold_its_teachers_prompts():
     assert sizes_of(distilled.run.config)[0] == row_width(Lengths(longest, longest, 32))
 
 
+@pytest.mark.long
 def test_a_run_records_its_sizes_and_goes_on_with_them(tmp_path, capsys):
     """An earlier version may have chosen otherwise."""
     config = sft({"data.source": LIVELY["data.source"], "batch": 16, "epochs": 1, "checkpoint.every": 2})
