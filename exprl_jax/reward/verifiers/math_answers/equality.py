@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import sympy
@@ -228,6 +229,7 @@ def _same_items(expected: Items, got: Body) -> bool:
     names_alone = all(isinstance(item, (Statement, Option)) for item in expected.items)
     if names_alone and got.either and not expected.either:
         return False  # `A or C` for `A and C`; but the roots 1 and 3 are 1 or 3
+    got = got._replace(items=_without_numbers(expected.items, got.items))
     named, other_named = _by_name(expected), _by_name(got)
     if expected.brackets in ("", "{}") and not named:
         # `x_1 = 1, x_2 = 2` gives two values of one unknown, `x = 2, y = 1` those of two.
@@ -266,6 +268,15 @@ def _same_cases(expected: Cases, got: Cases) -> bool:
             return False
         del others[match]
     return True
+
+
+def _without_numbers(expected: Sequence[Body], got: Sequence[Body]) -> tuple[Body, ...]:
+    """Of values of one unknown, `x = 1, x = 2`, those that are numbered, `x_1 = 1, x_2 = 2`, by its own name."""
+    names = {item.name if isinstance(item, Named) else "" for item in expected}
+    numbered = [re.fullmatch(r"(.+)_\{?\d+\}?", item.name) if isinstance(item, Named) else None for item in got]
+    if len(names) != 1 or not all(numbered) or {match[1] for match in numbered} != names:
+        return tuple(got)
+    return tuple(item._replace(name=match[1]) for item, match in zip(got, numbered, strict=True))
 
 
 def _by_name(items: Items) -> dict[str, Body]:

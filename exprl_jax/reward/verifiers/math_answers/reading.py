@@ -64,6 +64,7 @@ _SETS = {
     "C": sympy.S.Complexes,
 }
 _IN_NAMES = {"(", ")", "{", "}", "[", "]", ",", "_", "'", ".", ":", r"\angle", r"\triangle", r"\overline", *LETTERS}
+_DERIVATIVE = re.compile(r"\\frac\{?d[A-Za-z]?\}?\{?d[A-Za-z]\}?")
 _TRIGONOMETRIC = {r"\sin", r"\cos", r"\tan", r"\cot", r"\sec", r"\csc"}
 _NUMERAL = re.compile(
     r"\(?([0-9A-F]*[0-9][0-9A-F]*|[A-F]+)\)?(?:_[({]*([0-9]{1,2})[)}]*|(?:in)?base([0-9]{1,2}))", re.ASCII
@@ -84,8 +85,10 @@ def read(text: str, commas: bool = True, bare_units: bool = True) -> Answer:
     """
     tokens = leads.without(tokenize(text, commas))
     words = texts(tokens)
-    tokens, domains, condition = conditions.without(tokens)
     try:
+        if (points := _Reader(bare_units).reals_but(tokens)) is not None:
+            return Answer(points, words)
+        tokens, domains, condition = conditions.without(tokens)
         return Answer(_Reader(bare_units).body(tokens), words, domains, condition)
     except NotUnderstood as error:  # incomplete, or nothing but separators
         raise Unreadable(str(error)) from error
@@ -133,6 +136,19 @@ class _Reader:
         if incomplete and not any(token.roman for token in tokens):
             raise incomplete
         return Statement(phrases.statement(texts(tokens)))
+
+    def reals_but(self, tokens: list[Token]) -> Region | None:
+        """`all real numbers except 0`; None of what says something else."""
+        said = [token.text.casefold() if token.roman else "" for token in tokens]
+        at = said.index("except") if "except" in said else 0
+        if " ".join(said[:at]) not in ("all real numbers", "all reals", "all real numbers x"):
+            return None
+        body = self.body(tokens[at + 1 + (said[at + 1 : at + 2] == ["for"]) :])
+        items = body.items if isinstance(body, Items) and body.brackets in ("", "{}") else (body,)
+        values = [item.value if isinstance(item, Named) else item for item in items]
+        if not all(isinstance(value, Number) and value.unit is None and value.value.is_number for value in values):
+            return None
+        return Region(sympy.Complement(sympy.S.Reals, sympy.FiniteSet(*(value.value for value in values))))
 
     def _value(self, tokens: Sequence[Token]) -> sympy.Expr:
         return expression.parse(tokens, self._bare_units)
@@ -204,6 +220,8 @@ class _Reader:
     def _quantity(self, tokens: list[Token]) -> Number | None:
         """An expression with its unit; a unit alone is none."""
         value, unit, things = expression.measured(self._value(tokens))
+        if value == 0:
+            unit, things = self._unit_of_zero(tokens)
         if value == 1 and (unit or things) and not any(map(_is_number, tokens)):
             return None
         if tokens[0].text == "[" and closing(tokens, 0) == len(tokens) - 1 and tokens[1].kind != "begin":
@@ -211,6 +229,14 @@ class _Reader:
         numbers = [token.text for token in tokens if token.kind == "number"]
         inexact = any(re.search("[.e]", number) and "(" not in number for number in numbers)
         return Number(value, unit, things, _decimal(tokens), inexact)
+
+    def _unit_of_zero(self, tokens: list[Token]) -> tuple[units.Unit | None, expression.Things]:
+        """The unit of nothing, which a product with nothing has lost: 0 °C are not 0 K."""
+        zeros = [at for at, token in enumerate(tokens) if token.kind == "number" and not numerals.value(token.text)]
+        if len(zeros) != 1:
+            return None, ()
+        one = [token._replace(text="1") if at == zeros[0] else token for at, token in enumerate(tokens)]
+        return expression.measured(self._value(one))[1:]
 
     def _about(self, tokens: list[Token]) -> Number | None:
         """A number that is said to be about right."""
@@ -386,7 +412,9 @@ class _Reader:
             return all(len(part) == 1 and _is_letter(part[0]) for part in parts)
         joined = "".join(names)
         if first and (
-            names[0] in _TRIGONOMETRIC or re.fullmatch(r"[A-Za-z]+(:[A-Za-z]+)+|\\frac\{d.*\}\{d.+\}", joined)
+            names[0] in _TRIGONOMETRIC
+            or re.fullmatch(r"[A-Za-z]+(:[A-Za-z]+)+", joined)
+            or _DERIVATIVE.fullmatch(joined)
         ):
             return True  # sin x, a:b, dy/dx
         try:
@@ -407,6 +435,8 @@ class _Reader:
             name = min(name, name[:-3] + name[:-4:-1])  # from its other end
         if isinstance(body, (Number, Statement)) and not any(token.roman and len(token.text) > 1 for token in side):
             body = Number(body.value) if isinstance(body, Statement) and body.value is not None else body
+            if _DERIVATIVE.fullmatch(name):
+                return Named(name, body)
             try:
                 difference = self._value(side) - _plain(body)
             except (NotUnderstood, TypeError):  # P(X = 3), or a matrix
@@ -435,7 +465,10 @@ class _Reader:
         if not self._is_name(left, first=True):
             raise NotUnderstood("an element that is no unknown")
         body = self.body(right)
-        points = region(body) if not (isinstance(body, Items) and body.brackets == "{}") else None
+        if isinstance(body, Items) and body.brackets == "{}":
+            name = "".join(texts(left))
+            return body._replace(items=tuple(Named(name, item) for item in body.items))
+        points = region(body)
         return body if points is None else Region(points.points, sympy.Symbol("".join(texts(left))))
 
 

@@ -100,6 +100,7 @@ _UNPREFIXED = {
     "nautical_mile": "nmi",
     "astronomical_unit": "AU au",
     "light_year": "ly light-year",
+    "micron": "",
     "angstrom": r"Å \AA",
     "land_acre": "acre",
     "hectare": "ha",
