@@ -7,7 +7,7 @@ says nothing is dropped on the way: `The answer is`, `(correct)`, `for all n`.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import sympy
 from sympy.core.function import AppliedUndef
@@ -18,6 +18,7 @@ from exprl_jax.reward.verifiers.math_answers import (
     conditions,
     congruences,
     expression,
+    inequalities,
     leads,
     number_words,
     numerals,
@@ -286,7 +287,7 @@ class _Reader:
             item = self.body(part)
             items += item.items if isinstance(item, Items) and not item.brackets else [item]
         if all(isinstance(item, Region) for item in items):
-            return _joined(items, {separator.text.casefold() for separator in separators})
+            return inequalities.joined(items, {separator.text.casefold() for separator in separators})
         either = any(separator.is_word("or") for separator in separators)
         return Items("", _with_shared_name(items), either)
 
@@ -452,12 +453,13 @@ class _Reader:
             (symbol,) = symbols
             points = sympy.S.Reals
             for left, sign, right in zip(values, signs, values[1:], strict=False):
-                points = points.intersect(_solutions(left, sign.text, right, symbol))
+                points = points.intersect(inequalities.solutions(left, sign.text, right, symbol))
             return Region(points, symbol)
         if not symbols:
             raise NotUnderstood("an inequality of numbers")
         links = tuple(
-            _inequality(left, sign.text, right) for left, sign, right in zip(values, signs, values[1:], strict=False)
+            inequalities.inequality(left, sign.text, right)
+            for left, sign, right in zip(values, signs, values[1:], strict=False)
         )
         return links[0] if len(links) == 1 else Items("", links)
 
@@ -482,12 +484,6 @@ def _in_digits(joined: str) -> str:
         return re.sub(r"\((?:in)?base(\d+)\)$", r"base\1", joined)
     is_numeral = re.fullmatch(r"\(?\d[\da-f]*\)?", head, re.ASCII) and int(base) > 10
     return (head.upper() if is_numeral else head) + "_" + base
-
-
-def _inequality(left: sympy.Expr, sign: str, right: sympy.Expr) -> Inequality:
-    if sign in (">", r"\ge"):
-        left, right = right, left
-    return Inequality(left - right, {">": "<", r"\ge": r"\le"}.get(sign, sign))
 
 
 def _is_number(token: Token) -> bool:
@@ -556,34 +552,3 @@ def _with_shared_name(items: list[Body]) -> tuple[Body, ...]:
     if isinstance(first, Named) and not any(isinstance(item, Named) for item in others):
         return (first, *(Named(first.name, item) for item in others))
     return tuple(items)
-
-
-def _joined(regions: list[Region], words: set[str]) -> Region:
-    if len({region.name for region in regions}) > 1 or words not in ({"or"}, {"and"}):
-        raise NotUnderstood("inequalities, with what between them?")
-    combine = sympy.Union if words == {"or"} else sympy.Intersection
-    return Region(combine(*(region.points for region in regions)), regions[0].name)
-
-
-def _solutions(left: sympy.Expr, sign: str, right: sympy.Expr, symbol: sympy.Symbol) -> sympy.Set:
-    """The real numbers for which `left sign right`."""
-    if not all(side.is_real is not False for side in (left, right)):
-        raise NotUnderstood("an order of complex numbers")
-    if not left.free_symbols:
-        left, right = right, left
-        sign = {"<": ">", ">": "<", r"\le": r"\ge", r"\ge": r"\le"}.get(sign, sign)
-    if left == symbol and not right.free_symbols:
-        makers: dict[str, Callable[[], sympy.Set]] = {
-            "<": lambda: sympy.Interval.open(-sympy.oo, right),
-            ">": lambda: sympy.Interval.open(right, sympy.oo),
-            r"\le": lambda: sympy.Interval(-sympy.oo, right),
-            r"\ge": lambda: sympy.Interval(right, sympy.oo),
-            r"\ne": lambda: sympy.Complement(sympy.S.Reals, sympy.FiniteSet(right)),
-        }
-        return makers[sign]()
-    relation = {"<": sympy.Lt, ">": sympy.Gt, r"\le": sympy.Le, r"\ge": sympy.Ge, r"\ne": sympy.Ne}[sign]
-    real = sympy.Symbol(symbol.name, real=True)
-    try:
-        return sympy.solveset(relation(left.subs(symbol, real), right.subs(symbol, real)), real, sympy.S.Reals)
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise NotUnderstood("an inequality that SymPy cannot solve") from error
