@@ -82,7 +82,7 @@ def _truth(record: Record, paper: Paper) -> list[str]:
 def _question(paper: Paper, title: str, question: Record | None, reference: str | None, note: str) -> list[str]:
     """A judge's prompt; the reference in it, if it is there, with its bar."""
     if question is None:
-        return _section(paper, title, f"{note}, which takes no prompt")
+        return _section(paper, title, note) + _block(paper, "a function, which takes no prompt")
     size = ""
     if question["frame_tokens"] is not None:
         size = f", {question['frame_tokens']} tokens and {question['text_tokens']} judged"

@@ -42,6 +42,7 @@ def record_of(task, segments=12, rollouts=4):
         for n in range(rollouts)
     ]
     judge = {"backend": "local", "model": "some/" + "long" * 30, "readout": "logits", "question": question(reference)}
+    said = [{"text": "".join(pieces), "no_yes": None, "score": None, "cut": True}] + [None] * (rollouts - 1)
     answers = [
         {"pass": name, "segment": None, "repeat": 0, "score": 0.5, "text": "Half.", "cut": True, "digits": None}
         for name in ("correct", "none", "wrong", "reference_last")
@@ -52,11 +53,15 @@ def record_of(task, segments=12, rollouts=4):
         **{"reference": reference, "answer": "gravity", "route": "process", "live": True, "shown": 0, "rollouts": made},
         "policy": {"weights": "runs/" + "w" * 90, "prompt": "<|user|>Why?<|assistant|>", "prompt_tokens": 3},
         "teacher": {"weights": "t", "prompt": f"Why?\n{reference}\nNow you.", "prompt_tokens": 9},
-        "judge": judge | {"asks": "prefix", "segment": segments - 1},
+        "judge": judge | {"asks": "prefix", "segment": segments - 1, "said": said},
         "judges": [{"name": "4B", "answers": answers} | judge, {"name": "8B", "answers": []} | judge],
         "segments": made[0]["segments"],
         "annotator": judge | {"text": "{}", "fields": {"counting": 1, "geometric": 0}, "tokens": 9},
-        **{"prompt_pieces": pieces, "target_pieces": pieces, "target_tokens": 60, "share": 0.25, "score": 0.3},
+        **{"prompt_pieces": pieces, "target_pieces": pieces, "target_tokens": 60},
+        "labels": [
+            {"text": "".join(pieces), "score": 0.3, "share": 0.25, "target_pieces": pieces, "target_tokens": 60}
+            for _ in range(segments)
+        ],
         **{"rollout": 1, "response": "It is.", "verdict": "wrong", "warnings": ["something " + "long " * 50]},
     }
 
@@ -71,6 +76,24 @@ def test_every_line_is_within_the_width_and_commands_nothing(task, width):
     assert all(line == "┃ First line" for line in hidden)
     # In a section of its own, and again in the prompt of whatever sees it.
     assert len(hidden) == (0 if task == "sft" else 2)
+
+
+@pytest.mark.parametrize(
+    "said, shown",
+    [
+        ({"text": None, "no_yes": [0.25, 0.5], "score": None, "cut": False}, "P(no) 0.250  P(yes) 0.500"),
+        ({"text": None, "no_yes": None, "score": 0.7, "cut": False}, "score 0.7"),
+        ({"text": None, "no_yes": None, "score": None, "cut": False}, "none"),
+        (None, "not asked, or the response is over max_trace_tokens"),
+    ],
+)
+def test_a_function_has_no_prompt_and_every_answer_about_an_answer_is_shown(said, shown):
+    record = record_of("evaluate")
+    record["judge"] = record["judge"] | {"backend": "function", "question": None, "said": [said] * 4}
+    lines = page_lines(record, 1, 1, Paper(77, False))
+    assert "  a function, which takes no prompt" in lines
+    at = next(n for n, line in enumerate(lines) if line.startswith("── judge's verdict"))
+    assert shown in lines[at] + lines[at + 1]
 
 
 def test_colours_change_no_text():
