@@ -161,7 +161,7 @@ def test_the_watch_s_warnings_are_those_that_the_run_told(tmp_path, capfd):
     watch = RunWatch(resolve(config).watch, [])
     for row in rows[1:]:
         watch.see(row["step"], row)
-    assert len(watch.told) == 1 and "step 6: segments/mean went from 8 to 1" in capfd.readouterr().err
+    assert len(watch.told) == 1 and "step 5: segments/mean went from 8 to 1" in capfd.readouterr().err
     (shown,) = embedded(page_of(write_run(tmp_path / "run", rows, config)))["runs"]
     assert shown["warnings"] == watch.told
     assert embedded(page_of(write_run(tmp_path / "bare")))["runs"][0]["warnings"] == []
@@ -518,7 +518,7 @@ def test_a_browser_joins_the_points_of_evaluations_and_shows_problems_warnings_a
     assert first["d"].count("L") == 2
     # Three points, here and under "Any other metric".
     assert sum(a.get("class") == "dot c0 d0" for tag, a in tags if tag == "circle") == 6
-    assert "step 6: segments/mean went from 8 to 1" in drawn
+    assert "step 5: segments/mean went from 8 to 1" in drawn
     assert "held-out: 0 of 1 unsolved after step 4; since step 0 solved 1, lost 0" in drawn and "○◐" in drawn
     assert "by entropy" in drawn and "−1.375" in drawn and "1.625" in drawn
     assert not [a for _, a in tags if "data-taken" in a or "onerror" in a]
