@@ -305,6 +305,9 @@ DISTILL = {"task": "distill", "loss.kl_coef": 0.0}
             r"optimizer.learning_rate: got 1e\+308, expected a finite number, zero or",
         ),
         ({"optimizer.eps": 1e-320}, "optimizer.eps: got 1e-320, expected a finite number, zero or in size"),
+        ({"policy.date": "2026-02-30"}, "policy.date: got '2026-02-30', expected a day that is in the calendar, as"),
+        ({"judge.model.date": "today"}, "judge.model.date: got 'today', expected a day that is in the calendar"),
+        ({"reference.date": "20260101"}, "reference.date: got '20260101', expected a day that is in the calendar"),
         ({"code.seconds": 1e9}, "code.seconds: got 1000000000.0, expected a positive number of seconds"),
         ({"mesh.data": 0}, "mesh.data: got 0, expected a positive number, or -1 for all devices"),
         ({"policy.weights": ""}, "policy.weights: got '', expected a model"),
@@ -335,7 +338,18 @@ DISTILL = {"task": "distill", "loss.kl_coef": 0.0}
         ({"rollout.group": 1, "routes": PROCESS | {"code": "verifier"}}, "rollout.group: got 1, expected at least 2"),
         *(
             ({"judge.endpoint.extra_body": text}, "judge.endpoint.extra_body: got .*, expected a JSON object without")
-            for text in ("", "[]", "null", "3", "{", '{"top_p": NaN}', '{"top_p": 1e999}', '{"n": 2}', "[" * 100_000)
+            for text in (
+                "",
+                "[]",
+                "null",
+                "3",
+                "{",
+                '{"top_p": NaN}',
+                '{"a": 1, "a": 2}',
+                '{"top_p": 1e999}',
+                '{"n": 2}',
+                "[" * 100_000,
+            )
         ),
         ({"judge.endpoint.budget_key": "tokens"}, "judge.endpoint.budget_key: got 'tokens', expected one of"),
         (

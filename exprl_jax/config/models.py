@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
-from exprl_jax.config.values import _INT32, Count, CountOrNone, Positive, Range
+from exprl_jax.config.values import _INT32, Count, CountOrNone, Day, Positive, Range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Model:
     weights: str
     execution: Execution
     param_dtype: Literal["float32", "bfloat16"]
-    date: str
+    date: Day
 
 
 @dataclasses.dataclass(frozen=True)

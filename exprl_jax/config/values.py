@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 
 class Range(NamedTuple):
@@ -36,16 +37,35 @@ class JsonObject(NamedTuple):
     @property
     def expected(self) -> str:
         """The same in words."""
-        return f"a JSON object without the keys {', '.join(self.without)}"
+        return f"a JSON object without the keys {', '.join(self.without)}, and no key twice"
 
     def holds(self, text: str) -> bool:
         """Whether a text is one of them."""
         try:
-            value = json.loads(text)
+            value = json.loads(text, object_pairs_hook=_object)
             json.dumps(value, allow_nan=False)
         except (ValueError, RecursionError):
             return False
         return isinstance(value, dict) and not value.keys() & set(self.without)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError("a name twice")
+    return dict(pairs)
+
+
+class Date(NamedTuple):
+    """Texts that are a day, or empty; `resolve` checks it."""
+
+    expected: str = "a day that is in the calendar, as YYYY-MM-DD; '' for none"
+
+    def holds(self, text: str) -> bool:
+        """Whether a text is one of them."""
+        try:
+            return text == "" or datetime.date.fromisoformat(text).isoformat() == text
+        except ValueError:
+            return False
 
 
 # The least and the largest positive number that float32, in which steps are computed, holds in full.
@@ -61,3 +81,4 @@ Positive = Annotated[float, Range(_TINIEST, math.inf, "a positive number")]
 NotNegative = Annotated[float, Range(0, math.inf, "zero or more")]
 Fraction = Annotated[float, Range(0, _BELOW_ONE, "a number in [0, 1)")]
 Number = Annotated[float, Range(-math.inf, math.inf, "a number")]
+Day = Annotated[str, Date()]

@@ -286,7 +286,8 @@ def _dated(template: str, date: str) -> str:
     told = {"%%": "\0"} | {form: day.strftime(form) for form in forms if day.strftime(form) != form} | {"\0": "%"}
     filters = "".join(f"|replace({form!r}, {value!r})" for form, value in told.items())
     # The newline goes with the block (`trim_blocks`), and the template still begins on a line of its own.
-    return f"{{% macro strftime_now(form) %}}{{{{ form{filters} }}}}{{% endmacro %}}\n{template}"
+    # The argument has the library's name, by which a template may pass it.
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
 
 
 def _turn_end(library: Any, pattern: re.Pattern[str], added: Mapping[str, tuple[int, Any]], date: str) -> list[int]:

@@ -528,7 +528,8 @@ FORMS = ["%d %b %Y", "%Y-%m-%d", "%A, %B %-d", "%H:%M:%S", "%d/%m/%y is 100%%d",
 
 def test_a_template_that_asks_for_the_date_is_told_the_given_one(chatml):
     text = CHATML.replace("CONTENT", "content")
-    lines = "".join(f"{{{{ strftime_now({form!r}) }}}};" for form in FORMS)
+    named = ("", "format=")  # as the library lets a template call it
+    lines = "".join(f"{{{{ strftime_now({named[at % 2]}{form!r}) }}}};" for at, form in enumerate(FORMS))
     inner = (
         "{% macro day() %}{% if strftime_now is defined %}{{ strftime_now('%d') | int + 1 }}{% endif %}{% endmacro %}"
     )
