@@ -357,7 +357,10 @@ def _same_named(expected: Named, got: Body) -> bool:
     if not isinstance(got, (Named, Equation)):
         return _same(expected.value, got)
     if isinstance(got, Named):
-        if expected.name == got.name:
+        # `C_{\min} = 1/8` for `C = 1/8`, and `f \equiv 0` for `f(x) = 0`.
+        is_extreme = re.fullmatch(re.escape(expected.name) + r"_\{?\\?(min|max)\}?", got.name)
+        is_constant = expected.name.startswith(f"{got.name}(") and not letters.free(got.value)
+        if expected.name == got.name or is_extreme or is_constant:
             value = got.value
         elif (renamed := _renamed(expected, got)) is not None:
             value = renamed

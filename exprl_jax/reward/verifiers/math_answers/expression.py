@@ -237,8 +237,8 @@ class _Parser:
         word, then = self._word(), self._word(1)
         if (word, then) in _PAIRS:
             return _PAIRS[word, then]
-        if word in ("every", "each") and self._unit_of(1) and self._ends_measured():
-            return "/"  # `18 dollars every day`
+        if word in ("every", "each", "a", "an") and self._unit_of(1) and self._ends_measured():
+            return "/"  # `18 dollars every day`, `8 hours a day`
         if word == "times" and self._peek(1).kind != "number" and then not in number_words.WORDS:
             return ""  # `7 times`
         return phrases.OPERATIONS.get(word, "")

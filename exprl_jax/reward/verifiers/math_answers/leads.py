@@ -1,4 +1,4 @@
-"""What leads an answer in and says nothing: `so x = 3`, `exactly 42`, `the point (3, -1)`, `on Tuesday`."""
+"""What leads an answer in, or out, and says nothing: `so x = 3`, `the point (3, -1)`, `on Tuesday`, `n = 1 only`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from exprl_jax.reward.verifiers.math_answers.tokens import Token, texts
 
 _LEADS = set("so thus hence therefore exactly precisely".split())
 _POINTS = {"point", "points", "vertex", "vertices"}
+_ENDS = [tuple(end.split()) for end in ("is the only solution", "is the only one", "only")]  # behind `n = 1`
 _YEAR = re.compile(r"[12]\d{3}", re.ASCII)
 
 
@@ -18,10 +19,17 @@ def without(tokens: list[Token]) -> list[Token]:
         tokens = tokens[2:]
     while len(tokens) > 1 and tokens[0].is_word(*_LEADS) and not (tokens[1].kind == "word" and tokens[1].roman):
         tokens = tokens[1:]
+    if any(token.text == "=" for token in tokens):
+        end = next((len(words) for words in _ENDS if _said(tokens[-len(words) :]) == words), 0)
+        tokens = tokens[: len(tokens) - end]
     at = int(tokens[0].is_word("the"))
     if len(tokens) > at + 2 and tokens[at].is_word(*_POINTS) and tokens[at + 1].text == "(":
         return tokens[at + 1 :]
     return _day(tokens)
+
+
+def _said(tokens: list[Token]) -> tuple[str, ...]:
+    return tuple(token.text.casefold() if token.roman else "" for token in tokens)
 
 
 def _day(tokens: list[Token]) -> list[Token]:

@@ -41,6 +41,10 @@ def _renamed(body: Body, letters: dict[sympy.Symbol, sympy.Symbol]) -> Body:
     if isinstance(body, Named):
         difference = None if body.difference is None else body.difference.xreplace(letters)
         return body._replace(value=_renamed(body.value, letters), difference=difference)
-    if isinstance(body, (Number, Statement)) and body.value is not None:
+    if isinstance(body, Statement) and body.value is not None:
+        names = {old.name: new.name for old, new in letters.items()}
+        words = tuple(names.get(word, word) for word in body.words)
+        return Statement(words, body.value.xreplace(letters))
+    if isinstance(body, Number):
         return body._replace(value=body.value.xreplace(letters))
     return body
