@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from exprl_jax.data.benchmarks import BENCHMARKS, STARTER
 from exprl_jax.data.problems import Problem, check_held_out, problem_hash, read_problems
-from exprl_jax.reward.verifiers.code import CallTest, StdoutTest, check_tests, parse_tests
+from exprl_jax.reward.verifiers.code_tests import CallTest, StdoutTest, check_tests, parse_tests
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
 

@@ -20,17 +20,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from exprl_jax.reward.verifiers import code
-from exprl_jax.reward.verifiers.code import (
+from exprl_jax.reward.verifiers import code, code_tests
+from exprl_jax.reward.verifiers.code import CodeGrader, last_program, same_stdout, same_value
+from exprl_jax.reward.verifiers.code_tests import (
     AssertTest,
     CallTest,
-    CodeGrader,
     StdoutTest,
     check_tests,
-    last_program,
+    dumps,
+    loads,
     parse_tests,
-    same_stdout,
-    same_value,
 )
 from exprl_jax.reward.verifiers.sandbox import Isolation, complaint
 from exprl_jax.reward.verifiers.sandbox import complaint as sandbox_complaint
@@ -161,7 +160,7 @@ CALL_VALUES = on_call("f", ([[1, 2], "x"], True), ([], [1.5]))
     ],
 )
 def test_every_format_is_read(answer, cases):
-    assert parse_tests(answer) == code.Tests(cases)
+    assert parse_tests(answer) == code_tests.Tests(cases)
 
 
 class Evil:
@@ -313,7 +312,7 @@ def test_long_integers_are_digits():
     long = "1" + "0" * 5000
     (case,) = parse_tests(on_call("f", (f"{long}\n[-{long}]", long))).cases
     assert case.arguments == (long, [f"-{long}"]) and case.result == long
-    assert code._dumps(case.arguments) == f"[{long}, [-{long}]]"
+    assert dumps(case.arguments) == f"[{long}, [-{long}]]"
     with pytest.raises(ValueError, match="Exceeds the limit"):
         json.loads(long)
 
@@ -424,10 +423,10 @@ VALUES += [
 @pytest.mark.parametrize("text", VALUES)
 def test_values_agree_with_themselves_and_their_like(text):
     """As many classes as values, but for 1 and 1.0: what JSON calls a number is compared by its value."""
-    got = code._loads(text)
+    got = loads(text)
     alike = {"1": {"1", "1.0"}, "1.0": {"1", "1.0"}}
-    assert {other for other in VALUES if same_value(got, code._loads(other))} == alike.get(text, {text})
-    assert same_value(code._loads(f'{{"x": [{text}, 2]}}'), code._loads(f'{{"x": [{text}, 2.0]}}'))
+    assert {other for other in VALUES if same_value(got, loads(other))} == alike.get(text, {text})
+    assert same_value(loads(f'{{"x": [{text}, 2]}}'), loads(f'{{"x": [{text}, 2.0]}}'))
     assert not same_value([got], got) and not same_value([got, got], [got])
 
 
