@@ -387,7 +387,10 @@ class _Parser:
         """What is counted; the number one where the words add nothing to what stands before them."""
         words = self._words(lambda word: word not in _CONNECTIVES)
         self._at += len(words)
+        # `$5 more` are five; `50 % more` is one and a half times as much.
+        is_change = words[0] == "more" and self._last is not None and self._last.has(_PERCENT)
         is_behind = words[0] == "of" or self._ends_measured() or words[0] in phrases.BEHIND_NUMBERS
+        is_behind = is_behind and not is_change
         if is_behind and phrases.adds_nothing(words):
             return sympy.Integer(1)
         phrase = phrases.counted(words, single)
@@ -518,8 +521,10 @@ class _Parser:
         if token.text in _FUNCTIONS and not is_time:
             self._at += 1
             return self._function(token.text)
+        behind = self._peek(-1).kind == "number"  # `3 dollars 50 cents`
         if word and (unit := self._take_unit()) is not None:
-            return self._money(unit) if units.is_money(_unit_name(unit) or "") else unit
+            is_money = units.is_money(_unit_name(unit) or "") and not behind
+            return self._money(unit) if is_money else unit
         if token.text == "pi":
             self._at += 1
             return sympy.pi

@@ -124,6 +124,7 @@ def counted(words: Sequence[str], single: bool) -> str | None:
         plural = noun in _PLURAL_WITHOUT_S or len(noun) > 2 and noun.endswith("s") and noun[-2] not in "sui"
         named = noun == "times" or _is_open(noun) and (plural or single and noun in _SINGULAR)
         named = named or noun == "pairs" and before[-1:] in (["ordered"], ["unordered"], ["distinct"])
+        named = named and not (noun == "times" and words[end:])  # `2 times more` are three
         if named and all(_is_open(word) or word in _BEFORE_NOUNS for word in before) and adds_nothing(words[end:]):
             return " ".join(words)
     return None
