@@ -103,7 +103,7 @@ def test_a_second_start_of_a_finished_run_changes_nothing(whole, tmp_path, capfd
     run(tiny("outcome", {"steps": STEPS}), folder)
     assert_as_whole(folder, whole)
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["3", "4"]
-    assert "done" in capfd.readouterr().out
+    assert f"\n  rollouts     {folder}/rollouts\n" in capfd.readouterr().out
 
 
 def largest_file(folder):

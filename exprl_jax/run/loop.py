@@ -299,9 +299,10 @@ def _print_summary(task: Task, workdir: Workdir, best: Best | None, warnings: Se
         known = "" if best is None else f"  best         step {best.step}, {metric} {best.value:.4g}\n"
         events = f"  TensorBoard  {workdir.tensorboard}\n" if "tensorboard" in task.config.log.trackers else ""
         told = "".join(f"  watch        {warning}\n" for warning in warnings)
+        rollouts = f"  rollouts     {workdir.rollouts}\n" if any(workdir.rollouts.iterdir()) else ""
         print(
             f"done\n{told}  checkpoints  {workdir.checkpoints}\n{known}  metrics      {workdir.metrics}\n"
-            f"{events}  rollouts     {workdir.rollouts}\n  report       {workdir.report}\n"
+            f"{events}{rollouts}  report       {workdir.report}\n"
             f"  export       {workdir.export}",
             flush=True,
         )
