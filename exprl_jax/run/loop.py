@@ -177,7 +177,7 @@ def _run_opened(
                 idle = idle + 1 if skipped - before == task.updates else 0
                 if idle == min(_MOST_SKIPPED, task.steps):
                     raise FloatingPointError(_ALL_SKIPPED.format(step=step + 1, count=idle))
-                if step == done:
+                if step == first_moving(task, done):
                     check_moved(step + 1, row)
                 if watch is not None:
                     watch.see(step + 1, row)
@@ -291,6 +291,12 @@ def _refuse_dead(task: Task, state: TrainState, step: int) -> None:
         raise FloatingPointError(
             f"parameters that are infinite or NaN {where}; start from other weights, or from an earlier checkpoint"
         )
+
+
+def first_moving(task: Task, done: int) -> int:
+    """The first step from `done` on whose update should move parameters: a warm-up begins with a rate of 0."""
+    warms_up = int(task.config.optimizer.warmup * task.steps * task.updates) > 0
+    return max(done, 1) if warms_up and task.updates == 1 else done
 
 
 def _print_summary(task: Task, workdir: Workdir, best: Best | None, warnings: Sequence[str]) -> None:

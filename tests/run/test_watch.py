@@ -1,12 +1,16 @@
 """Collapses that public runs have shown, and runs that are well."""
 
+import dataclasses
 import json
 import pathlib
+import types
 
 import pytest
+from tiny_runs import tiny
 
 from exprl_jax.config import Checkpoint, Watch
-from exprl_jax.run.loop import Best, better_of
+from exprl_jax.learning.update import learning_rate
+from exprl_jax.run.loop import Best, better_of, first_moving
 from exprl_jax.run.watch import SYMPTOMS, RunWatch, check_moved
 
 HEALTHY = {
@@ -151,3 +155,24 @@ def test_what_ties_or_is_not_defined_is_no_better():
 def test_a_metric_that_the_run_does_not_have_is_named_with_the_nearest():
     with pytest.raises(ValueError, match="checkpoint.best: got 'solve/acuracy'.*solve/accuracy"):
         better_of(None, Checkpoint(10, 2, "solve/acuracy", "highest"), 10, rows(0.1))
+
+
+@pytest.mark.parametrize(
+    "warmup, steps, updates, done, first",
+    [
+        (0.0, 10, 1, 0, 0),
+        (0.0, 10, 1, 4, 4),
+        (0.1, 10, 1, 0, 1),
+        (0.1, 10, 1, 4, 4),
+        (0.1, 9, 1, 0, 0),
+        (0.1, 10, 2, 0, 0),
+    ],
+)
+def test_the_first_update_of_a_warm_up_moves_nothing(warmup, steps, updates, done, first):
+    """Its rate is 0; of several updates of the first step only the first one's."""
+    optimizer = dataclasses.replace(tiny().optimizer, warmup=warmup)
+    task = types.SimpleNamespace(config=types.SimpleNamespace(optimizer=optimizer), steps=steps, updates=updates)
+    assert first_moving(task, done) == first
+    rate = learning_rate(optimizer, steps * updates)
+    moves = [not callable(rate) or float(rate(step * updates + updates - 1)) > 0 for step in range(done, steps)]
+    assert moves.index(True) + done == first
