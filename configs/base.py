@@ -68,6 +68,7 @@ def base() -> ConfigDict:
                 max_tokens=2048,
                 max_context_tokens=20_480,
                 max_trace_tokens=16_640,
+                wave=0,
             ),
             truth=dict(source="", workers=dict(count=2, batch=32, seconds=60.0, max_missing=0.5)),
             rollout=dict(
@@ -224,7 +225,7 @@ def lessons(config: ConfigDict) -> ConfigDict:
 def evaluation(config: ConfigDict) -> ConfigDict:
     """128 samples a problem of the benchmarks, with what it shares with an RL config."""
     shared = {name: config[name].to_dict() for name in ("data", "mesh", "policy", "judge", "grader", "code")}
-    sampling = dict(samples=128, group=16, wave=4, max_tokens=config.rollout.max_tokens, temperature=0.8)
+    sampling = dict(samples=128, group=16, wave=4, slots=0, max_tokens=config.rollout.max_tokens, temperature=0.8)
     made = ConfigDict(dict(task="evaluate", seed=config.seed, label="base", sampling=sampling, **shared))
     made.data.update(source=config.data.held_out, split="test", columns="")
     del made.data.held_out, made.data.allow_held_out

@@ -20,7 +20,7 @@ def get_config(arm: str = "4b"):
     if arm == "4b":
         config = base()
         segments = dict(rule="heading", max_segments=10)
-        sampling = dict(samples=32, group=16, wave=4, max_tokens=16_384, temperature=0.8)
+        sampling = dict(samples=32, group=16, wave=4, slots=0, max_tokens=16_384, temperature=0.8)
         made = _calibration(config, "runs/outcome/rollouts/*.jsonl", segments, sampling)
         made.wave, made.group = 4, 8
         made.repeats = dict(rollouts=200, count=8, temperature=0.8)
@@ -32,7 +32,7 @@ def get_config(arm: str = "4b"):
     elif arm in ("smoke", "tiny"):
         config = {"smoke": smoke, "tiny": tiny}[arm].get_config().copy_and_resolve_references()
         config.unlock()
-        sampling = dict(samples=4, group=4, wave=8, max_tokens=24, temperature=0.8)
+        sampling = dict(samples=4, group=4, wave=8, slots=0, max_tokens=24, temperature=0.8)
         made = _calibration(
             config, f"runs/{arm}/rollouts/*.jsonl", config.segments.to_dict() | dict(max_segments=3), sampling
         )

@@ -4,10 +4,11 @@
     python -m exprl_jax.compile_check --config=configs/stage1.py \
         --topology=v5e:4x4,v5e:8x8+mesh.data=8+mesh.model=8+rollout.wave=8
 
-A topology may be followed by config keys that it changes.  Prints the tables of each topology, and last a row of each
-as Markdown.  Needs `jax[tpu]` and no TPU; each of several topologies is compiled in a process of its own, for at most
-`--seconds` (two hours).  Exit status 1 says that something does not fit or compile, on stderr in one line if the config
-is at fault; 2 is for a wrong command line.
+A topology may be followed by config keys that it changes.  Times are of rollouts at their budgets, or of such as
+`--lengths` says: `mean,spread,segments`, or a run's metrics.jsonl.  Prints the tables of each topology, and last a row
+of each as Markdown.  Needs `jax[tpu]` and no TPU; each of several topologies is compiled in a process of its own, for
+at most `--seconds` (two hours).  Exit status 1 says that something does not fit or compile, on stderr in one line if
+the config is at fault; 2 is for a wrong command line.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def main(argv: Sequence[str]) -> int:
     for spec in specs:
         try:
             alone = len(specs) == 1
-            report = _check(settings[spec], spec) if alone else _check_apart(settings[spec], spec, given.seconds)
+            asked = settings[spec], spec, given.lengths
+            report = _check(*asked) if alone else _check_apart(*asked, given.seconds)
             reports.append(report)
         except (ValueError, OSError) as error:
             status = _complain(f"{spec}: {error}", 1)
@@ -58,6 +60,8 @@ def _parse(argv: Sequence[str]) -> Any:
     meaning = "The experiment: a file in configs/, optionally with :arm."
     define_config("config", meaning, values, sys_argv=list(argv))
     flags.DEFINE_string("topology", None, "<generation>:<shape>[+key=value…], several with commas.", flag_values=values)
+    meaning = "Of rollouts, for times: mean,spread,segments, or a run's metrics.jsonl; '' for their budgets."
+    flags.DEFINE_string("lengths", "", meaning, flag_values=values)
     flags.DEFINE_float(
         "seconds", 7200.0, "Time limit of each of several topologies.", lower_bound=1.0, flag_values=values
     )
@@ -92,20 +96,25 @@ def _changed(config: Any, spec: str) -> Any:
     return config
 
 
-def _check(settings: dict[str, Any], spec: str) -> Any:
+def _check(settings: dict[str, Any], spec: str, lengths: str) -> Any:
     """Compiles for one topology, here, prints what it takes, and returns the report."""
     from exprl_jax.plan.chips import topology
     from exprl_jax.plan.compiled import compile_for
+    from exprl_jax.plan.lengths import parse_lengths
     from exprl_jax.plan.tables import as_text
     from exprl_jax.resolve import resolve
 
     name, _, changes = spec.partition("+")
-    report = compile_for(resolve(settings), topology(name), changes.replace("+", ", "))
+    config = resolve(settings)
+    if lengths and config.task != "rl":
+        raise ValueError(f"--lengths: of a run with config.task = 'rl', got {config.task!r}")
+    shown = parse_lengths(lengths, config.rollout.max_tokens) if lengths else None
+    report = compile_for(config, topology(name), changes.replace("+", ", "), shown)
     print(as_text(report), end="\n\n", flush=True)
     return report
 
 
-def _check_apart(settings: dict[str, Any], spec: str, seconds: float) -> Any:
+def _check_apart(settings: dict[str, Any], spec: str, lengths: str, seconds: float) -> Any:
     """The same in a process of its own: a compiler keeps the memory that it took.
 
     Raises:
@@ -113,7 +122,7 @@ def _check_apart(settings: dict[str, Any], spec: str, seconds: float) -> Any:
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_send_check, args=(sender, settings, spec), daemon=True)
+    process = context.Process(target=_send_check, args=(sender, settings, spec, lengths), daemon=True)
     process.start()
     sender.close()  # so that the end of the process is the end of the pipe
     try:
@@ -131,10 +140,10 @@ def _check_apart(settings: dict[str, Any], spec: str, seconds: float) -> Any:
     return outcome
 
 
-def _send_check(sender: Any, settings: dict[str, Any], spec: str) -> None:
+def _send_check(sender: Any, settings: dict[str, Any], spec: str, lengths: str) -> None:
     """Sends the report of a check, or what was wrong as text."""
     try:
-        sender.send(_check(settings, spec))
+        sender.send(_check(settings, spec, lengths))
     except (ValueError, OSError) as error:
         sender.send(str(error))
 

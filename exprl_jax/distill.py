@@ -62,16 +62,20 @@ class Collected(NamedTuple):
     """A step's rollouts, packed for policy and teacher: what `learn` takes.
 
     Attributes:
+      problems: of the batch.
       gradings: of each wave, what waits for its verdicts, by problem.
       epoch: fraction of the data that batches have gone through.
+      expected_P: tokens that a rollout of each problem was expected to have; None where nothing was known.
     """
 
+    problems: Sequence[Problem]
     requests: Sequence[WaveRequest]
     waves: Sequence[Wave]
     gradings: Sequence[Callable[[], list[list[Verdict]]]]
     update: PackedUpdate
     teaching: Teaching
     epoch: float
+    expected_P: np.ndarray | None
 
 
 def distill(config: Config, workdir_path: str, accept_lost_records: bool = False) -> None:
@@ -120,6 +124,7 @@ def collect(distilled: DistillRun, state: TrainState, step: int, clock: Clock) -
     run, config = distilled.run, distilled.run.config
     indices, epoch = batch_indices(len(run.problems), config.rollout.prompts, config.seed, step)
     problems, policy = [run.problems[i] for i in indices], run.model(state)
+    expected_P = run.lengths.expected(problems)
     requests, waves, gradings = wave_requests(run, problems, step), [], []
     for request in requests:
         with clock.phase("sample"):
@@ -129,7 +134,7 @@ def collect(distilled: DistillRun, state: TrainState, step: int, clock: Clock) -
     with clock.phase("pack"):
         index_P = np.concatenate([request.index_P for request in requests])
         update, teaching = pack(distilled, problems, waves, index_P)
-    return Collected(requests, waves, gradings, update, teaching, epoch)
+    return Collected(problems, requests, waves, gradings, update, teaching, epoch, expected_P)
 
 
 def pack(
@@ -166,10 +171,11 @@ def learn(distilled: DistillRun, state: TrainState, collected: Collected, clock:
         verdicts = [group for grading in collected.gradings for group in grading()]
     table = _gather_table(collected, verdicts)
     tokens = int(table["length_PG"].sum())
-    row |= usage_metrics([usage for wave in collected.waves for usage in wave.usage])
+    row |= usage_metrics([usage for wave in collected.waves for usage in wave.usage], collected.expected_P)
+    run.lengths.note(collected.problems, table["length_PG"])
     row |= rollout_statistics(table) | {"update/padding": mean_padding([collected.update])}
     row |= run.graders.throughput.report() | {"data/epoch": collected.epoch}
-    samples = _sample_rows(run, collected.waves, verdicts)
+    samples = _sample_rows(run, collected, verdicts)
     return StepResult(state, row, {"sample": tokens, "train": tokens}, row["solve/accuracy"], samples)
 
 
@@ -194,11 +200,12 @@ def _gather_table(collected: Collected, verdicts: Sequence[Sequence[Verdict]]) -
     return gather_rows(table, np.concatenate([request.index_P for request in collected.requests]))
 
 
-def _sample_rows(run: RLRun, waves: Sequence[Wave], verdicts: Sequence[Sequence[Verdict]]) -> list[dict[str, Any]]:
+def _sample_rows(run: RLRun, collected: Collected, verdicts: Sequence[Sequence[Verdict]]) -> list[dict[str, Any]]:
     """Some of this process's rollouts; they have no segments and no scores."""
     G = run.config.rollout.group
-    numbered = [(wave, i) for wave in waves for i in range(len(wave.problems))]
-    order = [(wave, i, g, verdicts[row][g]) for g in range(G) for row, (wave, i) in enumerate(numbered)]
+    numbered = [(wave, i) for wave in collected.waves for i in range(len(wave.problems))]
+    in_order = np.argsort(np.concatenate([request.index_P for request in collected.requests]))
+    order = [(*numbered[row], g, verdicts[row][g]) for g in range(G) for row in in_order]
     return [
         rollout_row(run, wave, i, g, verdict)
         | {

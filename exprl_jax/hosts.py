@@ -125,7 +125,8 @@ def gather_rows(table: dict[str, np.ndarray], index_P: np.ndarray) -> dict[str, 
       index_P: where those problems stand in the batch; processes that share devices' rows pass the same indices.
     """
     if jax.process_count() == 1:
-        return table
+        order = np.argsort(index_P)
+        return {name: np.asarray(x)[order] for name, x in table.items()}
     joined = multihost_utils.process_allgather({"index": index_P, **table}, tiled=True)
     _, first = np.unique(joined.pop("index"), return_index=True)
     return {name: np.asarray(x)[first] for name, x in joined.items()}

@@ -29,6 +29,8 @@ def check_layout(config: AnyConfig, shards: int) -> None:
             sizes["prefixes.sampling.wave"] = config.prefixes.sampling.wave
     else:
         sizes = {"rollout.wave": config.rollout.wave, "updates.microbatch": config.updates.microbatch}
+        if config.has_local_judge:
+            sizes["judge.wave"] = config.judge.wave
     for key, size in sizes.items():
         if size % shards:
             part = "problem of every wave" if key.endswith("wave") else "row of every microbatch"

@@ -119,7 +119,8 @@ def build_sampler(
     """
     sampling = _sample(model, mesh, max_tokens, slots=slots, expected_tokens=expected_tokens)
     sampling = _jit("sample", sampling, (rows_sharding(mesh), replicated(mesh)))
-    return Sampler(_jit("prefill", _prefill(model, mesh)), sampling, mesh, wave, max_tokens)
+    expected = (expected_tokens or max_tokens) if slots else 0
+    return Sampler(_jit("prefill", _prefill(model, mesh)), sampling, mesh, wave, max_tokens, expected)
 
 
 def build_hint_sampler(model: LanguageModel, mesh: Mesh, *, hints: int, wave: int) -> Sampler:
@@ -137,7 +138,8 @@ def build_judge(judge_config: Judge, mesh: Mesh, judge: LanguageModel) -> JudgeP
         def writing(*arguments):
             return sampling(*arguments)[0]
 
-        return JudgePrograms(prefill, _jit("judge", writing, rows_sharding(mesh)))
+        judging, branching = (_jit(name, writing, rows_sharding(mesh)) for name in ("judge", "judge_branches"))
+        return JudgePrograms(prefill, judging, branching if Placement(mesh).shares_segments else None)
     scoring = (
         functools.partial(score_fn, judge.on(mesh), digit_ids=digit_token_ids(judge.tokenizer))
         for score_fn in (score, score_branches)
@@ -228,7 +230,11 @@ def _sample(model: LanguageModel, mesh: Mesh, max_tokens: int, **slots: int) -> 
     sampling = functools.partial(
         sample, max_tokens=max_tokens, eos_ids=tokenizer.eos_ids, pad_id=tokenizer.pad_id, **slots
     )
-    return lambda params, prefix, rows, draw: sampling(model.on(mesh), attached(params), prefix, rows, draw)
+
+    def on_mesh(params, prefix, rows, draw, traces=None):
+        return sampling(model.on(mesh), attached(params), prefix, rows, draw, traces=traces)
+
+    return on_mesh
 
 
 def _policy_logp(config: Config, mesh: Mesh, policy: LanguageModel) -> Callable:

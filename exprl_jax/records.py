@@ -99,6 +99,23 @@ class BranchRows:
 
 
 @flax.struct.dataclass
+class Traces:
+    """Texts from whose beginnings rows go on: N rows from each of a problem's traces, trace by trace.
+
+        trace     a b c d e          begin of its N = 3 rows: 2, 5, 0 (nothing is asked there)
+        row 0     a b ? ! …          `Rows` hold what follows the beginning, and what is sampled comes after that
+        row 1     a b c d e ? ! …
+
+    Attributes:
+      rows: the traces, left-padded; [P, G, T].
+      begin_PQ: int32, tokens of its trace that each of the Q = G·N rows sees.
+    """
+
+    rows: Rows
+    begin_PQ: Array
+
+
+@flax.struct.dataclass
 class Draw:
     """How rows are sampled; a row's identity, not its place in the batch, determines its random numbers.
 
@@ -108,6 +125,8 @@ class Draw:
       problem_P: uint32, the problem's identity; with the index within the group it is the row's.
       temperature_PG: float32; 0 means greedy.
       budget_PG: int32, tokens to sample at most; rows with 0 only fill the batch and stay empty.
+      expected_P: int32, tokens that a row of each problem is expected to sample, by which rows in decode slots get
+        pages; None where all are expected to be alike.
     """
 
     seed: Array
@@ -115,6 +134,7 @@ class Draw:
     problem_P: Array
     temperature_PG: Array
     budget_PG: Array
+    expected_P: Array | None = None
 
 
 @flax.struct.dataclass
@@ -145,6 +165,7 @@ class Usage:
       steps: int32, tokens that each decode slot was fed; empty slots are fed padding.
       slots: int32, rows decoded at a time.
       busy: int32, tokens fed to slots with a row that had not ended.
+      idle: int32, tokens fed to slots of data shards all of whose rows had ended, while others' had not.
       restarts: int32, rows that gave their pages back and began anew later.
       pages: float32, the fraction of the rows' pages that was in use, summed over steps; None where rows have theirs
         from the start.
@@ -153,6 +174,7 @@ class Usage:
     steps: Array
     slots: Array
     busy: Array
+    idle: Array
     restarts: Array
     pages: Array | None
 

@@ -18,6 +18,7 @@ from exprl_jax.config import (
     TRACKERS,
     Annotate,
     AnyConfig,
+    Asking,
     Calibrate,
     Config,
     Grader,
@@ -59,11 +60,21 @@ def resolve(config: Mapping[str, Any]) -> AnyConfig:
         _require(backend == "local", "config.judge.backend", backend, "'local': the judge's model is trained here")
         expected = "'' or a template file: lessons have scores against references, not against checklists"
         _require(not resolved.judge.per_problem, "config.judge.rubric", resolved.judge.rubric, expected)
-    elif isinstance(resolved, Annotate):
+    if isinstance(resolved, Asking | JudgeTraining):
+        for path, judge in _asked(resolved).items():
+            _require(judge.wave == 0, f"{path}.wave", judge.wave, "0: the task has a wave of its own")
+    if isinstance(resolved, Annotate):
         backend, readout = resolved.annotator.backend, resolved.annotator.readout
         _require(backend != "function", "config.annotator.backend", backend, "'local' or 'openai': a model annotates")
         _require(readout == "text", "config.annotator.readout", readout, "'text': an annotation is written")
     return resolved
+
+
+def _asked(config: Asking | JudgeTraining) -> dict[str, Judge]:
+    """The judges that are asked about fixed rollouts or lessons, by their paths."""
+    if isinstance(config, Calibrate):
+        return {f"config.judges.{name}": judge for name, judge in config.judges.items()}
+    return {"config.annotator": config.annotator} if isinstance(config, Annotate) else {"config.judge": config.judge}
 
 
 def to_dict(config: AnyConfig) -> dict[str, Any]:
@@ -268,6 +279,8 @@ def _check_rl(c: Config) -> None:
     require(c.loss.clip_low <= 1, "loss.clip_low", "at most 1")
     require(c.loss.dual_clip == 0 or c.loss.dual_clip > 1, "loss.dual_clip", "more than 1, or 0 for none")
     require(prompts % c.rollout.wave == 0, "rollout.wave", whole_batch)
+    divides = c.judge.wave == 0 or c.rollout.wave % c.judge.wave == 0
+    require(divides, "judge.wave", f"a divisor of rollout.wave = {c.rollout.wave}, or 0 for as many")
     expected, most = c.rollout.expected_tokens, f"at most rollout.max_tokens = {c.rollout.max_tokens}"
     require(expected <= c.rollout.max_tokens, "rollout.expected_tokens", most)
     require(expected == 0 or c.rollout.slots > 0, "rollout.expected_tokens", "0 with rollout.slots = 0")

@@ -39,6 +39,7 @@ from exprl_jax.reward.truth import AnyTruth, open_truth, truth_files
 from exprl_jax.reward.verifiers.grading import Graders, check_answers, open_graders, verifier_files
 from exprl_jax.rollout.call import Prompts, Sampler, make_prompts, padded_width
 from exprl_jax.rollout.hints import FRAME, HintWriter, make_hint_writer
+from exprl_jax.rollout.lengths import LengthRecord
 from exprl_jax.run.evaluating import Evaluation
 from exprl_jax.run.loop import Task
 from exprl_jax.run.workdir import Workdir
@@ -60,6 +61,7 @@ class RLRun:
       models: all that the run has opened.
       files: others that the config names and the run has read, by its key and their name.
       hints: writes hints, where the run has any.
+      lengths: of the rollouts so far.
     """
 
     config: Config
@@ -79,6 +81,7 @@ class RLRun:
     models: Sequence[LanguageModel]
     files: Mapping[str, Sequence[pathlib.Path]]
     hints: HintWriter | None
+    lengths: LengthRecord
 
     @property
     def base(self) -> Any:
@@ -183,6 +186,7 @@ def open_run(config: Config, stack: contextlib.ExitStack) -> RLRun:
         models=models,
         files={**builder.files, **files, **truth_files(config.truth)},
         hints=_open_hints(config, mesh, reference, frozen, problems, prompts) if rollout.hints else None,
+        lengths=LengthRecord(),
     )
 
 
@@ -334,6 +338,7 @@ def task_of(run: RLRun, collect: Callable, learn: Callable, evaluation: Evaluati
         evaluation=evaluation,
         headline="reward" if config.task == "rl" else "accuracy",
         watch=config.watch,
+        memory=run.lengths,
     )
 
 

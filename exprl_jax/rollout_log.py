@@ -58,6 +58,7 @@ def _wave_table(run: RLRun, scored: ScoredWave) -> dict[str, np.ndarray]:
 def sample_rows(run: RLRun, waves: Sequence[ScoredWave], count: int) -> list[dict[str, Any]]:
     """Some of this process's rollouts: one of every problem, then the next of every problem."""
     numbered = [(scored, i) for scored in waves for i in range(len(scored.wave.problems))]
+    numbered.sort(key=lambda which: which[0].index_P[which[1]])
     order = [(scored, i, g) for g in range(run.config.rollout.group) for scored, i in numbered]
     return [scored_row(run, scored, i, g) for scored, i, g in order[:count]]
 

@@ -71,12 +71,14 @@ def collect(run: RLRun, state: TrainState, step: int, clock: Clock) -> Collected
     config, policy = run.config, run.model(state)
     indices, epoch = batch_indices(len(run.problems), config.rollout.prompts, config.seed, step)
     problems = [run.problems[i] for i in indices]
+    expected_P = run.lengths.expected(problems)
     # Verifiers work on one wave while the next is sampled.
     pending = [start_wave(run, policy, request, clock) for request in wave_requests(run, problems, step)]
     waves = [finish_wave(run, policy, wave, clock) for wave in pending]
     table = gather_table(run, waves)
     row = summarise(table, config.advantage, run.kinds) | {"data/epoch": epoch}
-    row |= usage_metrics([usage for scored in waves for usage in scored.wave.usage])
+    row |= usage_metrics([usage for scored in waves for usage in scored.wave.usage], expected_P)
+    run.lengths.note(problems, table["length_PG"])
     if step == 0:
         probe_batch(row, config)
 

@@ -23,6 +23,7 @@ from exprl_jax.data.problems import Problem
 from exprl_jax.hosts import agree_rows, largest_over_processes, local_problems, owned_problems
 from exprl_jax.layout import packed_shape
 from exprl_jax.learning.advantages import SegmentAdvantages, assign_advantages
+from exprl_jax.mesh import DATA
 from exprl_jax.model import decoder
 from exprl_jax.records import Rollouts, Usage
 from exprl_jax.reward.judgements import Judgements, Pending, Query
@@ -33,6 +34,7 @@ from exprl_jax.reward.verifiers.grading import submit_owned
 from exprl_jax.reward.verifiers.verdict import Verdict
 from exprl_jax.rl_run import RLRun
 from exprl_jax.rollout.call import Prompts, texts_of
+from exprl_jax.rollout.lengths import deal
 from exprl_jax.run.clock import Clock
 
 
@@ -44,6 +46,7 @@ class WaveRequest(NamedTuple):
       step, attempt: with problem and index in the group, the identity of a rollout's random numbers.
       live_P: problems to sample; the rollouts of the others are empty.
       hinted: prompts with hints by problem id, for the attempt after the last of `rollout.max_resample`.
+      expected_P: tokens that a rollout of each is expected to have; None where nothing is known.
     """
 
     problems: Sequence[Problem]
@@ -52,6 +55,7 @@ class WaveRequest(NamedTuple):
     attempt: int
     live_P: np.ndarray
     hinted: Mapping[str, Sequence[int]] = MappingProxyType({})
+    expected_P: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +141,21 @@ class ScoredWave(NamedTuple):
 
 
 def wave_requests(run: RLRun, problems: Sequence[Problem], step: int) -> list[WaveRequest]:
-    """The waves of a step's batch: of each, this process's problems."""
-    size = run.config.rollout.wave
-    mine = local_problems(run.mesh, size)
-    indices = [index[mine] for index in np.arange(len(problems)).reshape(-1, size)]
-    return [WaveRequest([problems[i] for i in index], index, step, 0, np.ones(len(index), bool)) for index in indices]
+    """The waves of a step's batch: of each, this process's problems.
+
+    Where rows take turns in decode slots, every data shard of every wave gets problems of about the same expected
+    length in sum, the longest first: none is to decode its last row while others have none left.
+    """
+    size, expected_P = run.config.rollout.wave, run.lengths.expected(problems)
+    mine, order = local_problems(run.mesh, size), np.arange(len(problems))
+    if run.config.rollout.slots and expected_P is not None:
+        order = deal(expected_P, len(problems) // size * run.mesh.shape[DATA])
+    requests = []
+    for index in (wave[mine] for wave in order.reshape(-1, size)):
+        expected = None if expected_P is None else expected_P[index]
+        live_P = np.ones(len(index), bool)
+        requests.append(WaveRequest([problems[i] for i in index], index, step, 0, live_P, expected_P=expected))
+    return requests
 
 
 def start_wave(run: RLRun, policy: decoder.Params, request: WaveRequest, clock: Clock) -> PendingWave:
@@ -234,6 +248,7 @@ def sample_wave(run: RLRun, policy: decoder.Params, request: WaveRequest) -> Wav
         step=request.step,
         attempt=request.attempt,
         live_P=request.live_P,
+        expected_P=request.expected_P,
     )
     ids, responses = texts_of(rollouts, run.policy.tokenizer.decode)
     ends = [

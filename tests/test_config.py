@@ -247,6 +247,7 @@ NOT_NEGATIVE = [
     "updates.row_tokens",
     "updates.microbatch",
     "rollout.slots",
+    "judge.wave",
     "rollout.expected_tokens",
     "judge.endpoint.retries",
 ]
@@ -314,6 +315,7 @@ DISTILL = {"task": "distill", "loss.kl_coef": 0.0}
         ({"reference.weights": ""}, "reference.weights: got '', expected a model"),
         ({"judge.model.weights": ""}, "judge.model.weights: got '', expected a model"),
         ({"rollout.wave": 3}, "rollout.wave: got 3, expected a divisor of rollout.prompts = 8"),
+        ({"judge.wave": 3}, "judge.wave: got 3, expected a divisor of rollout.wave = 8, or 0 for as many"),
         ({"rollout.expected_tokens": 9}, "rollout.expected_tokens: got 9, expected 0 with rollout.slots = 0"),
         (
             {"rollout.expected_tokens": 25, "rollout.slots": 2},
@@ -445,7 +447,7 @@ def evaluate(**changes):
     rl = plain()
     shared = {name: rl[name] for name in ("seed", "data", "mesh", "policy", "judge", "grader", "code")}
     shared["data"] = {name: value for name, value in rl["data"].items() if "held_out" not in name}
-    sampling = dict(samples=8, group=4, wave=8, max_tokens=24, temperature=0.8) | changes.pop("sampling", {})
+    sampling = dict(samples=8, group=4, wave=8, slots=0, max_tokens=24, temperature=0.8) | changes.pop("sampling", {})
     return shared | dict(task="evaluate", label="tiny", sampling=sampling) | changes
 
 

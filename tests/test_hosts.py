@@ -33,4 +33,9 @@ def test_problems_that_do_not_divide_over_the_mesh_are_an_error():
 
 def test_one_process_gathers_what_it_has():
     table = {"length_PG": np.ones((4, 2))}
-    assert gather_rows(table, np.arange(4)) is table
+    np.testing.assert_array_equal(gather_rows(table, np.arange(4))["length_PG"], table["length_PG"])
+
+
+def test_one_process_gathers_in_the_batchs_order():
+    got = gather_rows({"x_P": np.array([20, 0, 30, 10])}, np.array([2, 0, 3, 1]))
+    np.testing.assert_array_equal(got["x_P"], [0, 10, 20, 30])

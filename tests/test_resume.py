@@ -8,9 +8,24 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
-from tiny_runs import ROOT, assert_same_parameters, command, environment, parameters, rows, run, tiny
+from tiny_runs import (
+    LONG,
+    ROOT,
+    assert_same_parameters,
+    command,
+    environment,
+    parameters,
+    read_jsonl,
+    rows,
+    run,
+    tiny,
+    write_problems,
+)
 
+from exprl_jax import wave
+from exprl_jax.rollout.lengths import deal
 from exprl_jax.run import loop
 
 STEPS = 4
@@ -69,6 +84,37 @@ def test_groups_sampled_again_are_so_after_a_stop_too(tmp_path, monkeypatch):
     monkeypatch.setattr(loop.StopRequest, "agreed", lambda self: False)
     run(resampling({}), folder)
     assert_as_whole(folder, expected)
+
+
+def test_rows_in_slots_and_what_is_expected_of_them_go_on_after_a_stop(tmp_path, monkeypatch):
+    """Eight problems again and again, so that each step deals them by the lengths of the one before; the order of the
+    batch, and all that is learned from it, is that of a run that does not deal."""
+    source = write_problems(tmp_path / "eight.jsonl", read_jsonl(ROOT / "configs/data/arithmetic.jsonl")[:8])
+    changes = LONG | {"log.rollouts": 8, "steps": 3, "data.source": source, "rollout.slots": 3}
+    dealt = []
+    with monkeypatch.context() as patch:
+        patch.setattr(wave, "deal", lambda expected_P, queues: np.arange(len(expected_P)))
+        plain = run(tiny("outcome", changes), tmp_path / "plain")
+    monkeypatch.setattr(wave, "deal", lambda *given: dealt.append(deal(*given)) or dealt[-1])
+    whole = run(tiny("outcome", changes), tmp_path / "whole")
+    assert rows(whole) == rows(plain)
+    assert_same_parameters(whole, plain)
+    written = [path.read_text() for path in sorted((whole / "rollouts").iterdir())]
+    assert written == [path.read_text() for path in sorted((plain / "rollouts").iterdir())]
+    assert len(dealt) == 2 and all(sorted(order) == list(range(8)) and (order != range(8)).any() for order in dealt)
+
+    asked = iter([False, True])
+    monkeypatch.setattr(loop.StopRequest, "agreed", lambda self: next(asked))
+    folder = run(tiny("outcome", changes), tmp_path / "stopped")
+    monkeypatch.setattr(loop.StopRequest, "agreed", lambda self: False)
+    run(tiny("outcome", changes), folder)
+    without_clock = [
+        [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows(each, clock=True)]
+        for each in (folder, whole)
+    ]
+    assert without_clock[0] == without_clock[1]
+    first, *later = (row["rollout/expected_tokens"] for row in without_clock[0])
+    assert first is None and later == [row["response/length_mean"] for row in rows(whole)[:-1]]
 
 
 def test_what_was_done_after_the_last_checkpoint_is_done_again(whole, tmp_path, monkeypatch):

@@ -326,7 +326,7 @@ def test_each_program_compiles_once(arm):
         always.add("token_logp")
     routes, judge = arm.config.routes, arm.config.judge
     if routes.math != "verifier":
-        together = "process" in routes.all and (judge.unit, judge.readout) == ("prefix", "logits")
+        together = "process" in routes.all and judge.unit == "prefix"
         always |= {"judge_prefill", "judge_branches" if together else "judge"}
     if arm.config.data.source.endswith("problems.jsonl"):  # with questions whose answers a judge verifies
         always.add("judge")

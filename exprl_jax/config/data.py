@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from exprl_jax.config.values import Count, GroupSize, NotNegative
+from exprl_jax.config.values import Count, CountOrNone, GroupSize, NotNegative
 
 # Of a problem's row, in our own schema.
 COLUMNS = ("id", "problem", "reference", "answer", "domain", "choices")
@@ -58,7 +58,8 @@ class Sampling:
     Attributes:
       samples: samples a problem (n).
       group: samples of a problem drawn at a time, a divisor of `samples`.
-      wave: problems sampled at a time.
+      wave: problems sampled at a time; without `slots` it bounds the KV cache.
+      slots: rows that a data shard decodes at a time, as `rollout.slots`; 0 decodes all rows of a wave together.
       max_tokens: longest response.
       temperature: the policy's; 0 is greedy.
     """
@@ -66,5 +67,6 @@ class Sampling:
     samples: GroupSize
     group: GroupSize
     wave: Count
+    slots: CountOrNone
     max_tokens: Count
     temperature: NotNegative

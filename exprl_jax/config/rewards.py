@@ -137,6 +137,9 @@ class Judge:
       max_context_tokens: longest prompt without the trace: rubric, problem, reference, closing instruction and chat
         template; problems beyond it are dropped and counted.
       max_trace_tokens: longest trace, in the judge's own tokens; a longer one gets no score.
+      wave: problems that a `local` judge is asked about at a time, a divisor of those that are sampled at a time; it
+        bounds the judge's KV cache.  0 for all of them, and where nothing is sampled: what asks about fixed rollouts
+        has a `wave` of its own.
     """
 
     backend: Literal["local", "openai", "function"]
@@ -152,6 +155,7 @@ class Judge:
     max_tokens: Count
     max_context_tokens: Count
     max_trace_tokens: Count
+    wave: CountOrNone
 
     @property
     def per_problem(self) -> bool:

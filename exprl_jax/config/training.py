@@ -19,10 +19,13 @@ class Rollout:
       temperature: the policy's; every log-probability in training is of logits / temperature.
       wave: problems sampled and judged at a time; without `slots` it bounds the KV cache.
       slots: rows that a data shard decodes at a time; a row that ends gives its slot to the next one of the wave, and
-        the KV cache is bounded by slots.  0 decodes all rows of a wave together, until the longest has ended.
+        the KV cache is bounded by slots.  A step's problems are dealt to data shards by the lengths of their last
+        rollouts, the longest first.  0 decodes all rows of a wave together, until the longest has ended.
       expected_tokens: of a response; the slots share pages of KV for slots · expected_tokens.  Longer responses take
-        pages that others do not need, and where none is left the youngest begin anew later, to the same tokens.  0
-        keeps pages for max_tokens of each slot.
+        pages that others do not need, and where none is left the youngest begin anew later, to the same tokens.  How
+        many slots have a row at a time follows from these pages and from the lengths of the last steps: a row begins
+        where there are pages for what it and all older ones are expected to need.  0 keeps pages for max_tokens of
+        each slot.
       max_resample: how often a group without any advantage is sampled again, on any route.
       hints: longest hint, in tokens, with which a group without any success is then sampled once more; 0 for none.
         `reference`, frozen, writes it from the reference solution.  Only where every route is `verifier`, because a

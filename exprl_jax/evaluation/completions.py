@@ -37,10 +37,16 @@ class Completer:
         max_tokens: int,
         temperature: float,
         seed: int,
+        slots: int = 0,
     ):
-        """Args: prompts: token ids by name.  Compiles nothing yet."""
+        """Compiles nothing yet.
+
+        Args:
+          prompts: token ids by name.
+          slots: of a data shard, in which rows take turns; 0 for one of every row.
+        """
         self._params, self._decode, self._prompts = params, model.tokenizer.decode, make_prompts(prompts)
-        self._sampler = programs.build_sampler(model, mesh, max_tokens=max_tokens, wave=wave)
+        self._sampler = programs.build_sampler(model, mesh, max_tokens=max_tokens, wave=wave, slots=slots)
         self._temperature, self._seed = temperature, seed
 
     def complete(self, names: Sequence[str], group: int, step: int = 0) -> list[list[Completion]]:

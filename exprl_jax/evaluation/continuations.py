@@ -47,7 +47,7 @@ def continue_prefixes(
     problems = list({trace.rollout.problem.id: trace.rollout.problem for trace in prefixes}.values())
     check_answers(problems)
     say(f"policy {config.policy.weights}; {len(by_name)} prefixes, {sampling.samples} continuations each")
-    sizes = dict(wave=sampling.wave, max_tokens=sampling.max_tokens)
+    sizes = dict(wave=sampling.wave, max_tokens=sampling.max_tokens, slots=sampling.slots)
     params = load_params(policy, mesh, config.seed)
     completer = Completer(policy, mesh, params, prompts, **sizes, temperature=sampling.temperature, seed=config.seed)
     with open_graders(config.grader, config.code, kinds_of(problems)) as graders:

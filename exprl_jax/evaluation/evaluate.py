@@ -185,7 +185,9 @@ def open_evaluation(
         wave=sampling.wave,
         group=sampling.group,
     )
-    sampler = programs.build_sampler(policy, mesh, max_tokens=sampling.max_tokens, wave=sampling.wave)
+    sampler = programs.build_sampler(
+        policy, mesh, max_tokens=sampling.max_tokens, wave=sampling.wave, slots=sampling.slots
+    )
     bench = Bench(
         sampler,
         prompts,

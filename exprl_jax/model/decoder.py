@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from exprl_jax.architecture import Architecture
 from exprl_jax.config import Execution
 from exprl_jax.mesh import ONE_DEVICE, Placement, shard_parameters
-from exprl_jax.model import attention, page_attention, paged
+from exprl_jax.model import attention, branch_pages, page_attention, paged
 from exprl_jax.model.cache import KV, empty_cache, empty_context, row_to_context
 from exprl_jax.records import BranchRows, Context, Packed, Prefix, Rows
 
@@ -316,6 +316,16 @@ class Transformer:
             return paged.open_pages(self.arch, self.execution, self.placement, prefix, start_PG, tokens)
         return empty_cache(self.arch, self.execution, *start_PG.shape, slots)
 
+    def open_traces(self, prefix: Prefix, start_PG: Int[Array, "P G"], tokens: int, spare: int) -> paged.PagedCache:
+        """Pages for so many `tokens` of each trace, and `spare` ones of each problem for rows that go on from them."""
+        return paged.open_pages(self.arch, self.execution, self.placement, prefix, start_PG, tokens, spare)
+
+    def branch(
+        self, cache: paged.PagedCache, begin_PG: Int[Array, "P G"], start_PG: Int[Array, "P G"], tokens: int
+    ) -> paged.PagedCache:
+        """Pages of rows that go on from beginnings of traces (`model.branch_pages`)."""
+        return branch_pages.branch(cache, begin_PG, start_PG, tokens, self.placement, self.arch.kv_heads)
+
     def open_slots(self, prefix: Prefix, slots: int, tokens: int, pages: int) -> Any:
         """Room for rows that take turns in decode slots, their contexts at hand.
 
@@ -341,7 +351,8 @@ class Transformer:
         """Feeds T more tokens a row at cache slots slot … slot + T − 1; returns their hidden states and the cache.
 
         Args:
-          prefix: of each of the P; with `problem_P`, its lengths are, and its keys and values are of all problems.
+          prefix: of each of the P; with `problem_P`, its lengths are, and its keys and values are of all problems.  Its
+            lengths may be of each row, [P, G], on pages.
           slot: of all rows, or of each.
           problem_P: which of its shard's contexts is read by each of the P, where that is not the index itself.
         """
@@ -377,7 +388,8 @@ class Transformer:
 def _positions(length_P: Array, start_PG: Array, slot: Any, tokens: int) -> Array:
     """Of each row's tokens, counted on after its context's; 0 for padding before its start."""
     own = jnp.asarray(slot)[..., None] + jnp.arange(tokens) - start_PG[..., None]
-    return jnp.maximum(length_P[:, None, None] + own, 0)
+    length_PG = length_P if length_P.ndim == 2 else length_P[:, None]
+    return jnp.maximum(length_PG[..., None] + own, 0)
 
 
 def logits(hidden: Float[Array, "*B D"], table_DV: Float[Array, "D V"]) -> Float[Array, "*B V"]:

@@ -51,7 +51,7 @@ def attend_pages(
         k_PGTKE,
         v_PGTKE,
         cache.pool,
-        (pages.table_PGn, pages.length_P, pages.start_PG, pages.problem_P),
+        (pages.table_PGn, pages.length_PG, pages.start_PG, pages.problem_P),
         cache.k_scale[layer],
         cache.v_scale[layer],
         jnp.int32(layer),
@@ -61,14 +61,14 @@ def attend_pages(
 
 
 def _write_and_attend(q, k, v, pool, read, k_scale, v_scale, layer, slot, *, layers, execution, placement):
-    (P, G, T, H, E), (table, length_P, start_PG, problem_P) = q.shape, read
+    (P, G, T, H, E), (table, length_PG, start_PG, problem_P) = q.shape, read
     K, pages = k.shape[3], pool.shape[0] // layers
     if problem_P is not None:
         k_scale, v_scale = k_scale[problem_P], v_scale[problem_P]
     slot_T = slot[..., None] + jnp.arange(T)
     # A slot before the row's start has a position too, within its context or below 0: clipped here, for the gather
     # must stay in the table, and masked below, or padding would overwrite the context that all rows of it read.
-    position_PGT = length_P[:, None, None] + slot_T - start_PG[..., None]
+    position_PGT = length_PG[..., None] + slot_T - start_PG[..., None]
     page_PGT = jnp.take_along_axis(table, jnp.clip(position_PGT // paged.PAGE, 0, table.shape[2] - 1), axis=2)
     # Padding is written nowhere: a number past the pool is dropped.
     page_PGT = jnp.where(slot_T >= start_PG[..., None], page_PGT + layer * pages, pool.shape[0])
@@ -82,7 +82,7 @@ def _write_and_attend(q, k, v, pool, read, k_scale, v_scale, layer, slot, *, lay
         q = (q * k_scale[:, None, None, :, None]).astype(q.dtype)
     # A row that has not begun asks for its context's last token, to no purpose: the kernel wants a query of every row.
     own_PG = slot + T - start_PG
-    asked, known = jnp.clip(own_PG, 1, T).ravel(), jnp.maximum(length_P[:, None] + jnp.maximum(own_PG, 0), 1).ravel()
+    asked, known = jnp.clip(own_PG, 1, T).ravel(), jnp.maximum(length_PG + jnp.maximum(own_PG, 0), 1).ravel()
     attention = _kernel if placement.on_tpu else _gathered
     out = attention(q.reshape(P * G, T, K, H // K, E), pool, (table + layer * pages).reshape(P * G, -1), known, asked)
     out = out.reshape(P, G, T, K, H // K, E)

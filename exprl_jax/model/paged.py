@@ -46,7 +46,7 @@ class Pages:
 
     Attributes:
       table_PGn: int32, numbers of pages, without the layer.
-      length_P: int32, tokens of the context.
+      length_PG: int32, tokens of the context; [P, 1] where a problem's rows have all of it.
       start_PG: int32, first real slot of each row.
       problem_P: int32, the context's number among its shard's; None where it is the index itself.
       owner_N: int32, of each page that is no context's, its slot, or the number of slots where it is free; None where
@@ -54,7 +54,7 @@ class Pages:
     """
 
     table_PGn: Array
-    length_P: Array
+    length_PG: Array
     start_PG: Array
     problem_P: Array | None = None
     owner_N: Array | None = None
@@ -88,8 +88,9 @@ def open_pages(
     prefix: Prefix,
     start_PG: Int[Array, "P G"],
     slots: int,
+    spare: int = 0,
 ) -> PagedCache:
-    """A pool that holds the contexts, with room for `slots` tokens of each row."""
+    """A pool that holds the contexts, with room for `slots` tokens of each row, and so many spare pages a problem."""
     k, v, scales = _keys_values_scales(arch, execution, prefix)
 
     def fill(k_LPKCE, v_LPKCE, k_scale, v_scale, length_P, start_PG):
@@ -97,7 +98,7 @@ def open_pages(
         shared, own = C // PAGE, own_pages(slots)
         k, v = (jnp.moveaxis(x, 2, 3) for x in (k_LPKCE, v_LPKCE))
         kv = combine(k, v, k_scale[:, :, None], v_scale[:, :, None], execution, placement)
-        full_P, pages = length_P // PAGE, P * (shared + G * own)
+        full_P, pages = length_P // PAGE, P * (shared + G * own + spare)
         pool = jnp.zeros((L * pages, PAGE, *kv.shape[3:]), kv.dtype)
         if C:
             layer_page, offset = jnp.arange(L)[:, None, None] * pages, jnp.arange(PAGE)
@@ -124,7 +125,7 @@ def open_pages(
     # Contexts and scales are sharded alike: problems over `data`, heads over `model`.
     fill = placement.split(fill, ((None, data, heads),) * 4 + ((data,),) * 2, ((data, None, heads), (data,)))
     pool, table = fill(k, v, *scales, prefix.length_P, start_PG)
-    return PagedCache(pool, Pages(table, prefix.length_P, start_PG), *scales)
+    return PagedCache(pool, Pages(table, prefix.length_P[:, None], start_PG), *scales)
 
 
 def open_pool(
@@ -160,7 +161,7 @@ def open_pool(
     fill = placement.split(fill, ((None, data, heads),) * 4, ((data, None, heads), (data,), (data,)))
     pool, table, owner = fill(k, v, *scales)
     none = jnp.zeros(len(table), jnp.int32)
-    return PagedCache(pool, Pages(table, none, none[:, None], none, owner), *scales)
+    return PagedCache(pool, Pages(table, none[:, None], none[:, None], none, owner), *scales)
 
 
 def own_pages(tokens: int) -> int:
@@ -173,7 +174,7 @@ def hand_out_pages(
     pages: Pages,
     layers: int,
     problems: int,
-    expected: int,
+    expected_A: Int[Array, " A"],
     problem_A: Int[Array, " A"],
     length_A: Int[Array, " A"],
     count_A: Int[Array, " A"],
@@ -189,7 +190,7 @@ def hand_out_pages(
     Args:
       pool, pages: of the slots, as `open_pool` and this function leave them.
       layers, problems: of the pool.
-      expected: pages that a row is expected to need.
+      expected_A: pages that each slot's row is expected to need.
       problem_A, length_A: each slot's context, and its tokens.
       count_A: tokens of its own by now.
       fresh_A: slots whose row begins; busy ones.
@@ -218,7 +219,9 @@ def hand_out_pages(
     #     available      4  3  2  1        1 + what all that are younger own
     #     fits           ✓  ✓  ✓  –        d gives its page back, which c takes
     oldest_first = jnp.argsort(jnp.where(busy_A, start_A, jnp.iinfo(jnp.int32).max), stable=True)
-    need, owned, fresh = (x[oldest_first] for x in (need_A.astype(jnp.int32), owned_A, fresh_A))
+    need, owned, fresh, expected = (
+        x[oldest_first] for x in (need_A.astype(jnp.int32), owned_A, fresh_A, jnp.where(busy_A, expected_A, 0))
+    )
     wanted = jnp.cumsum(need)
     available = free + owned.sum() - jnp.cumsum(owned)
     fits = (wanted <= available) & (~fresh | (jnp.cumsum(jnp.maximum(owned + need, expected)) <= N))
@@ -253,7 +256,7 @@ def hand_out_pages(
     pool = jax.lax.fori_loop(0, A, copy_tail, pool)
     # What is fed to an empty slot is padding: nothing of it is kept.
     start_PG = jnp.where(kept_A, 0, jnp.iinfo(jnp.int32).max)[:, None]
-    return kept_A, pool, Pages(table[:, None], length_A, start_PG, problem_A, owner)
+    return kept_A, pool, Pages(table[:, None], length_A[:, None], start_PG, problem_A, owner)
 
 
 def _release(owner_N, kept_A):

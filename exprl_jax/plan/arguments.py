@@ -50,13 +50,15 @@ def array(mesh: Mesh, dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=rows_sharding(mesh) if shape else replicated(mesh))
 
 
-def draw_shapes(mesh: Mesh, problems: int, group: int) -> Draw:
+def draw_shapes(mesh: Mesh, problems: int, group: int, turns: bool) -> Draw:
+    """How rows are sampled; where they take `turns` in decode slots, with what is expected of them."""
     return Draw(
         seed=array(mesh, jnp.uint32),
         step=array(mesh, jnp.int32),
         problem_P=array(mesh, jnp.uint32, problems),
         temperature_PG=array(mesh, jnp.float32, problems, group),
         budget_PG=array(mesh, jnp.int32, problems, group),
+        expected_P=array(mesh, jnp.int32, problems) if turns else None,
     )
 
 

@@ -157,10 +157,10 @@ def _calibrated(config: Calibrate, mesh: Mesh) -> list[Call]:
         model, sampling = known_model(config.policy), config.prefixes.sampling
         # A prefix is of a rollout, which is taken to be as long as what is written after it may be.
         most = min(config.data.max_prompt_tokens + sampling.max_tokens, model.arch.max_positions - sampling.max_tokens)
-        settings = tuple(f"prefixes.sampling.{key}" for key in ("wave", "group", "max_tokens"))
+        settings = tuple(f"prefixes.sampling.{key}" for key in ("wave", "slots", "group", "max_tokens"))
         given = model, sampling.wave, sampling.group, most, sampling.max_tokens
         acting = POLICY, parameter_shapes(model, mesh)
-        calls += completion_calls(mesh, acting, *given, "continuations", (*settings, "mesh.model"))
+        calls += completion_calls(mesh, acting, *given, "continuations", (*settings, "mesh.model"), sampling.slots)
     return calls
 
 

@@ -22,6 +22,7 @@ from exprl_jax.mesh import bytes_per_device, fit_mesh, laid_out, mesh_over
 from exprl_jax.plan.calls import calls_of
 from exprl_jax.plan.chips import Topology, axis_bandwidth
 from exprl_jax.plan.hlo import collectives, copies_in_loops, read_module
+from exprl_jax.plan.lengths import Lengths, at_lengths
 from exprl_jax.plan.memory import owners_of
 from exprl_jax.plan.records import Call, Planned, Result
 
@@ -85,6 +86,7 @@ class Report:
       data, model: the mesh.
       changes: of the config, for this topology.
       limit: bytes of HBM a device.
+      lengths: that rollouts are taken to have; None for their budgets.
     """
 
     topology: str
@@ -93,6 +95,7 @@ class Report:
     changes: str
     limit: float
     programs: tuple[Usage, ...]
+    lengths: Lengths | None = None
 
     @property
     def fits(self) -> bool:
@@ -104,8 +107,11 @@ class Report:
         return sum(usage.bound for usage in self.programs if phase in (None, usage.phase))
 
 
-def compile_for(config: Planned, topology: Topology, changes: str) -> Report:
+def compile_for(config: Planned, topology: Topology, changes: str, lengths: Lengths | None = None) -> Report:
     """Compiles every program of the config for the topology.  One that does not fit does not stop the others.
+
+    Args:
+      lengths: that rollouts are taken to have; None for their budgets.
 
     Raises:
       ValueError: the config does not fit the topology.
@@ -114,14 +120,17 @@ def compile_for(config: Planned, topology: Topology, changes: str) -> Report:
     mesh = mesh_over(topology.devices, data, model)
     results: dict[str, Any] = {}
     with uncached():
-        made = [_compile(call, topology, mesh, results) for call in calls_of(config, mesh)]
+        calls = calls_of(config, mesh)
+        if lengths is not None:
+            calls = at_lengths(calls, config, mesh, lengths)
+        made = [_compile(call, topology, mesh, results) for call in calls]
     # A run keeps its programs loaded: the code of all of them lies beside each.
     code = sum(usage.owners.get(CODE, 0) for usage in made)
     programs = [
         dataclasses.replace(x, owners={**x.owners, CODE: code}, needed=x.needed + code) if x.compiled else x
         for x in made
     ]
-    return Report(topology.name, data, model, changes, topology.chip.hbm, tuple(programs))
+    return Report(topology.name, data, model, changes, topology.chip.hbm, tuple(programs), lengths)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from exprl_jax.config import Asking
 from exprl_jax.mesh import DATA, MODEL, bytes_per_device
+from exprl_jax.model.branch_pages import spare_pages
 from exprl_jax.model.lora import Adapted
 from exprl_jax.model.paged import PagedCache
 from exprl_jax.plan.arguments import parameter_shapes, state_shapes
@@ -70,10 +71,21 @@ def keys_bytes(model: LanguageModel, mesh: Mesh, tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) // mesh.shape[DATA] // heads
 
 
-def cache_bytes(model: LanguageModel, mesh: Mesh, prefix: Any, rows: RowShapes, tokens: int) -> int:
-    """Bytes a device of the keys and values, so many `tokens` at most, from which rows are continued."""
+def cache_bytes(
+    model: LanguageModel, mesh: Mesh, prefix: Any, rows: RowShapes, tokens: int, trace: int, branches: int
+) -> int:
+    """Bytes a device of the keys and values, so many `tokens` at most, from which rows are continued.
+
+    Args:
+      trace: tokens of each of the rows' traces; 0 where they go on from none.
+      branches: rows of a problem that go on from its traces.
+    """
     transformer = model.on(mesh)
-    if rows.turns(mesh.shape[DATA]) > 1:
+    if trace:
+        start_PG = jax.ShapeDtypeStruct((*prefix.length_P.shape, rows.group), jnp.int32)
+        spare = spare_pages(branches, tokens)
+        cache = jax.eval_shape(functools.partial(transformer.open_traces, tokens=trace, spare=spare), prefix, start_PG)
+    elif rows.turns(mesh.shape[DATA]) > 1:
         sizes = dict(slots=rows.slots, max_tokens=tokens, expected_tokens=rows.expected_tokens)
         cache = jax.eval_shape(functools.partial(open_slots, transformer, **sizes), prefix)
     else:
@@ -84,6 +96,13 @@ def cache_bytes(model: LanguageModel, mesh: Mesh, prefix: Any, rows: RowShapes, 
         return keys_bytes(model, mesh, cache.pool)
     # A scan over layers takes the cache as input and gives it as output: two copies, where a pool is written in place.
     return keys_bytes(model, mesh, cache) * (1 + model.execution.scan_layers)
+
+
+def token_bytes(model: LanguageModel, mesh: Mesh | AbstractMesh) -> float:
+    """Bytes a device of one token's keys and values, as rows are decoded from them."""
+    size = 1 if model.execution.kv_dtype == "int8" else jnp.dtype(model.execution.compute_dtype).itemsize
+    heads = mesh.shape[MODEL] if model.arch.kv_heads % mesh.shape[MODEL] == 0 else 1
+    return 2 * model.arch.layers * model.arch.kv_heads * model.arch.head_size * size / heads
 
 
 def weight_bytes(model: LanguageModel, mesh: Mesh) -> int:

@@ -64,6 +64,7 @@ class RowShapes(NamedTuple):
       context, width: slots of a context, and of a row before its answer.
       answer: tokens that are sampled after them; 0 where a row is only read.
       slots, expected_tokens: as `rollout.sampler.sample` takes them.
+      own: slots of what a row has of its own that goes on from a trace, where rows do.
     """
 
     problems: int
@@ -73,6 +74,7 @@ class RowShapes(NamedTuple):
     answer: int
     slots: int = 0
     expected_tokens: int = 0
+    own: int = 1
 
     def turns(self, shards: int) -> int:
         """How often a decode slot is taken, at most: as often as the rows of a shard fill all slots."""

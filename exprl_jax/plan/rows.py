@@ -15,12 +15,12 @@ from exprl_jax.kinds import KINDS
 from exprl_jax.mesh import DATA
 from exprl_jax.plan.arguments import array, draw_shapes, frozen_parameters
 from exprl_jax.plan.costs import Cost, forward, seen_pairs
-from exprl_jax.plan.memory import cache_bytes, copy_bytes, keys_bytes, weight_bytes
+from exprl_jax.plan.memory import cache_bytes, copy_bytes, keys_bytes, token_bytes, weight_bytes
 from exprl_jax.plan.models import known_model
 from exprl_jax.plan.records import BATCH, COPY, KEYS, Call, Result, RowShapes
 from exprl_jax.programs import build_judge, build_sampler
-from exprl_jax.records import BranchRows, Context, Rows
-from exprl_jax.reward.branching import branch_tokens
+from exprl_jax.records import BranchRows, Context, Rows, Traces
+from exprl_jax.reward.branching import WRITTEN, branch_tokens, own_width
 from exprl_jax.reward.checklists import ChecklistPrompts
 from exprl_jax.reward.judge import score_prompt, verify_prompt
 from exprl_jax.reward.judge_prompts import Unit
@@ -31,8 +31,11 @@ from exprl_jax.rollout.sampler import CHUNK
 from exprl_jax.weights.language_model import LanguageModel
 
 _SAMPLING = ("rollout.wave", "rollout.slots", "rollout.expected_tokens", "mesh.model", "policy.execution.kv_dtype")
-_EVALUATING = ("sampling.wave", "sampling.group", "mesh.model", "policy.execution.kv_dtype")
-_JUDGING = ("rollout.wave", "judge.max_context_tokens", "judge.max_trace_tokens", "judge.max_tokens", "mesh.model")
+_EVALUATING = ("sampling.wave", "sampling.slots", "sampling.group", "mesh.model", "policy.execution.kv_dtype")
+_JUDGING = (
+    *("judge.wave", "rollout.wave", "judge.max_context_tokens", "judge.max_trace_tokens", "judge.max_tokens"),
+    "mesh.model",
+)
 
 
 def sampling_calls(config: Config | Evaluate, mesh: Mesh, acting: tuple[str, Any]) -> list[Call]:
@@ -40,9 +43,8 @@ def sampling_calls(config: Config | Evaluate, mesh: Mesh, acting: tuple[str, Any
     rollout = config.sampling if evaluates else config.rollout
     waves, settings = (1, _EVALUATING) if evaluates else (rollout.prompts // rollout.wave, _SAMPLING)
     # A prompt's last token is the first of its rows.
-    context, queue = padded_width(config.data.max_prompt_tokens - 1), {}
-    if not evaluates:
-        queue = dict(slots=rollout.slots, expected_tokens=rollout.expected_tokens)
+    context = padded_width(config.data.max_prompt_tokens - 1)
+    queue = dict(slots=rollout.slots, expected_tokens=0 if evaluates else rollout.expected_tokens)
     rows = RowShapes(rollout.wave, rollout.group, context, 1, rollout.max_tokens, **queue)
     sampler = build_sampler(model, mesh, max_tokens=rollout.max_tokens, wave=rollout.wave, **queue)
     programs = {"prefill": sampler.prefill, "sample": sampler.sample}
@@ -56,14 +58,18 @@ def judging_calls(config: Config, mesh: Mesh, prefixes: int) -> list[Call]:
     units: set[Unit] = {judge.unit if ROUTES[name].per_segment else "outcome" for name in config.routes.all}
     context = padded_width(judge.max_context_tokens)
     suffix = judge_suffix(judge, model, units)
-    built, waves = build_judge(judge, mesh, model), rollout.prompts // rollout.wave
+    built, wave = build_judge(judge, mesh, model), judge.wave or rollout.wave
+    waves = rollout.prompts // wave
     params = frozen_parameters(config, mesh, judge.model)
-    rows = RowShapes(rollout.wave, rollout.group, context, padded_width(judge.max_trace_tokens + suffix), answer)
+    rows = RowShapes(wave, rollout.group, context, padded_width(judge.max_trace_tokens + suffix), answer)
     if prefixes > 1 and judge.unit == "prefix" and built.branches is not None:
-        # All prefixes of a rollout are scored in its row.
-        rows = rows._replace(width=padded_width(branch_tokens(judge.max_trace_tokens, suffix, prefixes)))
+        # All prefixes of a rollout are scored in its row, or go on from its trace.
+        width = judge.max_trace_tokens if answer else branch_tokens(judge.max_trace_tokens, suffix, prefixes)
+        rows = rows._replace(width=padded_width(width), own=own_width(suffix))
         programs = {"judge_prefill": built.prefill, "judge_branches": built.branches}
-        return row_calls(model, mesh, params, rows, programs, "judge", (waves, waves), _JUDGING, prefixes)
+        most = min(prefixes, WRITTEN) if answer else prefixes
+        times = waves, waves * -(-prefixes // most)
+        return row_calls(model, mesh, params, rows, programs, "judge", times, _JUDGING, most)
     # A rollout has at most so many prefixes to score, and a call takes one of each rollout.
     times, programs = (waves, waves * prefixes), {"judge_prefill": built.prefill, "judge": built.judge}
     return row_calls(model, mesh, params, rows, programs, "judge", times, _JUDGING)
@@ -92,10 +98,11 @@ def completion_calls(
     answer: int,
     of: str,
     settings: tuple[str, ...],
+    slots: int = 0,
 ) -> list[Call]:
     """Programs of `evaluation.completions`: answers to whole prompts of at most so many tokens."""
-    sampler = build_sampler(model, mesh, max_tokens=answer, wave=wave)
-    rows = RowShapes(wave, group, padded_width(prompt - 1), 1, answer)
+    sampler = build_sampler(model, mesh, max_tokens=answer, wave=wave, slots=slots)
+    rows = RowShapes(wave, group, padded_width(prompt - 1), 1, answer, slots)
     programs = {f"prefill ({of})": sampler.prefill, f"sample ({of})": sampler.sample}
     return row_calls(model, mesh, params, rows, programs, "sample", (1, 1), settings)
 
@@ -116,7 +123,7 @@ def row_calls(
     Args:
       programs: the two, by name.
       times: calls of each in a step.
-      branches: off each row; 0 where rows have none.
+      branches: off each row, or rows that go on from each and write; 0 where rows have none.
     """
     (prefill, reads), (proceed, continues) = programs.items()
     (P, G, C, T, answer, *_), shards = rows, mesh.shape[DATA]
@@ -124,26 +131,36 @@ def row_calls(
     context = Context(array(mesh, jnp.int32, P, C), array(mesh, jnp.int32, P))
     row, start = array(mesh, jnp.int32, P, G, T), array(mesh, jnp.int32, P, G)
     queries = [BranchRows(row, row, row, array(mesh, jnp.int32, P, G, branches)) if branches else Rows(row, start)]
-    if answer:
-        queries.append(draw_shapes(mesh, P, G))
+    # Rows that write, of each problem; where they go on from traces, they are not those that are read.
+    Q, trace = (G * branches, T) if branches and answer else (G, 0)
+    if trace:
+        begin = array(mesh, jnp.int32, P, Q)
+        asked = Rows(array(mesh, jnp.int32, P, Q, rows.own), begin)
+        queries = [asked, draw_shapes(mesh, P, Q, turns=False), Traces(Rows(row, start), begin)]
+    elif answer:
+        queries.append(draw_shapes(mesh, P, G, turns=rows.slots > 0))
     prefix = jax.eval_shape(reads, params[1], context)
     keys, weights = keys_bytes(model, mesh, prefix.layers), weight_bytes(model, mesh)
-    token = keys / (P * C / shards) * (0.5 if model.execution.kv_dtype == "int8" and answer else 1)
+    token = token_bytes(model, mesh) if answer else keys / (P * C / shards)
 
-    def passes(queries: int, keys: int, times: int, logits: int, turns: int = 1) -> Cost:
+    def passes(queries: int, keys: int, times: int, logits: int, turns: int = 1, group: int = Q) -> Cost:
         """Of every row's last `queries` tokens; what the rows see is read so many times, and the weights as often in
         each of the rows' turns."""
         pairs = seen_pairs(queries, keys)
-        moved = times * (turns * weights + P * G / shards * pairs / max(queries, 1) * token)
-        return forward(model.arch, params[1], P * G * queries, P * G * pairs, P * G * logits) + Cost(bytes=moved)
+        moved = times * (turns * weights + P * group / shards * pairs / max(queries, 1) * token)
+        operations = forward(model.arch, params[1], P * group * queries, P * group * pairs, P * group * logits)
+        return operations + Cost(bytes=moved)
 
     contexts = forward(model.arch, params[1], P * C, P * seen_pairs(C, C)) + Cost(bytes=weights + keys)
     # Of a row that is continued, the loop itself feeds the last token.
-    read = T - bool(answer)
-    cost = passes(read, C + read, -(-read // CHUNK), 0) + passes(answer, C + read + answer, answer, answer, turns)
+    read = (rows.own if trace else T) - bool(answer)
+    seen = C + trace + read
+    cost = passes(read, seen, -(-read // CHUNK), 0) + passes(answer, seen + answer, answer, answer, turns)
+    if trace:
+        cost += passes(trace, C + trace, -(-trace // CHUNK), 0, group=G)
     inside = {COPY: copy_bytes(model, mesh, whole=bool(answer))}
     if answer:
-        inside[KEYS] = cache_bytes(model, mesh, prefix, rows, read + answer)
+        inside[KEYS] = cache_bytes(model, mesh, prefix, rows, read + answer, trace, Q)
     arguments = params, (KEYS, Result(prefill, keys)), *((BATCH, query) for query in queries)
     return [
         Call(prefill, phase, reads, (params, (BATCH, context)), times[0], contexts, settings, inside={KEYS: keys}),

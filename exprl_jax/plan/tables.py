@@ -51,7 +51,7 @@ def as_text(report: Report) -> str:
         _heading(report),
         f"memory a device, GiB of {_gib(report.limit)}\n{align(fits)}",
         "collectives a call, received by each device\n" + align([["program", "kind", "axes", "times", "GB"], *moved]),
-        "time at best: a bound, not a measurement; all rollouts at their budgets\n"
+        f"time at best: a bound, not a measurement; {_lengths(report)}\n"
         + align(
             [["program", "calls a step", "TFLOP", "HBM GB", "compute s", "HBM s", "ICI s", "s a step"], *time], left=1
         ),
@@ -77,6 +77,17 @@ def _heading(report: Report) -> str:
     changes = f", {report.changes}" if report.changes else ""
     fits = "fits" if report.fits else "does not fit"
     return f"{report.topology}, mesh data {report.data} x model {report.model}{changes}: {fits}"
+
+
+def _lengths(report: Report) -> str:
+    """Of what rollouts the times are."""
+    if report.lengths is None:
+        return "all rollouts at their budgets"
+    mean, spread, segments = report.lengths
+    return (
+        f"rollouts of {mean:,.0f} tokens on average, lognormal with a spread of {spread:.2g}, in {segments:.2g} "
+        "segments; prompts and judgements at their budgets"
+    )
 
 
 def _problems(usage: Usage) -> list[str]:

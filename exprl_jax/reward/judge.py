@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -12,11 +13,19 @@ from jax.sharding import Mesh
 from exprl_jax import config as schema
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.tokenizer import SplitPrompt, Tokenizer
-from exprl_jax.hosts import fetch_rows, largest_over_processes, put_rows
+from exprl_jax.hosts import fetch_rows, largest_over_processes, local_problems, put_rows
 from exprl_jax.model.decoder import Params
 from exprl_jax.records import Draw, Rows
 from exprl_jax.reward.answers import opened_thought
-from exprl_jax.reward.branching import BranchedTrace, branch_off, branch_tokens, fill_branch_rows
+from exprl_jax.reward.branching import (
+    WRITTEN,
+    BranchedTrace,
+    branch_off,
+    branch_tokens,
+    fill_branch_rows,
+    fill_traces,
+    own_width,
+)
 from exprl_jax.reward.judge_prompts import CONTINUATION
 from exprl_jax.reward.judgements import (
     MARKER,
@@ -95,7 +104,7 @@ class Judge(AnswersAtOnce):
 
     Attributes:
       context_width, row_width: slots for the longest prompt head, and for a trace with the closing instruction.
-      problems: a wave's problems, over all processes.
+      problems: those that are asked about at a time, over all processes; a wave is some times as many.
       group: queries of one problem scored together (J).
       items: of the checklist that a problem's traces are scored against item by item, by its id; none for others.
     """
@@ -124,7 +133,8 @@ class Judge(AnswersAtOnce):
         prompts = _prompts_of(self.prompts.score, problems, queries)
         items = [self.items.get(problem.id, 0) for problem in problems]
         if segments > 1 and self.config.unit == "prefix" and self.programs.branches is not None:
-            answers = self._ask_branches(prompts, queries, segments)
+            together = functools.partial(self._ask_branches, segments=segments)
+            answers = self._some_at_a_time(together, prompts, queries)
         else:
             answers = self._ask(prompts, [[query.trace for query in of_problem] for of_problem in queries])
         return judgements_of(self.config, answers, queries, self.group, segments, items)
@@ -158,6 +168,18 @@ class Judge(AnswersAtOnce):
 
     def _ask(self, prompts: Sequence[SplitPrompt], texts: Sequence[Sequence[str]]) -> Iterator[Answer]:
         """The judge's answer to each text in its problem's prompt; none to a text that does not fit."""
+        yield from self._some_at_a_time(self._ask_some, prompts, texts)
+
+    def _some_at_a_time(
+        self, ask: Callable[..., Iterator[Answer]], prompts: Sequence[SplitPrompt], asked: Sequence[Sequence[Any]]
+    ) -> Iterator[Answer]:
+        """The answers that `ask` gives about as many of this process's problems at a time as it has rows for."""
+        mine = len(local_problems(self.mesh, self.problems))
+        for start in range(0, len(prompts), mine):
+            for answer in ask(prompts[start : start + mine], asked[start : start + mine]):
+                yield answer._replace(problem=answer.problem + start)
+
+    def _ask_some(self, prompts: Sequence[SplitPrompt], texts: Sequence[Sequence[str]]) -> Iterator[Answer]:
         waiting: list[list[tuple[int, list[int]]]] = []
         for prompt, of_problem in zip(prompts, texts, strict=True):
             tails = [prompt.tail_within(text, self.config.max_trace_tokens) for text in of_problem]
@@ -178,7 +200,8 @@ class Judge(AnswersAtOnce):
                     for row, (j, tail) in enumerate(of_problem):
                         yield Answer(i, j, None, probability_PJ5[i, row], False, len(tail))
                 continue
-            answers = fetch_rows(self.programs.judge(self.params, prefix, rows, self._greedy(batch)))
+            live = np.arange(self.group) < np.array([len(of_problem) for of_problem in batch])[:, None]
+            answers = fetch_rows(self.programs.judge(self.params, prefix, rows, self._greedy(live)))
             for i, of_problem in enumerate(batch):
                 for row, (j, tail) in enumerate(of_problem):
                     written = answers.mask_PGR[i, row]
@@ -194,8 +217,9 @@ class Judge(AnswersAtOnce):
         Args:
           segments: most prefixes of a rollout.
         """
-        suffix = max((len(prompt.suffix) for prompt in self.prompts.score.values()), default=0)
-        width = padded_width(branch_tokens(self.config.max_trace_tokens, suffix, segments))
+        written = self.config.readout == "text"
+        width = padded_width(branch_tokens(self.config.max_trace_tokens, self._suffix, segments))
+        own, most = (own_width(self._suffix), min(segments, WRITTEN)) if written else (width, segments)
         waiting: list[list[BranchedTrace]] = []
         for prompt, of_problem in zip(prompts, queries, strict=True):
             texts: dict[int, list[tuple[int, Sequence[int]]]] = {}
@@ -203,7 +227,7 @@ class Judge(AnswersAtOnce):
                 ids = prompt.encode(query.trace)
                 if len(ids) <= self.config.max_trace_tokens:
                     texts.setdefault(query.g, []).append((j, ids))
-            rows = (branch_off(of_rollout, prompt.suffix, width, segments) for of_rollout in texts.values())
+            rows = (branch_off(of_rollout, prompt.suffix, width, most, own) for of_rollout in texts.values())
             waiting.append([row for of_rollout in rows for row in of_rollout])
         calls = largest_over_processes(max(-(-len(of_problem) // self.group) for of_problem in waiting))
         if not calls:
@@ -211,6 +235,9 @@ class Judge(AnswersAtOnce):
         prefix = self._prefill(prompts)
         for call in range(calls):
             batch = [of_problem[call * self.group : (call + 1) * self.group] for of_problem in waiting]
+            if written:
+                yield from self._write_branches(prompts, prefix, batch, most)
+                continue
             rows = fill_branch_rows(batch, self.group, width, segments, self.tokenizer.pad_id)
             rows = put_rows(self.mesh, rows, self.problems)
             probability_PGN5 = fetch_rows(self.programs.branches(self.params, prefix, rows))
@@ -219,6 +246,30 @@ class Judge(AnswersAtOnce):
                     for n, (j, _, own) in enumerate(row.branches):
                         tokens = len(own) if n else len(row.trace) + len(own)
                         yield Answer(i, j, None, probability_PGN5[i, g, n], False, tokens)
+
+    def _write_branches(
+        self, prompts: Sequence[SplitPrompt], prefix: Any, batch: Sequence[Sequence[BranchedTrace]], most: int
+    ) -> Iterator[Answer]:
+        """What the judge writes about prefixes of up to `group` rollouts of each problem."""
+        widths = padded_width(self.config.max_trace_tokens), own_width(self._suffix)
+        rows, traces, asked_PQ = fill_traces(batch, self.group, most, *widths, self.tokenizer.pad_id)
+        rows, traces = put_rows(self.mesh, (rows, traces), self.problems)
+        rollouts = fetch_rows(self.programs.branches(self.params, prefix, rows, self._greedy(asked_PQ), traces))
+        for i, of_problem in enumerate(batch):
+            opened = opened_thought(self.tokenizer.decode(prompts[i].suffix))
+            for g, row in enumerate(of_problem):
+                for n, (j, _, own) in enumerate(row.branches):
+                    q = g * most + n
+                    written = rollouts.mask_PGR[i, q]
+                    text = self.tokenizer.decode(rollouts.tokens_PGR[i, q][written].tolist())
+                    read = len(own) if n else len(row.trace) + len(own)
+                    cut = not bool(rollouts.ended_PG[i, q])
+                    yield Answer(i, j, opened + text, None, cut, read + int(written.sum()))
+
+    @property
+    def _suffix(self) -> int:
+        """Tokens of the longest closing instruction."""
+        return max((len(prompt.suffix) for prompt in self.prompts.score.values()), default=0)
 
     def _prefill(self, prompts: Sequence[SplitPrompt]) -> Any:
         contexts = pad_contexts([prompt.head for prompt in prompts], self.context_width)
@@ -233,13 +284,11 @@ class Judge(AnswersAtOnce):
                 tokens[i, row, start[i, row] :] = tail
         return put_rows(self.mesh, Rows(tokens, start), self.problems)
 
-    def _greedy(self, batch: Sequence[Sequence[Any]]) -> Draw:
-        """Greedy decoding of the rows that hold a query: the loop does not wait for the others."""
-        mine = len(batch)
-        live = np.arange(self.group) < np.array([len(of_problem) for of_problem in batch])[:, None]
-        temperature = np.zeros((mine, self.group), np.float32)
+    def _greedy(self, live: np.ndarray) -> Draw:
+        """Greedy decoding of the rows [P, J] that hold a query: the loop does not wait for the others."""
+        temperature = np.zeros(live.shape, np.float32)
         budget = np.where(live, np.int32(self.config.max_tokens), np.int32(0))
-        draw = Draw(np.uint32(0), np.int32(0), np.zeros(mine, np.uint32), temperature, budget)
+        draw = Draw(np.uint32(0), np.int32(0), np.zeros(len(live), np.uint32), temperature, budget)
         return put_rows(self.mesh, draw, self.problems)
 
 
@@ -287,8 +336,9 @@ class JudgePrograms:
     Attributes:
       prefill: judge params, Context → Prefix.
       judge: judge params, Prefix, Rows → probabilities [P, J, 5] (`logits`); with a Draw more → Rollouts (`text`).
-      branches: judge params, Prefix, BranchRows → probabilities [P, J, N, 5], for `logits`; None where rows cannot
-        branch: a `text` judge writes, and the TPU's kernel knows only segments.
+      branches: all prefixes of a rollout at once.  judge params, Prefix, BranchRows → probabilities [P, J, N, 5]
+        (`logits`), or judge params, Prefix, Rows, Draw, Traces → Rollouts (`text`).  None where rows cannot branch: the
+        TPU's kernel of `logits` knows only segments.
     """
 
     prefill: Callable

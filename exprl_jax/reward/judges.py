@@ -14,6 +14,7 @@ from exprl_jax.architecture import Architecture
 from exprl_jax.data.problems import Problem
 from exprl_jax.data.tokenizer import SplitPrompt, Tokenizer
 from exprl_jax.data.training import within_budget
+from exprl_jax.mesh import DATA
 from exprl_jax.model.decoder import Params
 from exprl_jax.reward.checklists import ChecklistJudge, ChecklistPrompts, Checklists
 from exprl_jax.reward.endpoint import ChatClient
@@ -166,7 +167,7 @@ class JudgeBuilder:
             prompts=self._prompts,
             context_width=padded_width(max(len(prompt.head) for prompt in used)),
             row_width=padded_width(judge_config.max_trace_tokens + max(len(prompt.suffix) for prompt in used)),
-            problems=wave,
+            problems=_at_a_time(judge_config, mesh, wave),
             group=group,
         )
         if self._checklists is None:
@@ -185,6 +186,21 @@ def check_turns(judge_config: config.Judge, unit: Unit) -> None:
     if judge_config.per_problem:
         rubric.turns("outcome", "text", "write")
         rubric.turns(unit, judge_config.readout, "checklist")
+
+
+def _at_a_time(judge_config: config.Judge, mesh: Mesh, wave: int) -> int:
+    """Problems of a call to a judge on the mesh.
+
+    Raises:
+      ValueError: a wave, or the mesh, is not divided by them.
+    """
+    size, shards = judge_config.wave or wave, mesh.shape[DATA]
+    if wave % size or size % shards:
+        raise ValueError(
+            f"config.judge.wave: got {size}, expected a divisor of the {wave} problems that are sampled at a time, and "
+            f"a multiple of mesh.data = {shards}"
+        )
+    return size
 
 
 def open_checklists(

@@ -52,6 +52,7 @@ class Sampler:
       prefill, sample: see `programs.build_sampler`.
       wave: problems of a call, over all processes.
       max_tokens: of a response.
+      expected_tokens: of a response of which nothing else is known; 0 where rows take no turns in decode slots.
     """
 
     prefill: Callable
@@ -59,6 +60,7 @@ class Sampler:
     mesh: Mesh
     wave: int
     max_tokens: int
+    expected_tokens: int = 0
 
     def __call__(
         self,
@@ -72,6 +74,7 @@ class Sampler:
         step: int,
         attempt: int,
         live_P: np.ndarray,
+        expected_P: np.ndarray | None = None,
     ) -> tuple[Rollouts, Usage]:
         """G rollouts of each problem, and what the call did for them; a prompt is prefilled once.
 
@@ -79,6 +82,7 @@ class Sampler:
           problems: this process's problems of the wave.
           step, attempt: with seed, problem and index in the group, the identity of a rollout's random numbers.
           live_P: problems to sample; the rollouts of the others are empty.
+          expected_P: tokens that a rollout of each is expected to have, where that is known.
         """
         P = len(problems)
         context, last_P = prompts.context(problems)
@@ -90,6 +94,9 @@ class Sampler:
             temperature_PG=np.full((P, group), temperature, np.float32),
             budget_PG=np.repeat(np.where(live_P, np.int32(self.max_tokens), np.int32(0))[:, None], group, axis=1),
         )
+        if self.expected_tokens:
+            known_P = np.full(P, self.expected_tokens) if expected_P is None else np.ceil(expected_P)
+            draw = draw.replace(expected_P=known_P.astype(np.int32))
         context, rows, draw = put_rows(self.mesh, (context, rows, draw), self.wave)
         rollouts, usage = self.sample(params, self.prefill(params, context), rows, draw)
         return fetch_rows(rollouts), jax.device_get(usage)

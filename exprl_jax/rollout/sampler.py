@@ -23,9 +23,9 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from exprl_jax.model import paged
+from exprl_jax.model import branch_pages, paged
 from exprl_jax.model.decoder import Params, Transformer, logits
-from exprl_jax.records import Array, Draw, Prefix, Rollouts, Rows, Usage
+from exprl_jax.records import Array, Draw, Prefix, Rollouts, Rows, Traces, Usage
 from exprl_jax.rollout.sampling import draw_tokens, row_keys
 from exprl_jax.rollout.slots import RowInputs, Slots, empty_slots, fill_slots, write_rows
 
@@ -45,7 +45,7 @@ class Sampling:
       tokens_PGR, logp_PGR, entropy_PGR: the responses so far, as in `Rollouts`.
       length_PG: int32, tokens of each.
       ended_PG: bool, EOS was sampled, or there was nothing to sample.
-      busy_X, restarts_X, pages_X: `Usage` of each data shard.
+      busy_X, idle_X, restarts_X, pages_X: `Usage` of each data shard; idle in steps.
     """
 
     step: Array
@@ -58,6 +58,7 @@ class Sampling:
     length_PG: Array
     ended_PG: Array
     busy_X: Array
+    idle_X: Array
     restarts_X: Array
     pages_X: Array
 
@@ -74,6 +75,7 @@ def sample(
     pad_id: int,
     slots: int = 0,
     expected_tokens: int = 0,
+    traces: Traces | None = None,
 ) -> tuple[Rollouts, Usage]:
     """Samples up to `max_tokens` tokens a row; stops early when every row has ended.
 
@@ -85,7 +87,10 @@ def sample(
       eos_ids: any of these ends a row.
       slots: rows of a data shard that are decoded at a time; rows are then of one token.  0, or as many as there are
         rows, decodes all.
-      expected_tokens: by which the slots' common pages are counted; 0 for `max_tokens`.
+      expected_tokens: by which the slots' common pages are counted; 0 for `max_tokens`.  They are handed out by
+        `draw.expected_P` where that is given, and else by this too.
+      traces: rows go on from beginnings of these, which are read once and kept once in pages on every platform; there
+        are no slots then.
 
     Raises:
       ValueError: rows of several tokens are to wait for slots.
@@ -103,9 +108,13 @@ def sample(
     params = transformer.decoding_params(params)
     table_DV, eos = transformer.unembedding(params), jnp.asarray(eos_ids, jnp.int32)
     budget_PG = jnp.minimum(draw.budget_PG, max_tokens)
-    every_row = RowInputs(row_keys(draw), draw.temperature_PG, budget_PG, prefix.length_P, None)
-    expected_pages = paged.own_pages(expected_tokens or max_tokens)
-    seat, note = _by_shard(transformer, expected_pages)
+    expected_P = jnp.full(P, expected_tokens or max_tokens) if draw.expected_P is None else draw.expected_P
+    expected_pages_P = paged.own_pages(jnp.clip(expected_P, 1, max_tokens))
+    every_row = RowInputs(row_keys(draw), draw.temperature_PG, budget_PG, prefix.length_P, None, expected_pages_P)
+    seat, note = _by_shard(transformer)
+    if traces is not None:
+        # Of a row's context, so many tokens: the problem's, and a beginning of its trace.
+        every_row = every_row._replace(length_P=prefix.length_P[:, None] + traces.begin_PQ)
 
     def feed(cache, tokens_PGT, slot, start_PG=rows.start_PG, asked=every_row):
         of_rows = prefix.replace(length_P=asked.length_P)
@@ -158,11 +167,14 @@ def sample(
     if queued:
         cache = open_slots(transformer, prefix, slots, max_tokens, expected_tokens)
         opened, waiting_PG = empty_slots(slots * X), budget_PG > 0
+    elif traces is not None:
+        cache = _read_traces(transformer, params, prefix, traces.rows, branch_pages.spare_pages(G, own))
+        cache = transformer.branch(cache, traces.begin_PQ, rows.start_PG, own)
+        opened, waiting_PG = _together(rows, budget_PG)
     else:
         # The last slot's token is fed by the loop, so the cache needs no room for the last sampled one.
         cache = transformer.open_cache(prefix, rows.start_PG, T - 1 + max_tokens, own)
-        opened = Slots(rows.tokens_PGT[..., -1], budget_PG > 0, jnp.int32(0), None, None)
-        waiting_PG = jnp.zeros((0, 0), bool)
+        opened, waiting_PG = _together(rows, budget_PG)
     if T > 1:
         length = min(CHUNK, T - 1)
 
@@ -183,15 +195,39 @@ def sample(
         length_PG=jnp.zeros((P, G), jnp.int32),
         ended_PG=budget_PG == 0,
         busy_X=none_X,
+        idle_X=none_X,
         restarts_X=none_X,
         pages_X=none_X.astype(jnp.float32),
     )
     s = jax.lax.while_loop(more, advance, start)
     mask_PGR = jnp.arange(max_tokens) < s.length_PG[..., None]
+    decoded = slots * X if queued else P * G
     busy = s.busy_X.sum() if queued else s.length_PG.sum()
+    idle_X = s.idle_X if queued else s.step - s.length_PG.reshape(X, -1).max(-1)
     pages_used = s.pages_X.mean() if queued and isinstance(cache, paged.PagedCache) else None
-    usage = Usage(s.step, jnp.int32(slots * X if queued else P * G), busy, s.restarts_X.sum(), pages_used)
+    usage = Usage(s.step, jnp.int32(decoded), busy, idle_X.sum() * (decoded // X), s.restarts_X.sum(), pages_used)
     return Rollouts(s.tokens_PGR, mask_PGR, s.logp_PGR, s.entropy_PGR, s.ended_PG), usage
+
+
+def _together(rows: Rows, budget_PG: Array) -> tuple[Slots, Array]:
+    """A slot for every row, and none that waits."""
+    opened = Slots(rows.tokens_PGT[..., -1], budget_PG > 0, jnp.int32(0), None, None)
+    return opened, jnp.zeros((0, 0), bool)
+
+
+def _read_traces(transformer: Transformer, params: Params, prefix: Prefix, rows: Rows, spare: int) -> Any:
+    """Pages with whole traces in them, read some tokens at a time, and spare ones of each problem."""
+    tokens = rows.tokens_PGT.shape[2]
+    padding = -tokens % min(CHUNK, tokens)
+    tokens_PGT, start_PG = jnp.pad(rows.tokens_PGT, ((0, 0), (0, 0), (padding, 0))), rows.start_PG + padding
+    length = min(CHUNK, tokens)
+
+    def read(i, cache):
+        some_PGT = jax.lax.dynamic_slice_in_dim(tokens_PGT, i * length, length, axis=2)
+        return transformer.continue_rows(params, prefix, cache, some_PGT, start_PG, i * length)[1]
+
+    cache = transformer.open_traces(prefix, start_PG, tokens, spare)
+    return jax.lax.fori_loop(start_PG.min() // length, tokens_PGT.shape[2] // length, read, cache)
 
 
 def open_slots(transformer: Transformer, prefix: Prefix, slots: int, max_tokens: int, expected_tokens: int) -> Any:
@@ -204,7 +240,7 @@ def open_slots(transformer: Transformer, prefix: Prefix, slots: int, max_tokens:
     return transformer.open_slots(prefix, slots, max_tokens, pages)
 
 
-def _by_shard(transformer: Transformer, expected_pages: int) -> tuple[Callable, Callable]:
+def _by_shard(transformer: Transformer) -> tuple[Callable, Callable]:
     """`slots.fill_slots` and `slots.write_rows` of every data shard: what each has in its slots is its own affair."""
     placement, layers = transformer.placement, transformer.arch.layers
     shard = (placement.data,)
@@ -214,7 +250,7 @@ def _by_shard(transformer: Transformer, expected_pages: int) -> tuple[Callable, 
         on_pages = isinstance(s.cache, paged.PagedCache)
         pool, pages = (s.cache.pool, s.cache.pages) if on_pages else (None, None)
         fill = placement.split(
-            functools.partial(fill_slots, layers=layers, expected_pages=expected_pages),
+            functools.partial(fill_slots, layers=layers),
             (shard, shard, shard, shard, (), pool_axes, shard),
             (shard, shard, shard, pool_axes, shard, shard),
         )
@@ -222,7 +258,9 @@ def _by_shard(transformer: Transformer, expected_pages: int) -> tuple[Callable, 
             s.slots, s.waiting_PG, first_PG, rows, s.step, pool, pages
         )
         s = s.replace(slots=slots, waiting_PG=waiting_PG, restarts_X=s.restarts_X + sent_away_X)
-        s = s.replace(busy_X=s.busy_X + slots.busy_PG.reshape(len(s.busy_X), -1).sum(-1, dtype=jnp.int32))
+        busy_XA = slots.busy_PG.reshape(len(s.busy_X), -1)
+        # The oldest row always has its slot: where none has one, no row is left.
+        s = s.replace(busy_X=s.busy_X + busy_XA.sum(-1, dtype=jnp.int32), idle_X=s.idle_X + ~busy_XA.any(-1))
         if on_pages:
             owner_XN = pages.owner_N.reshape(len(s.pages_X), -1)
             in_use_X = jnp.mean(owner_XN < slots.busy_PG.shape[0] // len(s.pages_X), axis=1)

@@ -62,6 +62,7 @@ class RowInputs(NamedTuple):
       budget_PG: int32, tokens to sample at most.
       length_P: int32, tokens of the context.
       problem_P: int32, the context's number among its shard's; None where it is the index itself.
+      expected_P: int32, pages that a row of the context is expected to need.
     """
 
     key_PG: Array
@@ -69,6 +70,7 @@ class RowInputs(NamedTuple):
     budget_PG: Array
     length_P: Array
     problem_P: Array | None
+    expected_P: Array
 
 
 def empty_slots(slots: int) -> Slots:
@@ -87,7 +89,6 @@ def fill_slots(
     pages: paged.Pages | None,
     *,
     layers: int,
-    expected_pages: int,
 ) -> tuple[Slots, Array, RowInputs, Array | None, paged.Pages | None, Array]:
     """Gives rows that wait to empty slots, and pages to all slots that need one.
 
@@ -97,7 +98,6 @@ def fill_slots(
       rows: what is asked of each.
       pool, pages: of the slots; None where a slot's keys and values have a place of their own.
       layers: of the pool.
-      expected_pages: of a row.
 
     Returns:
       slots, waiting rows, what is asked of the rows in the slots, pool and pages, and [1], how many rows gave theirs
@@ -114,19 +114,18 @@ def fill_slots(
     row, start, count = jnp.where(fresh, next_row, row), jnp.where(fresh, step, start), jnp.where(fresh, 0, count)
     # Rows are numbered problem by problem, so that the number alone says whose context a row reads.
     problem, seated = row // G, busy | fresh
-    length, kept = rows.length_P[problem], seated
+    length, expected, kept = rows.length_P[problem], rows.expected_P[problem], seated
     if pages is not None:
         kept, pool, pages = paged.hand_out_pages(
-            pool, pages, layers, P, expected_pages, problem, length, count, seated, fresh, start
+            pool, pages, layers, P, expected, problem, length, count, seated, fresh, start
         )
     # Who has a slot waits no longer; who gave its pages back waits again.
     waiting_B = waiting_B.at[jnp.where(seated, row, P * G)].set(~kept, mode="drop")
     # `row` of an empty slot is stale: what is gathered with it is fed, for shapes are fixed, and masked by `kept`.
     token = jnp.where(fresh, first_PG.ravel()[row], slots.token_PG[:, 0])
     filled = Slots(*(x[:, None] for x in (token, kept, jnp.where(kept, count, 0), row, start)))
-    asked = RowInputs(
-        *(x.ravel()[row][:, None] for x in (rows.key_PG, rows.temperature_PG, rows.budget_PG)), length, problem
-    )
+    of_rows = (x.ravel()[row][:, None] for x in (rows.key_PG, rows.temperature_PG, rows.budget_PG))
+    asked = RowInputs(*of_rows, length, problem, expected)
     sent_away = jnp.sum(busy & ~kept, dtype=jnp.int32)[None]
     return filled, waiting_B.reshape(P, G), asked, pool, pages, sent_away
 

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -33,6 +33,16 @@ _ALL_SKIPPED = (
     "were not finite; lower optimizer.learning_rate, or start from other weights; the run stops, its earlier "
     "checkpoints stand"
 )
+
+
+class Memory(Protocol):
+    """What a task knows from its steps besides its state and its records."""
+
+    def state(self) -> dict[str, Any]:
+        """As JSON: a checkpoint holds it."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `state`."""
 
 
 class StepResult(NamedTuple):
@@ -74,6 +84,7 @@ class Task:
       evaluation: of the policy, inside the run; None where there is none.
       headline: what the number that progress shows is called.
       watch: how the run is watched for a collapse; None where there is nothing to watch.
+      memory: what its steps have taught it; None where it learns nothing by the way.
     """
 
     config: Config | Supervised
@@ -92,6 +103,7 @@ class Task:
     evaluation: Evaluation | None
     headline: str
     watch: Watch | None
+    memory: Memory | None = None
 
 
 class Best(NamedTuple):
@@ -188,6 +200,8 @@ def _run_opened(
                     best, unsaved = better_of(best, checkpoint, step + 1, unsaved), []
                     position = {"next_batch": step + 1, "problems": problems}
                     position["best"] = None if best is None else best._asdict()
+                    if task.memory is not None:
+                        position["memory"] = task.memory.state()
                     checkpoints.save(step + 1, state, position, None if best is None else best.step)
                     if jax.process_index() == 0:
                         keep_report(workdir)
@@ -225,6 +239,8 @@ def _restore_or_start(
     check_position(restored.position, task.problems)
     say(f"resuming after step {restored.step} of {task.steps}")
     best = restored.position.get("best")
+    if task.memory is not None and "memory" in restored.position:
+        task.memory.restore(restored.position["memory"])
     return restored.state, restored.step, None if best is None else Best(**best)
 
 

@@ -13,7 +13,7 @@ from exprl_jax.data.tokenizer import load_tokenizer
 from exprl_jax.hosts import put_rows
 from exprl_jax.records import Rollouts
 from exprl_jax.resolve import resolve
-from exprl_jax.reward.branching import branch_off, fill_branch_rows
+from exprl_jax.reward.branching import BranchedTrace, branch_off, fill_branch_rows, fill_traces
 from exprl_jax.reward.judge import Judge, JudgePrompts, NoJudge, Query, score_prompt, verify_prompt
 from exprl_jax.reward.judge_prompts import digit_token_ids
 from exprl_jax.reward.verifiers.verdict import Verdict
@@ -149,7 +149,7 @@ def test_prefixes_in_one_row_are_scored_as_in_passes_of_their_own(built):
 def test_rows_of_branches():
     """As records.BranchRows draws it, and what has no room goes into another row."""
     texts = [(0, (1, 2)), (1, (1, 2, 3)), (2, (1, 2, 3, 4)), (3, (1, 7))]
-    (row,) = branch_off(texts[:3], (8, 9), 10, 3)
+    (row,) = branch_off(texts[:3], (8, 9), 10, 3, 10)
     assert row.trace == (1, 2, 3, 4) and row.tokens == 10
     assert row.branches == [(2, 4, (8, 9)), (1, 3, (8, 9)), (0, 2, (8, 9))]
     made = fill_branch_rows([[row], []], 2, 11, 3, 0)
@@ -157,10 +157,28 @@ def test_rows_of_branches():
     assert made.segment_PGT[0, 0].tolist() == [1, 1, 1, 1, 2, 2, 3, 3, 4, 4, 0]
     assert made.position_PGT[0, 0].tolist() == [0, 1, 2, 3, 4, 5, 3, 4, 2, 3, 0]
     assert made.last_PGN[0, 0].tolist() == [5, 7, 9]
-    first, second = branch_off(texts, (8, 9), 10, 3)
+    first, second = branch_off(texts, (8, 9), 10, 3, 10)
     assert [number for number, *_ in first.branches] == [2, 1, 0] and second.branches == [(3, 2, (8, 9))]
-    assert [len(x.branches) for x in branch_off(texts[:3], (8, 9), 9, 3)] == [2, 1]  # too narrow for the third
-    assert [len(x.branches) for x in branch_off(texts[:3], (8, 9), 10, 1)] == [1, 1, 1]
+    assert [len(x.branches) for x in branch_off(texts[:3], (8, 9), 9, 3, 9)] == [2, 1]  # too narrow for the third
+    assert [len(x.branches) for x in branch_off(texts[:3], (8, 9), 10, 1, 10)] == [1, 1, 1]
+    # Whose own ids are too many for a row that goes on has a trace of its own.
+    parting = [(0, (1, 2, 3)), (1, (1, 7)), (2, (1, 2))]
+    first, second = branch_off(parting, (8, 9), 99, 3, 2)
+    assert first.branches == [(0, 3, (8, 9)), (2, 2, (8, 9))] and second == ((1, 7), [(1, 2, (8, 9))])
+
+
+def test_rows_that_go_on_from_traces():
+    """As records.Traces draws them; a trace of no tokens, and what is not asked, are a token of padding."""
+    shown = [BranchedTrace((1, 2, 3, 4), [(2, 4, (8, 9)), (0, 1, (5, 8, 9))]), BranchedTrace((), [(1, 0, (8, 9))])]
+    rows, traces, asked_PQ = fill_traces([shown, []], 2, 2, 5, 4, 0)
+    assert traces.rows.tokens_PGT[0].tolist() == [[0, 1, 2, 3, 4], [0] * 5]
+    assert traces.rows.start_PG.tolist() == [[1, 4], [4, 4]]
+    assert rows.tokens_PGT[0].tolist() == [[0, 0, 8, 9], [0, 5, 8, 9], [0, 0, 8, 9], [0] * 4]
+    assert rows.start_PG.tolist() == [[2, 1, 2, 3], [3] * 4]
+    assert traces.begin_PQ.tolist() == [[4, 1, 0, 0], [0] * 4] and asked_PQ.tolist() == [
+        [True] * 3 + [False],
+        [False] * 4,
+    ]
 
 
 def counting(program, calls):
@@ -202,7 +220,10 @@ def test_generated_answers_of_a_random_judge_do_not_parse(built):
     # A random judge does not end either; what did not fit is cut as well.
     np.testing.assert_array_equal(got.cut_PGN, got.asked_PGN)
     read = sum(len(judge.prompts.score[PROBLEMS[i].id].tail(query.trace)) for i, query in FITTING)
-    assert got.tokens == read + ANSWER * len(FITTING)
+    assert got.tokens == read - REPEATED + ANSWER * len(FITTING)
+    # Every prefix in a row of its own gives the same; traces are read once besides.
+    alone = make_judge(built, judging(readout="text"), branches=None).score(PROBLEMS, QUERIES, SEGMENTS)
+    assert alone.text == got.text and alone.tokens == got.tokens + REPEATED
 
     # The trace is not the judge's answer, and what one row says is not another row's.
     hostile = [[query._replace(trace=HOSTILE[:TRACE]) if query.g else query for query in q] for q in QUERIES]
@@ -210,6 +231,19 @@ def test_generated_answers_of_a_random_judge_do_not_parse(built):
     assert not attacked.valid_PGN.any() and not any("Score" in text for text in attacked.text.values())
     for at in got.text:
         assert (attacked.text[at] == got.text[at]) == (at[1] == 0), at  # rows of the first rollout were left alone
+
+
+@pytest.mark.parametrize("readout", ["logits", "text"])
+def test_a_wave_is_asked_about_some_problems_at_a_time(built, readout):
+    """Half of them, on two devices."""
+    judge = make_judge(built, judging(readout=readout))
+    half = dataclasses.replace(judge, problems=2)
+    whole, parts = (each.score(PROBLEMS, QUERIES, SEGMENTS) for each in (judge, half))
+    assert whole.text == parts.text and whole.tokens == parts.tokens
+    np.testing.assert_array_equal(whole.valid_PGN, parts.valid_PGN)
+    np.testing.assert_allclose(whole.score_PGN, parts.score_PGN, atol=1e-6)
+    if readout == "text":
+        assert set(whole.text) > {(3, 0, 0)}
 
 
 def test_a_hostile_trace_moves_no_other_score_and_spells_no_control_token(built):
@@ -254,7 +288,7 @@ def test_what_the_judge_wrote_is_parsed_to_a_score(built):
     answers = {"Fine.\nScore: 4": (0.75, True), "Score: 1": (0.0, False), "5": (None, True), "Score: 9": (None, True)}
     written, order = [*answers, *list(answers)[:3]], []
     ends = {text: ended for text, (_, ended) in answers.items()}
-    judge = make_judge(built, judging(readout="text"), judge=writing(built[0], written, ends, order))
+    judge = make_judge(built, judging(readout="text"), judge=writing(built[0], written, ends, order), branches=None)
     got = judge.score(PROBLEMS, QUERIES, SEGMENTS)
     assert len(got.text) == len(order) == len(FITTING) == 7
     for at, text in got.text.items():
@@ -268,9 +302,8 @@ def test_what_the_judge_wrote_is_parsed_to_a_score(built):
 def test_an_answer_goes_on_where_the_template_has_opened_a_thought(built):
     """What is written before the thought is closed is no score, though no tag stands before it."""
     written = {"Hm.\nScore: 2": None, "Score: 2</think>Score: 4": 0.75, "Score: 2\n</think>\n": None, "": None}
-    judge = make_judge(
-        built, judging(readout="text"), judge=writing(built[0], [*written] * 2, dict.fromkeys(written, False))
-    )
+    write = writing(built[0], [*written] * 2, dict.fromkeys(written, False))
+    judge = make_judge(built, judging(readout="text"), judge=write, branches=None)
 
     def opening(prompt):
         return dataclasses.replace(prompt, suffix=(*prompt.suffix, *TOKENIZER.encode("assistant\n<think>\n")))
@@ -286,7 +319,9 @@ def test_an_answer_goes_on_where_the_template_has_opened_a_thought(built):
 
 def test_a_judge_on_the_mesh_has_answered_when_it_has_been_asked(built):
     answers = ["Score: 4"] * len(FITTING) + ["Verdict: yes"] * 5
-    judge = make_judge(built, judging(readout="text"), judge=writing(built[0], answers, order=(order := [])))
+    judge = make_judge(
+        built, judging(readout="text"), judge=writing(built[0], answers, order=(order := [])), branches=None
+    )
     scores = judge.submit(PROBLEMS, QUERIES, SEGMENTS)
     assert len(order) == len(FITTING)
     verdicts = judge.submit_verify(PROBLEMS, RESPONSES)

@@ -145,6 +145,17 @@ def test_pages_on_demand_change_nothing(pages_everywhere):
     assert restarts[0] == 0 < restarts[2] and pages[0] < pages[2]
 
 
+def test_what_is_expected_of_each_problem_changes_when_rows_begin_and_nothing_else():
+    context, rows, draw = batch()
+    restarts = []
+    for expected_P in ((20, 20, 20, 20), (1, 1, 1, 1), (20, 1, 7, 99)):
+        given = context, rows, draw.replace(expected_P=np.array(expected_P, np.int32))
+        rollouts, usage = sampled(given, slots=5, expected=8)
+        np.testing.assert_array_equal(rollouts.tokens_PGR, plain().tokens_PGR)
+        restarts.append(int(usage.restarts))
+    assert restarts[0] == 0 < restarts[1]
+
+
 def test_a_pool_smaller_than_the_slots_budgets_has_pages_on_every_platform():
     rollouts, usage = sampled(slots=3, expected=6)
     np.testing.assert_array_equal(rollouts.tokens_PGR, plain().tokens_PGR)
@@ -183,7 +194,8 @@ def test_the_mesh_changes_nothing(data, model, scan, expected):
     assert usage.slots == 2 * data
     if not expected:
         lengths = plain().mask_PGR.sum(-1).reshape(data, -1)
-        assert usage.steps == max(schedule(of_shard, 2) for of_shard in lengths)
+        ends = [schedule(of_shard, 2) for of_shard in lengths]
+        assert usage.steps == max(ends) and usage.idle == 2 * sum(max(ends) - end for end in ends)
 
 
 def test_eight_shards_have_eight_queues():
@@ -211,11 +223,11 @@ def test_the_oldest_keep_their_pages_and_the_youngest_yield():
     """Three slots of one layer, eight pages of four tokens, contexts of four tokens; by hand."""
     pool = jnp.zeros((1 + 4, PAGE, 2, 1))
     pages = paged.Pages(jnp.zeros((3, 1, 6), jnp.int32), None, None, None, jnp.array([0, 0, 1, 2]))
-    hand = functools.partial(paged.hand_out_pages, layers=1, problems=1, expected=1, problem_A=jnp.zeros(3, jnp.int32))
+    hand = functools.partial(paged.hand_out_pages, layers=1, problems=1, problem_A=jnp.zeros(3, jnp.int32))
     length, old = jnp.full(3, 4), jnp.zeros(3, bool)
 
-    def owners(count, busy, fresh, start):
-        numbers = (jnp.array(x) for x in (count, busy, fresh, start))
+    def owners(count, busy, fresh, start, expected=(1, 1, 1)):
+        numbers = (jnp.array(x) for x in (count, busy, fresh, start, expected))
         kept, _, after = hand(pool, pages, length_A=length, **dict(zip(NAMES, numbers, strict=True)))
         return kept.tolist(), after.owner_N.tolist(), after.table_PGn[:, 0].tolist()
 
@@ -230,6 +242,13 @@ def test_the_oldest_keep_their_pages_and_the_youngest_yield():
     assert kept == [True, True, False] and owner.count(0) == 3
     kept, owner, _ = owners([6, 2, 0], [True, True, True], [False, False, True], [0, 1, 9])
     assert kept == [True] * 3 and owner == [0, 0, 1, 2]
+    # A row begins only where every older one may get what it is expected to need; what a slot without a row expects is
+    # nothing.
+    beginning = [6, 2, 0], [True, True, True], [False, False, True], [0, 1, 9]
+    kept, owner, _ = owners(*beginning, expected=(3, 1, 1))
+    assert kept == [True, True, False] and owner == [0, 0, 1, 3]
+    assert owners(*beginning, expected=(2, 1, 2))[0] == [True, True, False]
+    assert owners([6, 0, 0], [True, False, True], [False, False, True], [0, 1, 9], expected=(2, 9, 2))[0][2]
 
 
-NAMES = ("count_A", "busy_A", "fresh_A", "start_A")
+NAMES = ("count_A", "busy_A", "fresh_A", "start_A", "expected_A")
