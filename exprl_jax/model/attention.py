@@ -1,13 +1,14 @@
 """Rotary positions, and attention in memory linear in the tokens: of rows over a context and themselves, and of packed
 rows over what their segments may see.
 
-Behind one function each: query chunks of plain XLA, on TPU the splash kernel, and on NVIDIA's GPUs cuDNN's flash
-attention for what has no past in a cache.
+Behind one function each: chunks of queries, or of packed rows blocks (`model.blocks`), in plain XLA; on TPU the splash
+kernel, and on NVIDIA's GPUs cuDNN's flash attention for what has no past in a cache.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,13 @@ from jaxtyping import Array, Float, Int
 
 from exprl_jax.architecture import Architecture
 from exprl_jax.mesh import MODEL, ONE_DEVICE, Placement
+from exprl_jax.model import blocks
+from exprl_jax.model.blocks import KEPT
 from exprl_jax.model.cache import KV
 
 # Scores (query × key × head × row; one head of the mask is all that cuDNN needs) that exist at once on a device, in
 # forward and backward; queries are cut to fit.
 SCORES = 2**26
-# Under this name a rematerialised layer may keep the result of its attention.
-KEPT = "attention"
 # Tokens of a block of the splash kernel, and the lanes of a TPU vector: heads are padded to a multiple of those.
 _BLOCK, _LANES = 512, 128
 
@@ -90,7 +91,7 @@ def attend(
         segment_BT = (slot_PGT >= start_PG[..., None]).reshape(P * G, T).astype(jnp.int32)
         position_BT = jnp.broadcast_to(jnp.arange(T), segment_BT.shape)
         q = q_PGTHE.reshape(P * G, T, H, E)
-        return attend_packed(q, k, v, segment_BT, segment_BT, position_BT, placement).reshape(q_PGTHE.shape)
+        return _cudnn_packed(q, k, v, segment_BT, segment_BT, position_BT, placement).reshape(q_PGTHE.shape)
     slot_S = jnp.arange(S)
 
     # Chunks are cut from queries alone; keys are seen whole, so what a chunk sees is told by its slots, which are cut
@@ -134,6 +135,20 @@ def attend_branches(
     return _in_chunks(some, queries, H, context.k.shape[2] + T, placement)
 
 
+def packed_turns(
+    segment_BT: Int[Array, "B T"],
+    shared_BT: Int[Array, "B T"],
+    position_BT: Int[Array, "B T"],
+    dtype: Any,
+    head_size: int,
+    placement: Placement = ONE_DEVICE,
+) -> blocks.Turns | None:
+    """What `attend_packed` of such heads goes by in every layer, made once; None where a kernel knows by itself."""
+    if placement.on_tpu or placement.has_cudnn(dtype, head_size):
+        return None
+    return blocks.turns_of(segment_BT, shared_BT, position_BT, first_positions(segment_BT, position_BT))
+
+
 def attend_packed(
     q_BTHE: Float[Array, "B T H E"],
     k_BTKE: Float[Array, "B T K E"],
@@ -141,6 +156,7 @@ def attend_packed(
     segment_BT: Int[Array, "B T"],
     shared_BT: Int[Array, "B T"],
     position_BT: Int[Array, "B T"],
+    turns: blocks.Turns | None,
     placement: Placement = ONE_DEVICE,
 ) -> Float[Array, "B T H E"]:
     """Softmax attention within packed rows: a token sees earlier slots of its own segment and of the one it shares.
@@ -157,24 +173,30 @@ def attend_packed(
         knows only segments, and does not read this.
       position_BT: in each slot's sequence, one more from slot to slot of a segment; of the shared segment a slot sees
         what stands before the first position of its own.
+      turns: of these rows, by `packed_turns`.
     """
     if placement.on_tpu:
         swap = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
         return swap(_splash(swap(q_BTHE), swap(k_BTKE), swap(v_BTKE), segment_BT, segment_BT, placement))
-    _, T, H, E = q_BTHE.shape
+    if placement.has_cudnn(q_BTHE.dtype, q_BTHE.shape[3]):
+        return _cudnn_packed(q_BTHE, k_BTKE, v_BTKE, segment_BT, shared_BT, position_BT, placement)
+    rows = (placement.data, None, placement.axis_of(k_BTKE.shape[2]))
+    attend_each = placement.split(blocks.attend_blocks, (rows, rows, rows, rows[:1]), rows)
+    return attend_each(q_BTHE, k_BTKE, v_BTKE, turns)
+
+
+def _cudnn_packed(q_BTHE, k_BTKE, v_BTKE, segment_BT, shared_BT, position_BT, placement):
+    """Some queries at a time: the kernel's mask has an entry for every query and key."""
+    T = q_BTHE.shape[1]
     slot_BT = jnp.broadcast_to(jnp.arange(T), segment_BT.shape)
     branch_BT = first_positions(segment_BT, position_BT)
     queries = [x[:, None] for x in (q_BTHE, segment_BT, shared_BT, branch_BT, slot_BT)]
-    attention, heads = _attend_seen, H
-    if placement.has_cudnn(q_BTHE.dtype, E):
-        attention, heads = functools.partial(_cudnn, placement=placement), 1
 
     def some(q, *where):
         seen_BTS = _seen(segment_BT, position_BT, *(x[:, 0] for x in where))
-        return attention(q[:, 0], k_BTKE, v_BTKE, seen_BTS)[:, None]
+        return _cudnn(q[:, 0], k_BTKE, v_BTKE, seen_BTS, placement)[:, None]
 
-    out = _in_chunks(some, queries, heads, T, placement)
-    return checkpoint_name(out[:, 0], KEPT)
+    return checkpoint_name(_in_chunks(some, queries, 1, T, placement)[:, 0], KEPT)
 
 
 def _in_chunks(function, queries, heads, keys, placement):
@@ -239,20 +261,6 @@ def _seen(segment_BS, position_BS, segment_BT, shared_BT, branch_BT, slot_BT):
     seen &= slot_S <= slot_BT[..., None]
     # What pads the last chunk stands for slot 0 of a segment that may not be that slot's: it sees it all the same.
     return seen | (slot_S == slot_BT[..., None])
-
-
-def _attend_seen(q, k, v, seen_BTS):
-    B, T, H, E = q.shape
-    K = k.shape[2]
-    # Heads in front, and all queries of a key's head in one product: scores are never transposed.
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q * jnp.asarray(E**-0.5, q.dtype), k, v))
-    # Query heads of one key's head lie side by side, so that this is a view:  H = K · m,  N = m · T.
-    q_BKNE = q.reshape(B, K, H // K * T, E)
-    score_BKNS = jnp.einsum("bkne,bkse->bkns", q_BKNE, k, preferred_element_type=jnp.float32)
-    score = jnp.where(seen_BTS[:, None], score_BKNS.reshape(B, H, T, -1), -jnp.inf)
-    weight = jax.nn.softmax(score, axis=-1).astype(q.dtype).reshape(score_BKNS.shape)
-    out = jnp.einsum("bkns,bkse->bkne", weight, v, preferred_element_type=jnp.float32).astype(q.dtype)
-    return jnp.swapaxes(out.reshape(B, H, T, E), 1, 2)
 
 
 def _cudnn(q, k, v, seen_BTS, placement):

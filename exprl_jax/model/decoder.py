@@ -198,7 +198,7 @@ class BranchAttention:
 
 @dataclasses.dataclass(frozen=True)
 class PackedAttention:
-    """Packed rows on themselves.  `view` is (segment_BT, shared_BT, position_BT)."""
+    """Packed rows on themselves.  `view` is (segment_BT, shared_BT, position_BT, turns)."""
 
     placement: Placement
 
@@ -241,7 +241,8 @@ class Transformer:
         """Random parameters: kernels and embeddings normal with deviation 0.02, norms 1, biases 0."""
         zeros_111, zeros_11 = jnp.zeros((1, 1, 1), jnp.int32), jnp.zeros((1, 1), jnp.int32)
         decoder = Decoder(self.arch, self.execution, ONE_DEVICE, PackedAttention(ONE_DEVICE))
-        params = decoder.init(key, zeros_111, zeros_111, self._no_past(), (), (zeros_11,) * 3)["params"]
+        view = self._packed_view((zeros_11,) * 3, ONE_DEVICE)
+        params = decoder.init(key, zeros_111, zeros_111, self._no_past(), (), view)["params"]
         return jax.tree.map(lambda x: x.astype(dtype), params)
 
     def abstract_params(self, dtype: str) -> Params:
@@ -301,11 +302,8 @@ class Transformer:
 
     def packed_hidden_states(self, params: Params, packed: Packed) -> Float[Array, "B T D"]:
         """The final hidden state of every token of packed rows, each sequence as if it stood alone."""
-        tokens, positions, view = (
-            packed.tokens_BT[:, None],
-            packed.position_BT[:, None],
-            (packed.segment_BT, packed.shared_BT, packed.position_BT),
-        )
+        tokens, positions = packed.tokens_BT[:, None], packed.position_BT[:, None]
+        view = self._packed_view((packed.segment_BT, packed.shared_BT, packed.position_BT), self.placement)
         hidden = self._apply(params, PackedAttention(self.placement), tokens, positions, self._no_past(), (), view)[0]
         return hidden[:, 0]
 
@@ -375,6 +373,11 @@ class Transformer:
 
     def _apply(self, params: Params, on: Any, *arguments: Any) -> Any:
         return Decoder(self.arch, self.execution, self.placement, on).apply({"params": params}, *arguments)
+
+    def _packed_view(self, where: tuple[Array, Array, Array], placement: Placement) -> Any:
+        """The view of `PackedAttention`."""
+        dtype, size = self.execution.compute_dtype, self.arch.head_size
+        return *where, attention.packed_turns(*where, dtype, size, placement)
 
     def _no_past(self) -> Any:
         """The past of an attention that has none."""

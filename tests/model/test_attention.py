@@ -12,8 +12,8 @@ import torch
 
 from exprl_jax import config, hosts, mesh
 from exprl_jax.mesh import DATA, ONE_DEVICE, Placement
-from exprl_jax.model import attention
-from exprl_jax.model.attention import attend, attend_packed, rotate
+from exprl_jax.model import attention, blocks
+from exprl_jax.model.attention import attend, attend_packed, packed_turns, rotate
 from exprl_jax.model.cache import KV
 from tests.oracles.tiny_decoder import GpuWay, TpuWay
 
@@ -249,29 +249,40 @@ def packed_of(cut, heads, key_heads, size, placement):
     expected = with_gradients(functools.partial(softmax_attention, seen=seen), given, weight)
 
     def function(q, k, v):
-        where = (jnp.asarray(x) for x in (cut.segment_BT, cut.shared_BT, cut.position_BT))
-        return attend_packed(q, k, v, *where, placement)
+        where = [jnp.asarray(x) for x in (cut.segment_BT, cut.shared_BT, cut.position_BT)]
+        return attend_packed(q, k, v, *where, packed_turns(*where, q.dtype, size, placement), placement)
 
     return function, given, weight, expected, real
 
 
 @pytest.mark.parametrize(
-    "cut, heads, chunk",
+    "cut, heads, block",
     [
-        (SHARED, (4, 2, 6), 11),
+        (SHARED, (4, 2, 6), 64),
         (SHARED, (4, 2, 6), 4),
         (SHARED, (3, 1, 5), 1),
         (APART, (3, 3, 7), 5),
-        (BRANCHES, (4, 2, 6), 11),
+        (BRANCHES, (4, 2, 6), 2),
         (BRANCHES, (3, 1, 5), 3),
+        (LONG, (2, 1, 6), 64),
     ],
 )
-def test_packed_rows_attend_by_definition(cut, heads, chunk, monkeypatch):
-    B, T = cut.segment_BT.shape
-    monkeypatch.setattr(attention, "SCORES", chunk * B * heads[0] * T)
+def test_packed_rows_attend_by_definition(cut, heads, block, monkeypatch):
+    monkeypatch.setattr(blocks, "BLOCK", block)
     function, given, weight, expected, real = packed_of(cut, *heads, ONE_DEVICE)
     assert_same(ours(function, given, weight), expected, real)
-    assert ("scan" in str(jax.make_jaxpr(function)(*given))) == (chunk < T)
+
+
+def test_blocks_take_turns_with_what_they_see_and_no_more(monkeypatch):
+    """By hand: a prompt of a block, two answers of a block and a half, and padding in half a block."""
+    monkeypatch.setattr(blocks, "BLOCK", 4)
+    cut = Cut([[(4, 0), (6, 1), (6, 1)], [(14, 0)]], 18)
+    where = map(jnp.asarray, (cut.segment_BT, cut.shared_BT, cut.position_BT))
+    _, order, count = packed_turns(*where, jnp.float32, 6)
+    sees = [[set(order[b, i, : count[b, i]].tolist()) for i in range(5)] for b in range(2)]
+    assert sees[0] == [{0}, {1, 0}, {2, 1, 0}, {3, 2, 0}, {4}]
+    assert sees[1] == [{0}, {1, 0}, {2, 1, 0}, {3, 2, 1, 0}, {4, 3}]  # padding sees padding
+    assert order[:, :, 0].tolist() == [[0, 1, 2, 3, 4]] * 2
 
 
 @pytest.mark.parametrize("cut, heads", [(APART, (4, 2, 64)), (APART, (3, 1, 6)), (LONG, (2, 1, 128))])
@@ -309,7 +320,7 @@ def test_packed_rows_lower_to_cudnns_kernels(tokens, monkeypatch):
     segment = jax.ShapeDtypeStruct((2, tokens), jnp.int32)
 
     def loss(q, k, v, segment, shared):
-        return attend_packed(q, k, v, segment, shared, segment, CUDNN).astype(jnp.float32).sum()
+        return attend_packed(q, k, v, segment, shared, segment, None, CUDNN).astype(jnp.float32).sum()
 
     traced = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).trace(q, k, k, segment, segment)
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
@@ -355,11 +366,15 @@ def intermediates(jaxpr):
 
 
 def test_no_more_scores_exist_at_once_than_said(monkeypatch):
-    """Forward and backward: arrays are no larger than the queries, or than SCORES."""
+    """Forward and backward: arrays are no larger than the queries, or than SCORES, of packed rows than BLOCK for each
+    query."""
     T, H, E = 256, 2, 4
-    q, segment = jnp.ones((1, T, H, E)), jnp.ones((1, T), jnp.int32)
+    q, where = jnp.ones((1, T, H, E)), [jnp.ones((1, T), jnp.int32)] * 3
     monkeypatch.setattr(attention, "SCORES", 16 * H * T)
-    packed = jax.make_jaxpr(jax.grad(lambda x: attend_packed(x, x, x, segment, segment, segment).sum()))(q)
+    monkeypatch.setattr(blocks, "BLOCK", 16)
+    packed = jax.make_jaxpr(jax.grad(lambda x: attend_packed(x, x, x, *where, packed_turns(*where, x.dtype, E)).sum()))(
+        q
+    )
     row, start = q[:, None], jnp.zeros((1, 1), jnp.int32)
 
     def of_rows(x):
@@ -394,12 +409,11 @@ def test_sharded_is_by_definition(way, data, model):
 
 def test_queries_are_cut_by_what_a_device_holds(monkeypatch):
     """8 rows of 4 heads are 2 rows of 2 heads on each of 4 × 2."""
-    cut, placement = Cut([[(12, 0)]] * 8, 12), Placement(make(4, 2))
+    case = (8, 1, 12, 4, 2, 6, 0, 12), [0] * 8, [[0]] * 8
     monkeypatch.setattr(attention, "SCORES", 12 * 2 * 2 * 12)
-    function, given, *_ = packed_of(cut, 4, 2, 6, placement)
-    assert "scan" not in str(jax.make_jaxpr(function)(*given))
-    function = packed_of(cut, 4, 2, 6, ONE_DEVICE)[0]
-    assert "scan" in str(jax.make_jaxpr(function)(*given))
+    for placement, cut in ((Placement(make(4, 2)), False), (ONE_DEVICE, True)):
+        function, given, *_ = rows_of(case, 0, placement)
+        assert ("scan" in str(jax.make_jaxpr(function)(*given))) == cut
 
 
 @pytest.mark.parametrize("way", [Placement, TpuWay])

@@ -11,7 +11,7 @@ import torch
 from exprl_jax import config, hosts, mesh
 from exprl_jax.data.packing import Example, fill_branches, fill_rows
 from exprl_jax.mesh import ONE_DEVICE, Placement
-from exprl_jax.model import attention
+from exprl_jax.model import blocks
 from exprl_jax.model.cache import empty_context
 from exprl_jax.model.decoder import Transformer, logits
 from exprl_jax.records import Packed, Prefix, Rows
@@ -24,11 +24,11 @@ from tests.oracles.tiny_decoder import QWEN3, TpuWay, architecture, make_executi
 LENGTHS = [[7, 4, 9], [5, 1, 6], [], [8]]
 T = 20
 WAYS = [
-    ("llama", False, "none", None),
+    ("llama", False, "none", blocks.BLOCK),
     ("qwen2", True, "none", 3),
-    ("qwen3", False, "full", None),
-    ("qwen3", True, "full", 6),
-    ("qwen3", True, "but_attention", None),
+    ("qwen3", False, "full", blocks.BLOCK),
+    ("qwen3", True, "full", 8),
+    ("qwen3", True, "but_attention", 5),
 ]
 
 
@@ -49,18 +49,11 @@ def examples():
 REAL_BT = packed().segment_BT > 0
 
 
-@functools.partial(jax.jit, static_argnames=("arch", "execution", "scores", "placement"))
-def forward(params, arch, execution, rows, scores=attention.SCORES, placement=ONE_DEVICE):
-    """Hidden states; `scores` is what SCORES is, so that another one is another program."""
-    assert scores == attention.SCORES
+@functools.partial(jax.jit, static_argnames=("arch", "execution", "block", "placement"))
+def forward(params, arch, execution, rows, block=blocks.BLOCK, placement=ONE_DEVICE):
+    """Hidden states; `block` is what BLOCK is, so that another one is another program."""
+    assert block == blocks.BLOCK
     return Transformer(arch, execution, placement).packed_hidden_states(params, rows)
-
-
-def cut_queries(monkeypatch, chunk):
-    """Has the queries of LENGTHS' rows cut into chunks of so many; returns SCORES."""
-    scores = attention.SCORES if chunk is None else chunk * len(LENGTHS) * T * QWEN3.heads
-    monkeypatch.setattr(attention, "SCORES", scores)
-    return scores
 
 
 @functools.partial(jax.jit, static_argnames=("arch", "execution"))
@@ -81,8 +74,8 @@ def apart(x_BT):
     return out
 
 
-@pytest.mark.parametrize("family, scan, remat, chunk", WAYS)
-def test_each_example_is_as_if_alone(family, scan, remat, chunk, monkeypatch):
+@pytest.mark.parametrize("family, scan, remat, block", WAYS)
+def test_each_example_is_as_if_alone(family, scan, remat, block, monkeypatch):
     """Hidden states, and the gradient of a smooth function of them."""
     arch, execution, rows = architecture(family), make_execution(scan, remat), packed()
     params = random_params(arch, execution)
@@ -90,8 +83,8 @@ def test_each_example_is_as_if_alone(family, scan, remat, chunk, monkeypatch):
     weight *= REAL_BT[..., None]
     alone = functools.partial(plain, arch=arch, execution=execution, rows=apart(rows.tokens_BT))
     expected, expected_gradient = value_and_gradient(alone, params, apart(weight))
-    scores = cut_queries(monkeypatch, chunk)
-    together = functools.partial(forward, arch=arch, execution=execution, rows=rows, scores=scores)
+    monkeypatch.setattr(blocks, "BLOCK", block)
+    together = functools.partial(forward, arch=arch, execution=execution, rows=rows, block=block)
     got, gradient = value_and_gradient(together, params, weight)
 
     assert np.isfinite(got).all()

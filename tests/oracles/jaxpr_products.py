@@ -5,7 +5,7 @@ import math
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 
-def count_products(traced, trips):
+def count_products(traced, trips, turns=0):
     """(operations of products with weights, of attention): two for each multiplication and addition.
 
     Attention's products have batch dimensions, rows and heads; weights have none.
@@ -13,6 +13,7 @@ def count_products(traced, trips):
     Args:
       traced: a jaxpr.
       trips: how often the loops run that values end, in their order in the program.
+      turns: how often those of attention do, which `trips` leaves out: all their products have batch dimensions.
     """
     left = iter(trips)
 
@@ -35,7 +36,7 @@ def count_products(traced, trips):
         if name == "scan":
             times = params["length"]
         elif name == "while":
-            times = next(left)
+            times = turns if batches(equation.params["body_jaxpr"]) == {True} else next(left)
         elif name == "shard_map":
             times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         inner = [x for value in params.values() for x in (value if isinstance(value, tuple | list) else [value])]
@@ -45,6 +46,18 @@ def count_products(traced, trips):
     totals = count(traced)
     assert next(left, None) is None, "the program has fewer loops"
     return tuple(totals)
+
+
+def batches(traced):
+    """Of a program's products, whether they have batch dimensions: a set."""
+    found = set()
+    for equation in getattr(traced, "jaxpr", traced).eqns:
+        if equation.primitive.name == "dot_general":
+            found.add(any(equation.params["dimension_numbers"][1]))
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                found |= batches(inner) if isinstance(inner, ClosedJaxpr | Jaxpr) else set()
+    return found
 
 
 def kernels_of(traced):

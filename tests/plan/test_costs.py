@@ -8,11 +8,13 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.sharding import AbstractMesh
 from tiny_runs import config_dict
 
+from exprl_jax.model.blocks import BLOCK
 from exprl_jax.plan import costs, rows, updates
 from exprl_jax.plan.calls import calls_of
 from exprl_jax.plan.costs import seen_pairs
 from exprl_jax.plan.records import Result
 from exprl_jax.resolve import resolve
+from exprl_jax.sizes import TRAINING, sizes_of
 from tests.oracles.jaxpr_products import count_products, kernels_of
 
 MODELS = ("policy", "reference", "judge.model")
@@ -49,17 +51,19 @@ def test_the_last_query_sees_every_key_and_each_before_it_one_less(queries, keys
     ],
 )
 def test_every_calls_operations_are_those_of_its_program(config, loops, monkeypatch):
-    """On one device without TPU kernels: attention there has a score for every query and key, seen or not, and no
-    score is made again going back."""
-    monkeypatch.setattr(costs, "BACKWARD", 4)
+    """On one device without TPU kernels: attention there has a score for every query and key, seen or not, where each
+    block of a row sees each; going back scores are made again, once."""
+    monkeypatch.setattr(costs, "BACKWARD", 5)
     for room in (rows, updates):
         monkeypatch.setattr(room, "seen_pairs", lambda queries, keys: queries * keys)
+    turns = sizes_of(config)[0] // BLOCK if isinstance(config, TRAINING) else 0
     results = {}
     for name, call in calls_on(config).items():
         arguments = [results[tree.name] if isinstance(tree, Result) else tree for _, tree in call.arguments]
         traced = call.program.trace(*arguments)
         results[name] = traced.out_info
-        products, attention = count_products(traced.jaxpr, loops.get(name, [call.steps] if call.steps else []))
+        trips = loops.get(name, [call.steps] if call.steps else [])
+        products, attention = count_products(traced.jaxpr, trips, turns)
         # A judge's digits are five columns of the vocabulary; of adapters' tables the program makes a gradient too,
         # that nothing reads, and none of the first layer's input.
         exact = 0.05 if getattr(config, "lora", None) and config.lora.rank and call.phase == "train" else 1e-4
