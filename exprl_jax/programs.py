@@ -91,7 +91,7 @@ def build(config: Config, mesh: Mesh, policy: LanguageModel) -> Programs:
         return train_step(
             state,
             experience,
-            logp_fn=lambda params, packed: logp(adapt(config.lora, base, params), packed),
+            logp_fn=lambda params, packed, counted: logp(adapt(config.lora, base, params), packed, counted),
             optimizer=optimizer,
             loss=config.loss,
             on_policy=config.updates.per_batch == 1,
@@ -293,12 +293,12 @@ def packed_states(transformer: Transformer, params: Params, packed: Packed) -> t
 
 
 def packed_logp_and_entropy(
-    transformer: Transformer, params: Params, packed: Packed, *, temperature: float, chunk: int
+    transformer: Transformer, params: Params, packed: Packed, counted: Array, *, temperature: float, chunk: int
 ) -> tuple[Array, Array]:
-    """log π of each slot's target given what stands before it in its sequence, and the entropy of that distribution,
-    both [B, T]."""
+    """log π of the targets of the slots that count, given what stands before each in its sequence, and the entropy of
+    that distribution; both [B, T], and 0 elsewhere."""
     hidden, table = packed_states(transformer, params, packed)
-    return token_logprobs(hidden, table, packed.target_BT, temperature, chunk, transformer.placement)
+    return token_logprobs(hidden, table, packed.target_BT, temperature, chunk, transformer.placement, counted)
 
 
 def lesson_logp_and_entropy(
@@ -311,7 +311,7 @@ def lesson_logp_and_entropy(
     """
     hidden, table = packed_states(transformer, params, lesson.packed)
     target = lesson.packed.target_BT
-    logp, entropy = token_logprobs(hidden, table, target, 1.0, chunk, transformer.placement)
+    logp, entropy = token_logprobs(hidden, table, target, 1.0, chunk, transformer.placement, lesson.mask_MBT)
     if digit_ids:
         of_digits = logits(hidden, table[:, jnp.asarray(digit_ids)])
         logp += towards_next_digit(of_digits, target, lesson.share_MBT, digit_ids)
@@ -319,11 +319,11 @@ def lesson_logp_and_entropy(
 
 
 def every_logp(params: Params, packed: Packed, used: Array, *, logp_fn: Callable) -> Array:
-    """log π of each slot's target, one microbatch [B, T] at a time; 0 in those that are not used."""
+    """log π of each slot's target, one microbatch [B, T] at a time; 0 in those that are not used, and in padding."""
 
     def add_microbatch(m, logp_MBT):
         part = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, m, keepdims=False), packed)
-        return jax.lax.dynamic_update_index_in_dim(logp_MBT, logp_fn(params, part)[0], m, axis=0)
+        return jax.lax.dynamic_update_index_in_dim(logp_MBT, logp_fn(params, part, part.segment_BT > 0)[0], m, axis=0)
 
     return jax.lax.fori_loop(0, used, add_microbatch, jnp.zeros(packed.tokens_BT.shape, jnp.float32))
 

@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from exprl_jax.mesh import ONE_DEVICE, Placement
 
@@ -23,13 +23,15 @@ def token_logprobs(
     temperature: float,
     chunk: int,
     placement: Placement = ONE_DEVICE,
+    counted_BT: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float32[Array, "B T"], Float32[Array, "B T"]]:
     """log π(target) and the entropy of π, where π = softmax(hidden · table / temperature).
 
-    The tokens are cut into slices (`slices`), and only one slice's logits exist at a time.  The backward pass
-    computes them again and turns them in one pass into the cotangent (onehot − π) · g: autodiff would need the
-    maximum and the sum once more and a scatter.  Products take operands in the dtype of `hidden` and accumulate in
-    float32; softmax and results are float32.
+    The tokens, on each device those that count first, are cut into slices (`slices`).  Only one slice's logits exist at
+    a time, and none of a slice in which no token counts: prompts and padding, half of many rows, cost nothing here.
+    The backward pass computes them again and turns them in one pass into the cotangent (onehot − π) · g: autodiff would
+    need the maximum and the sum once more and a scatter.  Products take operands in the dtype of `hidden` and
+    accumulate in float32; softmax and results are float32.
 
     Gradients flow through both results.  Where no loss reads the entropy its cotangent is symbolically zero, and the
     backward pass does no work over the vocabulary for it.
@@ -39,16 +41,20 @@ def token_logprobs(
       table_DV: unembedding.
       targets_BT: token ids; NaN comes out for ids outside the vocabulary.
       temperature: of the policy, greater than 0.
-      chunk: rows × tokens whose logits may exist at once; at least one token of every row does.
+      chunk: tokens whose logits may exist at once; at least one's on each device does.
+      counted_BT: tokens whose results are wanted; None for all.
 
     Returns:
-      (logp_BT, entropy_BT) in nats.
+      (logp_BT, entropy_BT) in nats; 0 where a token does not count.
     """
     if temperature <= 0:
         raise ValueError(f"token_logprobs: got temperature {temperature}, expected a number greater than 0")
-    logp_BT, entropy_BT = _token_logprobs(hidden_BTD, table_DV, targets_BT, float(temperature), chunk, placement)
-    known = (targets_BT >= 0) & (targets_BT < table_DV.shape[1])
-    return jnp.where(known, logp_BT, jnp.nan), entropy_BT
+    counted = jnp.ones(targets_BT.shape, bool) if counted_BT is None else counted_BT
+    logp_BT, entropy_BT = _token_logprobs(
+        hidden_BTD, table_DV, targets_BT, counted, float(temperature), chunk, placement
+    )
+    unknown = counted & ((targets_BT < 0) | (targets_BT >= table_DV.shape[1]))
+    return jnp.where(unknown, jnp.nan, logp_BT), entropy_BT
 
 
 def top_tokens(hidden_BTD: Float[Array, "B T D"], table_DV: Float[Array, "D V"], chunk: int) -> Int[Array, "B T"]:
@@ -159,21 +165,20 @@ def _split(placement, temperature, chunk, table_DV):
     return _Part(temperature, max(1, chunk // shards), rows, vocabulary), (rows,), (None, vocabulary)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _token_logprobs(hidden_BTD, table_DV, targets_BT, temperature, chunk, placement):
-    return _forward(hidden_BTD, table_DV, targets_BT, temperature, chunk, placement)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _token_logprobs(hidden_BTD, table_DV, targets_BT, counted_BT, temperature, chunk, placement):
+    return _forward(hidden_BTD, table_DV, targets_BT, counted_BT, temperature, chunk, placement)[0]
 
 
-def _forward(hidden_BTD, table_DV, targets_BT, temperature, chunk, placement):
+def _forward(hidden_BTD, table_DV, targets_BT, counted_BT, temperature, chunk, placement):
     part, rows, table = _split(placement, temperature, chunk, table_DV)
-    score = placement.split(functools.partial(_score, part), (rows, table, rows), (rows, rows, rows))
-    logp, entropy, log_normaliser = score(hidden_BTD, table_DV.astype(hidden_BTD.dtype), targets_BT)
-    return (logp, entropy), (hidden_BTD, table_DV, targets_BT, log_normaliser, entropy)
+    score = placement.split(functools.partial(_score, part), (rows, table, rows, rows), (rows, rows, rows))
+    logp, entropy, log_normaliser = score(hidden_BTD, table_DV.astype(hidden_BTD.dtype), targets_BT, counted_BT)
+    return (logp, entropy), (hidden_BTD, table_DV, targets_BT, counted_BT, log_normaliser, entropy)
 
 
-def _score(part, hidden_BTD, table_DV, targets_BT):
-    def score(_, piece):
-        hidden, targets = piece
+def _score(part, hidden_BTD, table_DV, targets_BT, counted_BT):
+    def score(hidden, targets):
         logits = part.logits(hidden, table_DV)
         top = part.top(logits)
         centred = logits - top[..., None]
@@ -181,34 +186,40 @@ def _score(part, hidden_BTD, table_DV, targets_BT):
         chosen = jnp.where(part.hot(logits.shape, targets), logits, 0.0)
         total, moment, target = part.sums(weight, weight * centred, chosen)
         log_total = jnp.log(total)
-        return None, (target - top - log_total, log_total - moment / total, top + log_total)
+        return target - top - log_total, log_total - moment / total, top + log_total
 
-    cut, join = _cutting(hidden_BTD, part.chunk)
-    _, results = jax.lax.scan(score, None, (cut(hidden_BTD), cut(targets_BT)))
-    return tuple(map(join, results))
+    def nothing(_, targets):
+        return (jnp.zeros(targets.shape, jnp.float32),) * 3
+
+    def of_slice(_, piece):
+        live, *arrays = piece
+        return None, jax.lax.cond(live, score, nothing, *arrays)
+
+    cut, join, live = _counted_first(counted_BT, part.chunk)
+    _, results = jax.lax.scan(of_slice, None, (live, cut(hidden_BTD), cut(targets_BT)))
+    return tuple(jnp.where(counted_BT, join(x), 0.0) for x in results)
 
 
-def _forward_of_primals(hidden, table, targets, temperature, chunk, placement):
+def _forward_of_primals(hidden, table, targets, counted, temperature, chunk, placement):
     """`_forward` as `symbolic_zeros` wants it: every array comes with a note of whether it is differentiated."""
-    return _forward(hidden.value, table.value, targets.value, temperature, chunk, placement)
+    return _forward(hidden.value, table.value, targets.value, counted.value, temperature, chunk, placement)
 
 
 def _backward(temperature, chunk, placement, saved, cotangent):
-    hidden_BTD, table_DV, targets_BT, log_normaliser, entropy = saved
+    hidden_BTD, table_DV, targets_BT, counted_BT, log_normaliser, entropy = saved
     part, rows, table = _split(placement, temperature, chunk, table_DV)
     slopes = tuple(x / temperature for x in cotangent if not isinstance(x, SymbolicZero))
     read = tuple(not isinstance(x, SymbolicZero) for x in cotangent)  # known while tracing
-    takes = (rows, table, *[rows] * (3 + len(slopes)))
+    takes = (rows, table, *[rows] * (4 + len(slopes)))
     pull = placement.split(functools.partial(_pull_score, part, read), takes, (rows, table))
     d_hidden, d_table = pull(
-        hidden_BTD, table_DV.astype(hidden_BTD.dtype), targets_BT, log_normaliser, entropy, *slopes
+        hidden_BTD, table_DV.astype(hidden_BTD.dtype), targets_BT, counted_BT, log_normaliser, entropy, *slopes
     )
-    return d_hidden, d_table.astype(table_DV.dtype), None
+    return d_hidden, d_table.astype(table_DV.dtype), None, None
 
 
-def _pull_score(part, read, hidden_BTD, table_DV, targets_BT, log_normaliser_BT, entropy_BT, *slopes):
-    def pull(d_table, piece):
-        hidden, targets, log_normaliser, entropy, *slopes = piece
+def _pull_score(part, read, hidden_BTD, table_DV, targets_BT, counted_BT, log_normaliser_BT, entropy_BT, *slopes):
+    def pull(d_table, hidden, targets, log_normaliser, entropy, *slopes):
         logp = part.logits(hidden, table_DV) - log_normaliser[..., None]
         pi, d_logits = jnp.exp(logp), 0.0
         # With z the logits and H the entropy:  d log π(target) / dz = 1[target] − π,  dH / dz = −π · (log π + H).
@@ -218,9 +229,18 @@ def _pull_score(part, read, hidden_BTD, table_DV, targets_BT, log_normaliser_BT,
             d_logits -= pi * (logp + entropy[..., None]) * slopes[-1][..., None]
         return part.pull(d_logits, hidden, table_DV, d_table)
 
-    cut, join = _cutting(hidden_BTD, part.chunk)
+    def nothing(d_table, hidden, *_):
+        return d_table, jnp.zeros_like(hidden)
+
+    def of_slice(d_table, piece):
+        live, *arrays = piece
+        return jax.lax.cond(live, pull, nothing, d_table, *arrays)
+
+    cut, join, live = _counted_first(counted_BT, part.chunk)
+    # What does not count shares a slice with what does: it has no slope.
+    slopes = (jnp.where(counted_BT, x, 0.0) for x in slopes)
     pieces = tuple(map(cut, (hidden_BTD, targets_BT, log_normaliser_BT, entropy_BT, *slopes)))
-    d_table, d_hidden = jax.lax.scan(pull, jnp.zeros(table_DV.shape, jnp.float32), pieces)
+    d_table, d_hidden = jax.lax.scan(of_slice, jnp.zeros(table_DV.shape, jnp.float32), (live, *pieces))
     return join(d_hidden), part.over_rows(d_table)
 
 
@@ -287,6 +307,25 @@ _reverse_kl.defvjp(_kl_forward, _kl_backward)
 def _in_dtype_of_states(arrays):
     hidden, table, teacher_hidden, teacher_table = arrays
     return hidden, table.astype(hidden.dtype), teacher_hidden, teacher_table.astype(teacher_hidden.dtype)
+
+
+def _counted_first(counted_BT, chunk):
+    """(cut, join, live): [B, T, ...] → [number, 1, length, ...] and back, tokens that count before those that do not;
+    and in which of the slices there are any that do."""
+    (B, T), counted = counted_BT.shape, counted_BT.reshape(-1)
+    number, length = slices(1, B * T, chunk)
+    order = jnp.argsort(~counted, stable=True)
+    place = jnp.argsort(order)
+
+    def cut(x):
+        x = x.reshape(B * T, *x.shape[2:])[order]
+        x = jnp.pad(x, ((0, number * length - B * T),) + ((0, 0),) * (x.ndim - 1))
+        return x.reshape(number, 1, length, *x.shape[1:])
+
+    def join(x):
+        return x.reshape(number * length, *x.shape[3:])[place].reshape(B, T, *x.shape[3:])
+
+    return cut, join, jnp.arange(number) * length < counted.sum()
 
 
 def _cutting(hidden_BTD, chunk):

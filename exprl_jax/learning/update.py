@@ -15,7 +15,7 @@ from exprl_jax import config
 from exprl_jax.learning.losses import Diagnostics, policy_loss
 from exprl_jax.records import Experience, Packed, TrainState
 
-PackedLogp = Callable[[Any, Packed], tuple[Float32[Array, "B T"], Float32[Array, "B T"]]]
+PackedLogp = Callable[[Any, Packed, Array], tuple[Float32[Array, "B T"], Float32[Array, "B T"]]]
 
 # Of every update, whatever its loss: see `apply_gradient`.
 APPLIED: Mapping[str, str] = {
@@ -95,7 +95,8 @@ def train_step(
     Args:
       state: as of the last update.
       experience: packed rollouts.  What stands where the mask is False is never read.
-      logp_fn: (params, packed) → (log π of each slot's target, the entropy of that distribution).
+      logp_fn: (params, packed, the mask) → (log π of the target of each slot that counts, the entropy of that
+        distribution).
       optimizer: see `make_optimizer`.
       loss: see `config.Loss`; with kl_coef 0 `ref_logp_MBT` is not read, and with entropy_coef 0 no gradient flows
         through the entropy.
@@ -108,7 +109,7 @@ def train_step(
     """
 
     def objective(params, part):
-        logp, entropy = logp_fn(params, part.packed)
+        logp, entropy = logp_fn(params, part.packed, part.mask_MBT)
         # Whatever stands outside the mask must not reach the loss: 0 · NaN is NaN, in the gradient too.
         logp, entropy, old, ref, advantage = (
             jnp.where(part.mask_MBT, x, 0.0)

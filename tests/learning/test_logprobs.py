@@ -45,6 +45,27 @@ def test_matches_the_full_softmax(chunk):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+def test_slices_in_which_nothing_counts_are_not_computed():
+    """12 of 42 tokens count, two slices of 6: what is no number elsewhere reaches neither result nor gradient."""
+    hidden, table, targets, slope = problem()
+    counted = np.zeros(B * T, bool)
+    counted[np.random.default_rng(0).permutation(B * T)[:12]] = True
+    counted = jnp.asarray(counted.reshape(B, T))
+
+    def ours(hidden, table, counted_BT=counted):
+        logp, entropy = token_logprobs(hidden, table, targets, TEMPERATURE, 6, counted_BT=counted_BT)
+        return (jnp.where(counted, logp + entropy, 0.0) * slope).sum(), (logp, entropy)
+
+    blank = jnp.where(counted[..., None], hidden, jnp.nan)
+    gradient, results = jax.grad(ours, (0, 1), has_aux=True)(blank, table)
+    expected, every = jax.grad(functools.partial(ours, counted_BT=None), (0, 1), has_aux=True)(hidden, table)
+    for a, b in zip(results, every):
+        np.testing.assert_allclose(a, np.where(counted, b, 0.0), rtol=1e-6)
+    assert not np.asarray(gradient[0])[~counted].any()
+    for a, b in zip(gradient, expected):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("chunk", CHUNKS)
 def test_gradients_of_both_results_match_autodiff(chunk):
     hidden, table, targets, slope = problem()
@@ -84,7 +105,7 @@ def test_an_entropy_that_no_loss_reads_costs_no_pass_over_the_vocabulary():
 
     def passes(use):
         program = jax.make_jaxpr(jax.jit(jax.grad(functools.partial(loss, use), has_aux=True)))(hidden)
-        size = B * slices(B, T, 12)[1] * V
+        size = slices(1, B * T, 12)[1] * V
         return sum(v.aval.size == size for e in equations(program.jaxpr) for v in e.outvars)
 
     metric = passes(lambda logp, entropy: (logp, entropy))
@@ -210,7 +231,7 @@ def test_every_product_takes_bfloat16_and_gives_float32():
 def test_logits_exist_for_one_slice_at_a_time():
     hidden, table, targets, slope = problem()
     chunk = 12
-    _, length = slices(B, T, chunk)
+    of_all, of_rows = slices(1, B * T, chunk)[1], B * slices(B, T, chunk)[1]
 
     def logp_and_entropy(hidden, table):
         return (sum(token_logprobs(hidden, table, targets, TEMPERATURE, chunk)) * slope).sum()
@@ -218,11 +239,11 @@ def test_logits_exist_for_one_slice_at_a_time():
     def kl(hidden, table):
         return (reverse_kl(hidden, table, *teacher(), TEMPERATURE, chunk) * slope).sum()
 
-    assert B * length * V > D * V  # so that the bound below is one on logits, not on the table
-    for loss in (logp_and_entropy, kl):
+    assert min(of_all, of_rows) > D  # so that the bound below is one on logits, not on the table
+    for loss, tokens in ((logp_and_entropy, of_all), (kl, of_rows)):
         for function in (loss, jax.value_and_grad(loss, (0, 1))):
             sizes = [v.aval.size for e in equations(jax.make_jaxpr(function)(hidden, table).jaxpr) for v in e.outvars]
-            assert max(sizes) == B * length * V
+            assert max(sizes) == tokens * V
 
 
 def test_a_product_over_all_tokens_would_be_seen():
@@ -291,8 +312,12 @@ def test_a_target_outside_the_vocabulary_is_not_a_number(data, model):
 
 
 def collectives(text):
-    """(kind, shapes of the result, whether it is in a loop) of every collective of a compiled program."""
-    bodies, found, computation = set(re.findall(r"body=%?([\w.\-]+)", text)), [], ""
+    """(kind, shapes of the result, whether it is in a loop, or a branch in it) of every collective of a compiled
+    program."""
+    inner = r"(?:body|true_computation|false_computation)=%?([\w.\-]+)"
+    bodies, found, computation = set(re.findall(inner, text)), [], ""
+    for branches in re.findall(r"branch_computations=\{([^}]*)\}", text):
+        bodies |= {name.strip(" %") for name in branches.split(",")}
     for line in text.splitlines():
         head = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         computation = head[1] if head else computation

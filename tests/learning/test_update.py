@@ -100,7 +100,7 @@ def experience(batch, packing=NARROW, aggregate="token_mean", spare=0):
     return jax.tree.map(jnp.asarray, Experience(filled.packed, *numbers, filled.used))
 
 
-def bigram(params, packed, placement=ONE_DEVICE):
+def bigram(params, packed, counted, placement=ONE_DEVICE):
     """A policy whose next token depends on the last one and, so that a lost or foreign context shows, on the sum of all
     that a slot sees."""
     segment, position = packed.segment_BT, packed.position_BT
@@ -109,7 +109,7 @@ def bigram(params, packed, placement=ONE_DEVICE):
     seen = (same | shared) & (position[:, :, None] >= position[:, None, :])
     total = (seen * packed.tokens_BT[:, None, :]).sum(-1, keepdims=True)
     hidden = params["embed"][packed.tokens_BT] + 0.1 * params["context"] * total
-    return token_logprobs(hidden, params["table"], packed.target_BT, 0.9, 16, placement)
+    return token_logprobs(hidden, params["table"], packed.target_BT, 0.9, 16, placement, counted)
 
 
 def by_sequence(params, batch, table=None):

@@ -311,7 +311,11 @@ def on_mesh(data, model):
 
     def objective(own):
         params = adapt(LORA, base, own)
-        return programs.packed_logp_and_entropy(policy.on(over), params, packed(), temperature=0.9, chunk=32)[0].mean()
+        rows = packed()
+        every = jnp.ones(rows.segment_BT.shape, bool)
+        return programs.packed_logp_and_entropy(policy.on(over), params, rows, every, temperature=0.9, chunk=32)[
+            0
+        ].mean()
 
     adapted = adapt(LORA, base, own)
     out = sampled(adapted, policy, over)

@@ -26,7 +26,7 @@ def count_products(traced, trips, turns=0):
 
     def cost(equation):
         name, params = equation.primitive.name, equation.params
-        assert name not in ("pallas_call", "conv_general_dilated", "ragged_dot_general", "cond"), name
+        assert name not in ("pallas_call", "conv_general_dilated", "ragged_dot_general"), name
         if name == "dot_general":
             (contracted, _), (batch, _) = params["dimension_numbers"]
             terms = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
@@ -41,7 +41,8 @@ def count_products(traced, trips, turns=0):
             times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         inner = [x for value in params.values() for x in (value if isinstance(value, tuple | list) else [value])]
         parts = [count(x) for x in inner if isinstance(x, ClosedJaxpr | Jaxpr)]
-        return [times * sum(part[kind] for part in parts) for kind in (0, 1)]
+        together = max if name == "cond" else sum
+        return [times * together([0, *(part[kind] for part in parts)]) for kind in (0, 1)]
 
     totals = count(traced)
     assert next(left, None) is None, "the program has fewer loops"

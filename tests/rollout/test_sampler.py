@@ -109,7 +109,7 @@ def trainers(out, temperature, dtype):
     segment = (np.arange(C + R) < length_B[:, None] + R).astype(np.int32)
     packed = Packed(tokens, target, segment, segment, np.broadcast_to(np.arange(C + R, dtype=np.int32), segment.shape))
     trainer = functools.partial(programs.packed_logp_and_entropy, policy.on(one), chunk=64)
-    computed = jax.jit(functools.partial(trainer, temperature=temperature))(PARAMS, packed)
+    computed = jax.jit(functools.partial(trainer, temperature=temperature))(PARAMS, packed, segment > 0)
     return [
         np.stack([x[b, length : length + R] for b, length in enumerate(length_B)]).reshape(P, G, R)
         for x in map(np.asarray, computed)
