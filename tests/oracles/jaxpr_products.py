@@ -36,7 +36,7 @@ def count_products(traced, trips, turns=0):
         if name == "scan":
             times = params["length"]
         elif name == "while":
-            times = turns if batches(equation.params["body_jaxpr"]) == {True} else next(left)
+            times = next(left) if False in batches(equation.params["body_jaxpr"]) else turns
         elif name == "shard_map":
             times = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
         inner = [x for value in params.values() for x in (value if isinstance(value, tuple | list) else [value])]
