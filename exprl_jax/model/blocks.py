@@ -126,9 +126,27 @@ def _forward(q, k, v, turns):
         values = jnp.einsum("bnkrs,bnkse->bnkre", weight.astype(q.dtype), _take(v, at), **f32)
         return higher, total * less + weight.sum(-1), out * less[..., None] + values
 
+    def normalise(turn, so_far):
+        top, total = so_far
+        _, score = _turn(q, k, turns, turn)
+        higher = jnp.maximum(top, score.max(-1))
+        return higher, total * jnp.exp(top - higher) + jnp.exp(score - higher[..., None]).sum(-1)
+
+    def add_normalised(turn, out):
+        at, score = _turn(q, k, turns, turn)
+        weight = jnp.exp(score - top[..., None]) / total[..., None]
+        return out + jnp.einsum("bnkrs,bnkse->bnkre", weight.astype(q.dtype), _take(v, at), **f32)
+
+    most, zeros = turns.count.max(), jnp.zeros(q.shape, jnp.float32)
     nothing = jnp.full(q.shape[:-1], _UNSEEN, jnp.float32), jnp.zeros(q.shape[:-1], jnp.float32)
-    top, total, out = jax.lax.fori_loop(0, turns.count.max(), add, (*nothing, jnp.zeros(q.shape, jnp.float32)))
-    out = checkpoint_name((out / total[..., None]).astype(q.dtype), KEPT)
+    if q.dtype == jnp.float32:
+        top, total, out = jax.lax.fori_loop(0, most, add, (*nothing, zeros))
+        out /= total[..., None]
+    else:
+        # Weights are rounded as the sampler rounds them, after they are normalised: scores are made twice for that.
+        top, total = jax.lax.fori_loop(0, most, normalise, nothing)
+        out = jax.lax.fori_loop(0, most, add_normalised, zeros)
+    out = checkpoint_name(out.astype(q.dtype), KEPT)
     log_normaliser = checkpoint_name(top + jnp.log(total), KEPT)
     return out, (q, k, v, turns, out, log_normaliser)
 
