@@ -75,6 +75,7 @@ def share(attempts):
 '''
 
 
+@pytest.mark.long
 def test_a_run_ranks_its_judge_by_a_function_and_its_rewards_do_not_know_it(tmp_path):
     """Prefixes and failed rollouts, against scipy on what the run wrote down; the run is the one without a truth."""
     (tmp_path / "truth.py").write_text(FUNCTION)
@@ -103,6 +104,7 @@ def test_a_run_ranks_its_judge_by_a_function_and_its_rewards_do_not_know_it(tmp_
     assert {k: v for k, v in row.items() if k not in truths} == {k: v for k, v in bare.items() if k not in truths}
 
 
+@pytest.mark.long
 def test_a_function_of_another_content_is_noticed(tmp_path):
     (tmp_path / "truth.py").write_text(FUNCTION)
     changes = {"truth.source": f"{tmp_path}/truth.py:share", "steps": 1}
@@ -112,6 +114,7 @@ def test_a_function_of_another_content_is_noticed(tmp_path):
         run(tiny("outcome", changes | {"steps": 2}), folder)
 
 
+@pytest.mark.long
 def test_a_column_is_a_runs_truth(tmp_path):
     data = [dict(id=f"m{i}", problem=f"{i} + 1?", reference=f"{i + 1}", answer="x", steps=["a", "b"]) for i in range(8)]
     changes = {"data.source": write_problems(tmp_path / "p.jsonl", data), "truth.source": "column:steps", "steps": 1}
