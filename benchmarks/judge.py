@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-import pathlib
 import platform
 import statistics
 import sys
@@ -24,6 +22,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from benchmarks.common import SEED, processor, write_json
 from configs import smoke
 from exprl_jax.data.problems import Problem
 from exprl_jax.mesh import make_mesh
@@ -34,7 +33,6 @@ from exprl_jax.reward.judgements import Query
 from exprl_jax.rollout.call import padded_width
 from exprl_jax.weights.language_model import load_params, open_model
 
-SEED = 1
 COUNTS = 1, 4, 8, 16
 
 
@@ -73,9 +71,7 @@ def main() -> None:
             f"| {row['prefixes']} | {row['separate_seconds']:.2f} | {row['packed_seconds']:.2f} | {row['ratio']:.2f} | "
             f"{row['packed_over_one_score']:.2f} | {row['difference']:.1e} |"
         )
-    if asked.output:
-        text = json.dumps({"machine": about, "rows": rows}, indent=1) + "\n"
-        pathlib.Path(asked.output).write_text(text, encoding="utf-8")
+    write_json(asked.output, about, rows)
 
 
 def open_judge(weights: str, trace: int) -> tuple[Judge, list[int]]:
@@ -132,14 +128,6 @@ def measure(judge: Judge, tokens: list[int], count: int, pairs: int) -> dict[str
         "ratio": statistics.median(a / b for a, b in zip(seconds["separate"], seconds["packed"])),
         "difference": float(difference),
     }
-
-
-def processor() -> str:
-    """The processor's name, as Linux gives it; the machine's architecture elsewhere."""
-    path = pathlib.Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 if __name__ == "__main__":

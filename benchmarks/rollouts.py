@@ -31,8 +31,7 @@ import numpy as np
 import torch
 import transformers
 
-from benchmarks.judge import processor
-from benchmarks.smoke import limits, product_rate
+from benchmarks.common import limits, processor, product_rate
 from configs.smoke import get_config
 from exprl_jax import programs
 from exprl_jax.hosts import fetch_rows, put_rows

@@ -11,7 +11,6 @@ covers: tables, rollout files, checkpoints, Python between programs.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import pathlib
 import platform
@@ -24,6 +23,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.common import processor, write_json
 from exprl_jax.run.metrics import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -44,7 +44,7 @@ def main() -> None:
         rows = read_metrics(f"{folder}/run/metrics.jsonl")[1:]
     figures = phases(rows)
     machine = {
-        "machine": platform.machine(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "jax": jax.__version__,
         "python": platform.python_version(),
@@ -55,9 +55,7 @@ def main() -> None:
     print("\n| phase | seconds | share |\n|---|---|---|")
     for name, seconds in figures.items():
         print(f"| {name} | {seconds:.2f} | {seconds / figures['step']:.0%} |")
-    if asked.output:
-        text = json.dumps({"machine": machine, "seconds": figures}, indent=1) + "\n"
-        pathlib.Path(asked.output).write_text(text, encoding="utf-8")
+    write_json(asked.output, machine, figures)
 
 
 def phases(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
