@@ -980,8 +980,11 @@ def test_ctrl_c_ends_a_grader_within_seconds(form):
     """However long the limit, and however many rows are waiting."""
     if all(complaint(isolation) for isolation in Isolation):
         pytest.skip("no program can be run on this machine")
+    # A shell that starts the tests in the background has its children ignore SIGINT.
     program = (
+        "import signal\n"
         "from exprl_jax.reward.verifiers.code import CodeGrader\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         f"with CodeGrader(2, 1000.0, {MEMORY}, allow_unsandboxed=True) as grader:\n"
         f"    grading = grader.submit([({fenced('while True: pass')!r}, {form!r})] * 50)\n"
         "    print('grading', flush=True)\n"
@@ -990,11 +993,14 @@ def test_ctrl_c_ends_a_grader_within_seconds(form):
     with subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as run:
-        assert run.stdout.readline() == b"grading\n"
-        time.sleep(1.0)
-        start = time.monotonic()
-        run.send_signal(signal.SIGINT)
-        _, errors = run.communicate(timeout=60)
+        try:
+            assert run.stdout.readline() == b"grading\n"
+            time.sleep(1.0)
+            start = time.monotonic()
+            run.send_signal(signal.SIGINT)
+            _, errors = run.communicate(timeout=60)
+        finally:
+            run.kill()  # or leaving the block would wait for it without an end
     assert time.monotonic() - start < 5 and run.returncode != 0 and b"KeyboardInterrupt" in errors
 
 
