@@ -269,7 +269,7 @@ def test_a_topology_that_takes_too_long_is_given_up_and_one_whose_process_dies_i
     expected = [f"exprl_jax.compile_check: {name}: {message}" for name in ("v5e:2x2", "v6e:2x2")]
     assert capsys.readouterr().err.splitlines() == expected
     with pytest.raises(ValueError, match="its process ended with status 1"):
-        compile_check._check_apart(None, "v5e:2x2", 120.0)  # which it cannot read: a traceback, and no report
+        compile_check._check_apart(None, "v5e:2x2", "", 120.0)  # which it cannot read: a traceback, and no report
 
 
 @LOADS
