@@ -72,13 +72,12 @@ def teacher_prompt(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     Raises:
       ValueError: the problem was read without its reference.
     """
-    if problem.reference is None:
-        raise ValueError(f"problem {problem.id!r} has no reference solution, which its teacher must be shown")
-    content = (
-        f"Problem:\n{question_text(problem.question)}\n\nHere is a solution that is known to be correct:\n"
-        f"{problem.reference.strip()}\n\nUnderstand why it works. Then solve the problem yourself, in your own way."
+    return _prompt_with_reference(
+        tokenizer,
+        problem,
+        "which its teacher must be shown",
+        "Understand why it works. Then solve the problem yourself, in your own way.",
     )
-    return tokenizer.render([Message("user", content)])
 
 
 def hint_prompt(tokenizer: Tokenizer, problem: Problem) -> list[int]:
@@ -87,12 +86,22 @@ def hint_prompt(tokenizer: Tokenizer, problem: Problem) -> list[int]:
     Raises:
       ValueError: the problem was read without its reference.
     """
+    return _prompt_with_reference(
+        tokenizer,
+        problem,
+        "from which its hint is made",
+        "A student cannot solve this problem. Write a hint of one or two sentences: name the fact or the idea on which "
+        "the solution rests. Do not give the answer, and do no step of the solution.",
+    )
+
+
+def _prompt_with_reference(tokenizer: Tokenizer, problem: Problem, need: str, request: str) -> list[int]:
+    """One user turn: problem, reference, what is asked for; `need` says what the reference is for."""
     if problem.reference is None:
-        raise ValueError(f"problem {problem.id!r} has no reference solution, from which its hint is made")
+        raise ValueError(f"problem {problem.id!r} has no reference solution, {need}")
     content = (
         f"Problem:\n{question_text(problem.question)}\n\nHere is a solution that is known to be correct:\n"
-        f"{problem.reference.strip()}\n\nA student cannot solve this problem. Write a hint of one or two sentences: "
-        "name the fact or the idea on which the solution rests. Do not give the answer, and do no step of the solution."
+        f"{problem.reference.strip()}\n\n{request}"
     )
     return tokenizer.render([Message("user", content)])
 
