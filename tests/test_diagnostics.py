@@ -89,6 +89,22 @@ def shares(run, state, part):
     return np.mean([letters(run.policy.tokenizer.decode(ids.tolist())) for ids in texts])
 
 
+def taught(run, signed, part):
+    """Shares of letters before and after some steps of a run with another signal, and the steps' metrics."""
+    state, rows = first_state(run), []
+    before = shares(run, state, part)
+    for step in range(STEPS):
+        state, result = take_step(train, signed, state, step)
+        rows.append(result.row)
+    return before, shares(run, state, part), rows
+
+
+def assert_moved(share):
+    """By the sign of the signal; under 0 is the share before."""
+    assert share[1] > share[0] + 0.05, share
+    assert share[-1] < share[0] - 0.02, share
+
+
 @pytest.mark.parametrize(
     "arm, changes, part",
     [
@@ -105,13 +121,8 @@ def test_a_signal_moves_the_policy_its_way(arm, changes, part):
     run = opened(tiny(arm, FAST | changes))
     for sign in (1, -1):
         signed = dataclasses.replace(run, judge=LetterJudge(sign, 16), graders=LetterGraders(sign))
-        state = first_state(run)
-        share[0] = shares(run, state, part)
-        for step in range(STEPS):
-            state, _ = take_step(train, signed, state, step)
-        share[sign] = shares(run, state, part)
-    assert share[1] > share[0] + 0.05, share
-    assert share[-1] < share[0] - 0.02, share
+        share[0], share[sign], _ = taught(run, signed, part)
+    assert_moved(share)
 
 
 FUNCTIONS = """
@@ -131,13 +142,8 @@ def test_a_functions_signal_moves_the_policy_its_way(arm, tmp_path):
     for sign, name in ((1, "right"), (-1, "wrong")):
         with contextlib.ExitStack() as stack:
             run = open_run(tiny(arm, changes | {"judge.function": f"{tmp_path}/letters.py:{name}"}), stack)
-            state = first_state(run)
-            share[0] = shares(run, state, slice(4, 8))
-            for step in range(STEPS):
-                state, _ = take_step(train, run, state, step)
-            share[sign] = shares(run, state, slice(4, 8))
-    assert share[1] > share[0] + 0.05, share
-    assert share[-1] < share[0] - 0.02, share
+            share[0], share[sign], _ = taught(run, run, slice(4, 8))
+    assert_moved(share)
 
 
 def letters_before_the_answer(sign):
@@ -162,13 +168,8 @@ def test_likelihood_moves_the_policy_towards_what_makes_the_answer_likelier():
     for sign in (1, -1):
         programs = dataclasses.replace(run.programs, token_logp=letters_before_the_answer(sign))
         signed = dataclasses.replace(run, programs=programs, graders=LetterGraders(sign))
-        state = first_state(run)
-        share[0] = shares(run, state, slice(0, 8))
-        for step in range(STEPS):
-            state, _ = take_step(train, signed, state, step)
-        share[sign] = shares(run, state, slice(0, 8))
-    assert share[1] > share[0] + 0.05, share
-    assert share[-1] < share[0] - 0.02, share
+        share[0], share[sign], _ = taught(run, signed, slice(0, 8))
+    assert_moved(share)
 
 
 class LettersAfterHints(LetterGraders):
@@ -191,16 +192,11 @@ def test_success_after_hints_moves_the_policy_on_bare_prompts():
     with contextlib.ExitStack() as stack:
         run = open_run(sparse(changes), stack)
     for sign in (1, -1):
-        signed, nudged = dataclasses.replace(run, graders=LettersAfterHints(sign)), []
-        state = first_state(run)
-        share[0] = shares(run, state, slice(0, 8))
-        for step in range(STEPS):
-            state, result = take_step(train, signed, state, step)
-            nudged.append(result.row["rollout/nudged"])
-        share[sign] = shares(run, state, slice(0, 8))
+        signed = dataclasses.replace(run, graders=LettersAfterHints(sign))
+        share[0], share[sign], rows = taught(run, signed, slice(0, 8))
+        nudged = [row["rollout/nudged"] for row in rows]
         assert np.mean(nudged) > 2, nudged
-    assert share[1] > share[0] + 0.05, share
-    assert share[-1] < share[0] - 0.02, share
+    assert_moved(share)
 
 
 @pytest.mark.parametrize("kl, steps", [pytest.param("sampled", 40, marks=pytest.mark.slow), ("full", 16)])
